@@ -1,0 +1,71 @@
+# Two commands do everything on a fresh machine: `make serve` and `make test`. `make help` lists the rest.
+#
+# PYTHON          which interpreter makes .venv (3.11 or newer)
+# TORCH_PIP_ARGS  extra pip arguments for torch alone, for example the index of its CPU wheels. The version stays the
+#                 one in constraints.txt. Plain `pip` may fetch a build with CUDA: larger, and it runs on a CPU as well.
+# CONSTRAINTS     empty installs the newest versions instead of the pinned ones (GPU machines, see constraints.txt)
+# EXTRAS          optional parts of the project to install
+# ARGS            extra arguments for serve, bench, eval; PYTEST_ARGS for test
+
+PYTHON ?= python3
+TORCH_PIP_ARGS ?=
+CONSTRAINTS ?= constraints.txt
+EXTRAS ?= dev,eval
+ARGS ?=
+PYTEST_ARGS ?=
+PYTEST_WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIN := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+
+# One torch thread per test process: the models are tiny, and several threads only fight over the cores.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve test lint format typecheck pytest bench eval clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## make .venv with the proxyserve command in it
+
+# torch goes first and alone: packages that depend on it would otherwise choose its version and build.
+$(STAMP): pyproject.toml clients/python/pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "proxyserve needs Python 3.11 or newer: make install PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIN) $(TORCH_PIP_ARGS) torch
+	$(BIN)/python -m pip install --quiet $(PIN) --editable '.[$(EXTRAS)]' --editable clients/python
+	@touch $@
+
+serve: install ## serve the demo family at 127.0.0.1:8000
+	$(BIN)/proxyserve demo --host 127.0.0.1 --port 8000 $(ARGS)
+
+test: install lint typecheck pytest ## install, lint, check types, run every test
+
+lint: install ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install ## let ruff repair what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: install ## mypy over the server, the kernels and the Python client
+	$(BIN)/mypy
+
+pytest: install
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+bench: install ## proxyserve beside the plain Hugging Face loop, on this machine
+	$(BIN)/proxyserve bench $(ARGS)
+
+eval: install ## the gap-closed table of the demo family
+	$(BIN)/proxyserve eval $(ARGS)
+
+clean: ## remove .venv and everything that tools left behind
+	rm -rf $(VENV) build dist *.egg-info clients/python/build clients/python/*.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find proxyserve kernels clients tests -name __pycache__ -type d -prune -exec rm -rf {} +

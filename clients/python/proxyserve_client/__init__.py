@@ -1,0 +1,38 @@
+"""A typed helper over the `openai` package for proxyserve.
+
+    from proxyserve_client import Fusion, ProxyServe
+
+    with ProxyServe("http://127.0.0.1:8000", model="atlas") as client:
+        reply = client.chat("Where was Mira born?", fusion=Fusion.proxy(qa=0.8), max_tokens=32)
+        print(reply.text, reply.fusion.flips, reply.usage.lane_tokens)
+
+Errors are the exception classes of `openai` itself (`openai.BadRequestError`, `openai.NotFoundError`, ...): their
+`message`, `param` and `code` are what the server answered.
+"""
+
+from proxyserve_client.client import AsyncProxyServe, ProxyServe
+from proxyserve_client.connection import Readiness
+from proxyserve_client.fusion import ExpertWeight, Fusion
+from proxyserve_client.options import ChatOptions, CompletionOptions, Message
+from proxyserve_client.reply import Choice, FusionReport, Reply, Usage
+from proxyserve_client.stream import AsyncTextStream, Piece, TextStream
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AsyncProxyServe",
+    "AsyncTextStream",
+    "ChatOptions",
+    "Choice",
+    "CompletionOptions",
+    "ExpertWeight",
+    "Fusion",
+    "FusionReport",
+    "Message",
+    "Piece",
+    "ProxyServe",
+    "Readiness",
+    "Reply",
+    "TextStream",
+    "Usage",
+]

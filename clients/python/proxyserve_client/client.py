@@ -1,0 +1,252 @@
+"""The two clients: `ProxyServe` and `AsyncProxyServe`, the same methods with and without `await`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self, Unpack
+
+import openai
+from openai.types import Completion
+from openai.types.chat import ChatCompletionChunk
+
+from proxyserve_client.connection import DEFAULT_URL, Readiness, not_ready, server_root, settings
+from proxyserve_client.fusion import Fusion
+from proxyserve_client.options import (
+    ChatOptions,
+    CompletionOptions,
+    Message,
+    chat_arguments,
+    completion_arguments,
+    streaming,
+)
+from proxyserve_client.reply import Reply
+from proxyserve_client.stream import AsyncTextStream, TextStream
+
+#: Seconds between two questions to a server that is not ready.
+_POLL = 0.25
+
+
+class ProxyServe:
+    """Talks to one server. `openai` is the `openai.OpenAI` client underneath, for everything that has no method here.
+
+    `model` is used for requests that name none; without it, the first model that the server lists, its base. `api_key`
+    defaults to the environment variable PROXYSERVE_API_KEY. Close the client, or use it with `with`.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        model: str | None = None,
+        timeout: float | None = None,
+        max_retries: int = 2,
+    ) -> None:
+        self._root = server_root(url)
+        self._model = model
+        self.openai = openai.OpenAI(**settings(self._root, api_key, timeout, max_retries))
+
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        fusion: Fusion | None = None,
+        model: str | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> Reply:
+        """Answer a chat; a string is one user message."""
+        arguments = chat_arguments(model or self._default_model(), messages, fusion, options)
+        return Reply.of_chat(self.openai.chat.completions.create(**arguments))
+
+    def complete(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        fusion: Fusion | None = None,
+        model: str | None = None,
+        **options: Unpack[CompletionOptions],
+    ) -> Reply:
+        """Continue a prompt given as text or token ids."""
+        arguments = completion_arguments(model or self._default_model(), prompt, fusion, options)
+        return Reply.of_completion(self.openai.completions.create(**arguments))
+
+    def stream_chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        fusion: Fusion | None = None,
+        model: str | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> TextStream:
+        """`chat`, piece by piece."""
+
+        def send() -> openai.Stream[ChatCompletionChunk]:
+            arguments = chat_arguments(model or self._default_model(), messages, fusion, options)
+            return self.openai.chat.completions.create(**streaming(arguments))
+
+        return TextStream(send)
+
+    def stream_complete(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        fusion: Fusion | None = None,
+        model: str | None = None,
+        **options: Unpack[CompletionOptions],
+    ) -> TextStream:
+        """`complete`, piece by piece."""
+
+        def send() -> openai.Stream[Completion]:
+            arguments = completion_arguments(model or self._default_model(), prompt, fusion, options)
+            return self.openai.completions.create(**streaming(arguments))
+
+        return TextStream(send)
+
+    def models(self) -> tuple[str, ...]:
+        """The names that `model` may have: the base first, then the base with each expert."""
+        return tuple(entry.id for entry in self.openai.models.list())
+
+    def ready(self) -> Readiness:
+        """Whether the server takes requests now. False, with a reason, also where no server answers."""
+        try:
+            self.openai.with_options(max_retries=0).get(f"{self._root}/ready", cast_to=object)
+        except (openai.APIConnectionError, openai.APIStatusError) as error:
+            return not_ready(error)
+        return Readiness(True)
+
+    def wait_until_ready(self, timeout: float = 60.0) -> None:
+        """Return as soon as the server takes requests. Raises TimeoutError after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while not (state := self.ready()):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self._root} is not ready after {timeout:g} s: {state.reason}")
+            time.sleep(_POLL)
+
+    def close(self) -> None:
+        self.openai.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _default_model(self) -> str:
+        if self._model is None:
+            self._model = self.models()[0]
+        return self._model
+
+
+class AsyncProxyServe:
+    """`ProxyServe` for asyncio. `stream_chat` and `stream_complete` are not awaited: what they return is used with
+    `async for`, inside `async with` where it may be left early."""
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        model: str | None = None,
+        timeout: float | None = None,
+        max_retries: int = 2,
+    ) -> None:
+        self._root = server_root(url)
+        self._model = model
+        self.openai = openai.AsyncOpenAI(**settings(self._root, api_key, timeout, max_retries))
+
+    async def chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        fusion: Fusion | None = None,
+        model: str | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> Reply:
+        """Answer a chat; a string is one user message."""
+        arguments = chat_arguments(model or await self._default_model(), messages, fusion, options)
+        return Reply.of_chat(await self.openai.chat.completions.create(**arguments))
+
+    async def complete(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        fusion: Fusion | None = None,
+        model: str | None = None,
+        **options: Unpack[CompletionOptions],
+    ) -> Reply:
+        """Continue a prompt given as text or token ids."""
+        arguments = completion_arguments(model or await self._default_model(), prompt, fusion, options)
+        return Reply.of_completion(await self.openai.completions.create(**arguments))
+
+    def stream_chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        fusion: Fusion | None = None,
+        model: str | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> AsyncTextStream:
+        """`chat`, piece by piece."""
+
+        async def send() -> openai.AsyncStream[ChatCompletionChunk]:
+            arguments = chat_arguments(model or await self._default_model(), messages, fusion, options)
+            return await self.openai.chat.completions.create(**streaming(arguments))
+
+        return AsyncTextStream(send)
+
+    def stream_complete(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        fusion: Fusion | None = None,
+        model: str | None = None,
+        **options: Unpack[CompletionOptions],
+    ) -> AsyncTextStream:
+        """`complete`, piece by piece."""
+
+        async def send() -> openai.AsyncStream[Completion]:
+            arguments = completion_arguments(model or await self._default_model(), prompt, fusion, options)
+            return await self.openai.completions.create(**streaming(arguments))
+
+        return AsyncTextStream(send)
+
+    async def models(self) -> tuple[str, ...]:
+        """The names that `model` may have: the base first, then the base with each expert."""
+        return tuple([entry.id async for entry in self.openai.models.list()])
+
+    async def ready(self) -> Readiness:
+        """Whether the server takes requests now. False, with a reason, also where no server answers."""
+        try:
+            await self.openai.with_options(max_retries=0).get(f"{self._root}/ready", cast_to=object)
+        except (openai.APIConnectionError, openai.APIStatusError) as error:
+            return not_ready(error)
+        return Readiness(True)
+
+    async def wait_until_ready(self, timeout: float = 60.0) -> None:  # noqa: ASYNC109  the same as in ProxyServe
+        """Return as soon as the server takes requests. Raises TimeoutError after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while not (state := await self.ready()):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self._root} is not ready after {timeout:g} s: {state.reason}")
+            await asyncio.sleep(_POLL)
+
+    async def close(self) -> None:
+        await self.openai.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _default_model(self) -> str:
+        if self._model is None:
+            self._model = (await self.models())[0]
+        return self._model

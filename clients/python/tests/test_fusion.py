@@ -1,0 +1,61 @@
+import math
+
+import pytest
+
+from proxyserve_client import ExpertWeight, Fusion
+
+
+def test_builder_gives_the_request_object() -> None:
+    fusion = Fusion.proxy(qa=0.8, record=1.0)
+    assert fusion == Fusion((ExpertWeight("qa", 0.8), ExpertWeight("record", 1.0)))
+    assert fusion.to_dict() == {"rule": "proxy", "experts": {"qa": 0.8, "record": 1.0}}
+    assert fusion.extra_body() == {"fusion": fusion.to_dict()}
+
+
+def test_names_that_are_not_python_names_go_in_a_mapping() -> None:
+    assert Fusion.proxy({"qa-v2": 0.5}, record=-1).to_dict()["experts"] == {"qa-v2": 0.5, "record": -1}
+
+
+def test_prompts_are_sent_only_where_set() -> None:
+    fusion = Fusion.proxy(qa=1.0).with_prompts({"base": "plain", "qa.tuned": "chat"})
+    assert fusion.to_dict()["prompts"] == {"base": "plain", "qa.tuned": "chat"}
+    assert "prompts" not in Fusion.proxy(qa=1.0).to_dict()
+
+
+def test_objects_do_not_change_with_what_they_were_made_from() -> None:
+    prompts = {"base": "plain"}
+    fusion = Fusion.proxy(qa=1.0).with_prompts(prompts)
+    prompts["base"] = "chat"
+    assert fusion.prompts == {"base": "plain"}
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf])
+def test_weights_are_finite(weight: float) -> None:
+    with pytest.raises(ValueError, match="'qa' must be finite"):
+        Fusion.proxy(qa=weight)
+
+
+def test_an_expert_has_one_weight_and_a_name() -> None:
+    with pytest.raises(ValueError, match="one weight"):
+        Fusion.proxy({"qa": 1.0}, qa=0.5)
+    with pytest.raises(ValueError, match="must not be empty"):
+        ExpertWeight("")
+
+
+@pytest.mark.parametrize(
+    ("fusion", "name"),
+    [
+        (Fusion(), "atlas"),
+        (Fusion.proxy(qa=0.8), "atlas+qa:0.8"),
+        (Fusion.proxy(qa=1.0, record=-0.5), "atlas+qa:1.0+record:-0.5"),
+    ],
+)
+def test_model_names(fusion: Fusion, name: str) -> None:
+    assert fusion.model_name("atlas") == name
+
+
+def test_what_a_model_name_cannot_say_is_refused() -> None:
+    with pytest.raises(ValueError, match="prompts"):
+        Fusion.proxy(qa=1.0).with_prompts({"base": "plain"}).model_name("atlas")
+    with pytest.raises(ValueError, match=r"'a\+b' cannot"):
+        Fusion.proxy({"a+b": 1.0}).model_name("atlas")

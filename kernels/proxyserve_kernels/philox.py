@@ -1,0 +1,53 @@
+"""Counter-based random numbers: Philox4x32-10 (Salmon et al., SC 2011).
+
+A draw is a pure function of (seed, position, stream, index): it does not depend on the batch, the row or what else was
+drawn, and any implementation on any device gives the same integers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
+_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_LOW = 0xFFFFFFFF
+_ROUNDS = 10
+
+#: Streams keep the levels of a draw independent of each other.
+STREAM_BLOCK, STREAM_TOKEN = 0, 1
+
+
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, ...]:
+    """Four 32-bit words per counter. All tensors are int64 holding values below 2**32 and broadcast together."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # The 64-bit products wrap around in int64, which leaves both 32-bit halves right.
+        product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
+        c0 = ((product_1 >> 32) & _LOW) ^ c1 ^ k0
+        c2 = ((product_0 >> 32) & _LOW) ^ c3 ^ k1
+        c1, c3 = product_1 & _LOW, product_0 & _LOW
+        k0, k1 = (k0 + _WEYL_0) & _LOW, (k1 + _WEYL_1) & _LOW
+    return c0, c1, c2, c3
+
+
+def gumbel(seeds: Tensor, positions: Tensor, stream: int, first: Tensor, count: int) -> Tensor:
+    """Standard Gumbel noise, float32 [n, count]: entry (r, j) belongs to index `first[r] + j`.
+
+    `seeds` int64 [n] (64 bits, any sign), `positions` int64 [n] below 2**32, `first` int64 [n], a multiple of 4.
+    Index i uses word i % 4 of the counter (i // 4, position, stream, 0) under the seed as key. The uniform is
+    (word + 0.5) / 2**32, never 0 or 1, so the noise is finite: between -3.2 and 22.9.
+    """
+    groups = -(-count // 4)
+    index = (first // 4)[:, None] + torch.arange(groups, device=seeds.device)
+    position = positions[:, None].expand_as(index)
+    words = philox4x32(
+        (index, position, torch.full_like(index, stream), torch.zeros_like(index)),
+        ((seeds & _LOW)[:, None], ((seeds >> 32) & _LOW)[:, None]),
+    )
+    integers = torch.stack(words, dim=-1).flatten(1)[:, :count]
+    uniform = (integers.double() + 0.5) * 2.0**-32
+    return -torch.log(-torch.log(uniform)).float()

@@ -1,0 +1,54 @@
+"""The application: routes, layers around them, and what they share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+
+from proxyserve import __version__
+from proxyserve.api import chat, completions, health, metrics, models, tokenize
+from proxyserve.api.auth import AuthMiddleware, KeyRing
+from proxyserve.api.documentation import install_openapi
+from proxyserve.api.errors import install_error_handlers
+from proxyserve.api.limits import BodyLimitMiddleware
+from proxyserve.api.metrics import Metrics
+from proxyserve.api.request_id import RequestIdMiddleware
+from proxyserve.api.schemas.chat import ChatChunk
+from proxyserve.api.state import ServerState
+from proxyserve.config import ServerConfig
+
+if TYPE_CHECKING:
+    from proxyserve.engine.loop import AsyncEngine
+
+_DESCRIPTION = """\
+An inference server that steers a large frozen language model with small tuned ones while it decodes. The routes are
+OpenAI's; the `fusion` object, or a model name such as `BASE+EXPERT:0.8`, says which experts take part and how much.
+"""
+
+
+def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
+    """An ASGI application over `engine`, which the caller starts and closes.
+
+    Raises StartupError if the key file is unusable. Does not check which address it is served at; `run_server` does.
+    """
+    keys = KeyRing.load(config.api_key_file)
+    state = ServerState(engine, config, keys, Metrics(engine.snapshot))
+    app = FastAPI(
+        title="proxyserve",
+        version=__version__,
+        description=_DESCRIPTION,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        redirect_slashes=False,
+    )
+    app.state.proxyserve = state
+    for module in (chat, completions, models, tokenize, health, metrics):
+        app.include_router(module.router)
+    install_error_handlers(app)
+    install_openapi(app, chunks=(ChatChunk,), keys=bool(keys))
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimitMiddleware, max_bytes=config.limits.max_body_bytes, metrics=state.metrics)
+    app.add_middleware(AuthMiddleware, keys=keys, metrics=state.metrics)
+    app.add_middleware(RequestIdMiddleware)
+    return app

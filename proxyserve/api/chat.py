@@ -1,0 +1,155 @@
+"""POST /v1/chat/completions"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, Request, Response
+
+from proxyserve import __version__
+from proxyserve.api.body import JsonRoute
+from proxyserve.api.documentation import ENGINE_ERRORS, error_answers, event_stream
+from proxyserve.api.generate import Answer, Generation
+from proxyserve.api.logprobs import chat_logprobs
+from proxyserve.api.prepare import (
+    cache_salt,
+    check_shape,
+    prepared,
+    resolve_fusion,
+    room_for_answer,
+    sampling_params,
+)
+from proxyserve.api.respond import respond
+from proxyserve.api.schemas.chat import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    ChatRequest,
+)
+from proxyserve.api.schemas.responses import finish_name
+from proxyserve.api.state import ServerState, server_state
+from proxyserve.engine.prompts import chat_prompts
+from proxyserve.engine.submission import Submission
+from proxyserve.errors import InvalidRequest
+from proxyserve.types import OutputEvent, TokenLogprob
+
+if TYPE_CHECKING:
+    from proxyserve.text.tokenizer import Tokenizer
+
+router = APIRouter(tags=["generation"], route_class=JsonRoute)
+
+
+@router.post(
+    "/v1/chat/completions",
+    summary="Continue a conversation",
+    response_model=ChatCompletion,
+    responses={200: event_stream("ChatChunk"), **error_answers(*ENGINE_ERRORS)},
+)
+async def create_chat_completion(request: Request, body: ChatRequest) -> Response:
+    """The base continues the conversation, fused with the experts that `model` or `fusion` name."""
+    state = server_state(request)
+    shape = _ChatShape(body, state.models.base.tokenizer)
+    salt = cache_salt(request.state.salt, body.user)
+    with _chat_field_names(body):
+        submission = await prepared(request, lambda: _submission(state, body, shape.id, salt))
+        generation = Generation(state, [submission], request.state.arrived)
+    return await respond(request, body, generation, shape)
+
+
+def _submission(state: ServerState, body: ChatRequest, request_id: str, salt: str) -> Submission:
+    """Raises InvalidRequest or UnknownModel."""
+    if body.max_tokens is not None and body.max_completion_tokens is not None:
+        raise InvalidRequest(
+            "'max_completion_tokens' is the newer name of 'max_tokens'; give one of them.",
+            param="max_completion_tokens",
+        )
+    if body.top_logprobs and not body.logprobs:
+        raise InvalidRequest("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
+    limits = state.config.limits
+    check_shape(body, limits, top_logprobs=body.top_logprobs, param="top_logprobs")
+    fusion = resolve_fusion(body.model, body.fusion, state.models)
+    routes = body.fusion.prompts if body.fusion is not None else None
+    prompts = chat_prompts(
+        state.models, fusion, [message.rendered() for message in body.messages], routes or {}
+    )
+    sampling = sampling_params(
+        body,
+        limits,
+        state.models,
+        max_tokens=body.max_tokens
+        or body.max_completion_tokens
+        or room_for_answer(state.engine.engine, fusion, prompts),
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
+    return Submission(request_id, prompts, sampling, fusion, n=body.n or 1, salt=salt)
+
+
+@contextmanager
+def _chat_field_names(body: ChatRequest) -> Iterator[None]:
+    """The engine calls things by the field names of /v1/completions."""
+    names = {"prompt": "messages"}
+    if body.max_completion_tokens is not None:
+        names["max_tokens"] = "max_completion_tokens"
+    try:
+        yield
+    except InvalidRequest as error:
+        if error.param is not None:
+            error.param = names.get(error.param, error.param)
+        raise
+
+
+class _ChatShape:
+    """Chat's `ResponseShape`: the first delta of each choice has its role, the last its finish reason."""
+
+    def __init__(self, body: ChatRequest, tokenizer: Tokenizer) -> None:
+        self.id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._top: dict[str, Any] = {
+            "id": self.id,
+            "created": int(time.time()),
+            "model": body.model,
+            "system_fingerprint": f"proxyserve-{__version__}",
+        }
+        self._wants_logprobs = bool(body.logprobs)
+        self._tokenizer = tokenizer
+        self._begun: set[int] = set()
+
+    def chunk(self, events: Sequence[tuple[int, OutputEvent]], **more: Any) -> ChatChunk:
+        choices = [
+            ChatChunkChoice(
+                index=number,
+                delta=self._delta(number, event),
+                logprobs=self._logprobs(event.logprobs or ()),
+                finish_reason=finish_name(event.finish_reason),
+            )
+            for number, event in events
+        ]
+        return ChatChunk(**self._top, object="chat.completion.chunk", choices=choices, **more)
+
+    def whole(self, answers: Sequence[Answer], **more: Any) -> ChatCompletion:
+        choices = [
+            ChatChoice(
+                index=number,
+                message=AssistantMessage(role="assistant", content=answer.text, refusal=None),
+                logprobs=self._logprobs(answer.logprobs),
+                finish_reason=finish_name(answer.finish_reason),
+            )
+            for number, answer in enumerate(answers)
+        ]
+        return ChatCompletion(**self._top, object="chat.completion", choices=choices, **more)
+
+    def _delta(self, number: int, event: OutputEvent) -> ChatDelta:
+        if number not in self._begun:
+            self._begun.add(number)
+            return ChatDelta(role="assistant", content=event.text)
+        return ChatDelta(content=event.text) if event.text else ChatDelta()
+
+    def _logprobs(self, entries: Sequence[TokenLogprob]) -> ChatLogprobs | None:
+        return chat_logprobs(entries, self._tokenizer) if self._wants_logprobs else None

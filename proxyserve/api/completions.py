@@ -1,0 +1,132 @@
+"""POST /v1/completions"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, Request, Response
+
+from proxyserve import __version__
+from proxyserve.api.body import JsonRoute
+from proxyserve.api.documentation import ENGINE_ERRORS, error_answers, event_stream
+from proxyserve.api.generate import Answer, Generation
+from proxyserve.api.logprobs import CompletionLogprobsBuilder
+from proxyserve.api.prepare import cache_salt, check_shape, prepared, resolve_fusion, sampling_params
+from proxyserve.api.respond import respond
+from proxyserve.api.schemas.completions import (
+    DEFAULT_MAX_TOKENS,
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
+)
+from proxyserve.api.schemas.responses import finish_name
+from proxyserve.api.state import ServerState, server_state
+from proxyserve.engine.prompts import text_prompts, token_prompts
+from proxyserve.engine.submission import Submission
+from proxyserve.errors import InvalidRequest
+from proxyserve.types import OutputEvent, TokenLogprob
+
+if TYPE_CHECKING:
+    from proxyserve.text.tokenizer import Tokenizer
+
+router = APIRouter(tags=["generation"], route_class=JsonRoute)
+
+
+@router.post(
+    "/v1/completions",
+    summary="Continue a text",
+    response_model=Completion,
+    responses={200: event_stream("Completion"), **error_answers(*ENGINE_ERRORS)},
+)
+async def create_completion(request: Request, body: CompletionRequest) -> Response:
+    """The base continues each prompt, fused with the experts that `model` or `fusion` name."""
+    state = server_state(request)
+    shape = _CompletionShape(body, state.models.base.tokenizer)
+    salt = cache_salt(request.state.salt, body.user)
+    submissions = await prepared(request, lambda: _submissions(state, body, shape.id, salt))
+    generation = Generation(state, submissions, request.state.arrived)
+    return await respond(request, body, generation, shape)
+
+
+def _submissions(state: ServerState, body: CompletionRequest, request_id: str, salt: str) -> list[Submission]:
+    """One per prompt. Raises InvalidRequest or UnknownModel."""
+    limits = state.config.limits
+    if len(body.prompt) > limits.max_batched_prompts:
+        raise InvalidRequest(
+            f"{len(body.prompt)} prompts are given; this server allows {limits.max_batched_prompts} per request.",
+            param="prompt",
+        )
+    check_shape(body, limits, top_logprobs=body.logprobs, param="logprobs")
+    if body.fusion is not None and body.fusion.prompts is not None:
+        raise InvalidRequest(
+            "'fusion.prompts' says how messages are rendered; /v1/completions gives every lane the same prompt.",
+            param="fusion.prompts",
+        )
+    fusion = resolve_fusion(body.model, body.fusion, state.models)
+    sampling = sampling_params(
+        body, limits, state.models, max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS, logprobs=body.logprobs
+    )
+    return [
+        Submission(
+            f"{request_id}-{number}",
+            text_prompts(state.models, fusion, prompt) if isinstance(prompt, str) else token_prompts(prompt),
+            sampling,
+            fusion,
+            n=body.n or 1,
+            salt=salt,
+        )
+        for number, prompt in enumerate(body.prompt)
+    ]
+
+
+class _CompletionShape:
+    """The `ResponseShape` of completions: whole responses and chunks look alike."""
+
+    def __init__(self, body: CompletionRequest, tokenizer: Tokenizer) -> None:
+        self.id = f"cmpl-{uuid.uuid4().hex}"
+        self._top: dict[str, Any] = {
+            "id": self.id,
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": body.model,
+            "system_fingerprint": f"proxyserve-{__version__}",
+        }
+        self._wants_logprobs = body.logprobs is not None
+        self._tokenizer = tokenizer
+        self._builders: dict[int, CompletionLogprobsBuilder] = {}
+
+    def chunk(self, events: Sequence[tuple[int, OutputEvent]], **more: Any) -> Completion:
+        choices = [
+            CompletionChoice(
+                index=number,
+                text=event.text,
+                logprobs=self._logprobs(number, event.logprobs or ()),
+                finish_reason=finish_name(event.finish_reason),
+            )
+            for number, event in events
+        ]
+        return Completion(**self._top, choices=choices, **more)
+
+    def whole(self, answers: Sequence[Answer], **more: Any) -> Completion:
+        choices = [
+            CompletionChoice(
+                index=number,
+                text=answer.text,
+                logprobs=self._logprobs(number, answer.logprobs),
+                finish_reason=finish_name(answer.finish_reason),
+            )
+            for number, answer in enumerate(answers)
+        ]
+        return Completion(**self._top, choices=choices, **more)
+
+    def _logprobs(self, number: int, entries: Sequence[TokenLogprob]) -> CompletionLogprobs | None:
+        if not self._wants_logprobs:
+            return None
+        builder = self._builders.get(number)
+        if builder is None:
+            builder = self._builders[number] = CompletionLogprobsBuilder(self._tokenizer)
+        return builder.add(entries)

@@ -1,0 +1,87 @@
+"""What the OpenAPI document says beyond the types: error answers and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+
+from proxyserve.api.auth import PUBLIC_PATHS
+from proxyserve.api.schemas.errors import ErrorBody
+
+_DESCRIPTIONS: Mapping[int, str] = {
+    400: "A field has a bad value, is unknown, or is not supported yet; `param` names it.",
+    401: "The server has keys and the request has none of them.",
+    404: "There is no such model, expert or route.",
+    405: "The route does not take this method.",
+    413: "The body is above the server's limit.",
+    415: "The body is not announced as `application/json`.",
+    429: "Too much work is waiting; `Retry-After` says when to come back.",
+    500: "The server failed on this request.",
+    503: "The server is loading, draining or dead.",
+}
+
+#: For routes that take a body.
+BODY_ERRORS = (400, 401, 413, 415, 500)
+#: For routes that put the engine to work.
+ENGINE_ERRORS = (*BODY_ERRORS, 404, 429, 503)
+
+
+def error_answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route. `default` stands for what any route may answer; naming it also keeps FastAPI from
+    adding its own 422, which this server never sends."""
+    answers: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorBody, "description": _DESCRIPTIONS[status]} for status in sorted(statuses)
+    }
+    answers["default"] = {"model": ErrorBody, "description": "Any other refusal."}
+    return answers
+
+
+def event_stream(chunk: str) -> dict[str, Any]:
+    """The 200 of a route that streams on request, beside its JSON. `chunk` names the schema of each event's data."""
+    return {
+        "description": "The answer; with `stream`, server-sent events whose data is a chunk each, then `[DONE]`.",
+        "content": {
+            "text/event-stream": {
+                "schema": {"type": "string", "description": f"The data of each event is a `{chunk}`."}
+            }
+        },
+    }
+
+
+def install_openapi(app: FastAPI, *, chunks: Sequence[type[BaseModel]], keys: bool) -> None:
+    """Make `app.openapi` define the `chunks` of event streams, and say which routes need a key."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = get_openapi(
+                title=app.title, version=app.version, description=app.description, routes=app.routes
+            )
+            for chunk in chunks:
+                _add_schema(document, chunk)
+            if keys:
+                _add_keys(document)
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way
+
+
+def _add_schema(document: dict[str, Any], model: type[BaseModel]) -> None:
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}", mode="serialization")
+    schemas = document["components"]["schemas"]
+    for name, part in schema.pop("$defs", {}).items():
+        schemas.setdefault(name, part)
+    schemas[model.__name__] = schema
+
+
+def _add_keys(document: dict[str, Any]) -> None:
+    document.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    document["security"] = [{"key": []}]
+    for path, operations in document["paths"].items():
+        if path in PUBLIC_PATHS:
+            for operation in operations.values():
+                operation["security"] = []

@@ -1,0 +1,190 @@
+"""Turns every exception into OpenAI's error shape. Handlers and middleware answer through `error_response` only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from proxyserve.api.schemas.errors import ErrorBody, ErrorDetail, ErrorType
+from proxyserve.api.state import server_state
+from proxyserve.errors import InvalidRequest, NotReady, ProxyserveError, QueueFull, UnknownModel
+
+#: Names that clients invent are repeated in messages only up to this many characters.
+_LONGEST_NAME = 100
+
+_TYPES: Mapping[int, ErrorType] = {
+    401: "authentication_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+}
+
+#: The label of `proxyserve_requests_rejected_total` for each status that refuses a request.
+_REJECTIONS: Mapping[int, str] = {
+    400: "invalid",
+    401: "unauthorized",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "too_large",
+    415: "unsupported_media_type",
+    429: "queue_full",
+    503: "not_ready",
+}
+
+
+class StartupError(ProxyserveError):
+    """The server cannot start as configured; the message says what to change."""
+
+
+class BodyTooLarge(ProxyserveError):
+    """The request's body is above `Limits.max_body_bytes`."""
+
+
+class UnsupportedMediaType(ProxyserveError):
+    """The request's body is not announced as JSON."""
+
+
+class Unauthorized(ProxyserveError):
+    """The request has no key, or one that this server does not know."""
+
+
+class GenerationFailed(ProxyserveError):
+    """The engine took the request and could not finish it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What a client is told: a status, the error itself and headers that go with it."""
+
+    status: int
+    detail: ErrorDetail
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Problem:
+        kind = _TYPES.get(status, "invalid_request_error")
+        detail = ErrorDetail(message=message, type=kind, param=param, code=code)
+        return cls(status, detail, dict(headers or {}))
+
+    @property
+    def body(self) -> str:
+        return ErrorBody(error=self.detail).model_dump_json()
+
+
+def problem_of(error: Exception) -> Problem:
+    """What to tell the client about `error`. An exception that nobody raised on purpose tells nothing of itself."""
+    match error:
+        case UnknownModel():
+            return Problem.of(404, error.message, param=error.param, code=error.code)
+        case InvalidRequest():
+            return Problem.of(400, error.message, param=error.param, code=error.code)
+        case QueueFull():
+            headers = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
+            return Problem.of(429, error.message, code="queue_full", headers=headers)
+        case NotReady():
+            return Problem.of(503, error.message, code="not_ready", headers={"Retry-After": "1"})
+        case Unauthorized():
+            headers = {"WWW-Authenticate": "Bearer"}
+            return Problem.of(401, error.message, code="invalid_api_key", headers=headers)
+        case BodyTooLarge():
+            return Problem.of(413, error.message, code="body_too_large")
+        case UnsupportedMediaType():
+            return Problem.of(415, error.message, code="unsupported_media_type")
+        case ProxyserveError():
+            return Problem.of(500, error.message, code="generation_failed")
+        case RequestValidationError():
+            return _problem_of_validation(error.errors())
+        case HTTPException():
+            return _problem_of_http(error)
+        case _:
+            return Problem.of(500, "The server failed on this request; its log says more.", code="internal")
+
+
+def error_response(problem: Problem) -> Response:
+    return Response(
+        problem.body, problem.status, headers=dict(problem.headers), media_type="application/json"
+    )
+
+
+def rejection_reason(status: int) -> str | None:
+    """The metrics label for a refusal with this status, None where it is no refusal."""
+    return _REJECTIONS.get(status)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Answer every exception raised by a route, and 404 and 405 of the router, in OpenAI's shape."""
+
+    async def handle(request: Request, error: Exception) -> Response:
+        problem = problem_of(error)
+        reason = rejection_reason(problem.status)
+        if reason is not None:
+            server_state(request).metrics.rejected(reason)
+        return error_response(problem)
+
+    for kind in (ProxyserveError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, handle)
+
+
+def field_path(location: Sequence[int | str]) -> str:
+    """`("messages", 0, "content")` as `messages[0].content`."""
+    path = ""
+    for step in location:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        else:
+            path += f".{shorten(step)}" if path else shorten(step)
+    return path
+
+
+def shorten(name: str) -> str:
+    """`name` as it may be repeated to the client."""
+    return name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "..."
+
+
+def _problem_of_http(error: HTTPException) -> Problem:
+    messages = {
+        404: ("There is no such route; /docs lists them.", "route_not_found"),
+        405: ("This route does not take this method; /docs lists the methods.", "method_not_allowed"),
+    }
+    message, code = messages.get(error.status_code, (str(error.detail), None))
+    return Problem.of(error.status_code, message, code=code, headers=error.headers)
+
+
+def _problem_of_validation(errors: Sequence[Mapping[str, Any]]) -> Problem:
+    """The first of the validator's findings; values that the client sent are never repeated."""
+    first = errors[0]
+    where = tuple(first["loc"])[1:]  # drops "body", "path" or "query"
+    param = field_path(where) or None
+    if param is None:
+        return Problem.of(400, "The body must be a JSON object.", code="invalid_body")
+    match first["type"]:
+        case "missing":
+            return Problem.of(400, f"'{param}' is required.", param=param, code="missing_required_parameter")
+        case "extra_forbidden":
+            return Problem.of(400, _unknown_field(param, where), param=param, code="unknown_parameter")
+        case "not_supported_yet":
+            message = f"'{param}' is not supported yet. {first['msg']}"
+            return Problem.of(400, message, param=param, code="unsupported_parameter")
+        case kind:
+            code = "invalid_type" if kind.endswith("_type") else "invalid_value"
+            return Problem.of(400, f"'{param}': {first['msg']}.", param=param, code=code)
+
+
+def _unknown_field(param: str, where: Sequence[int | str]) -> str:
+    if where[0] == "fusion":
+        return f"'{param}' is not there yet; this version takes 'rule', 'experts' and 'prompts' in 'fusion'."
+    return f"There is no field '{param}' in this request."

@@ -1,0 +1,142 @@
+"""One request's work in the engine: submitting it, following its events, adding up what it cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from proxyserve.api.errors import GenerationFailed
+from proxyserve.api.presence import ServerStopping
+from proxyserve.api.schemas.fusion import FusionSummary
+from proxyserve.api.schemas.responses import PromptTokensDetails, UsageBody
+from proxyserve.api.state import ServerState
+from proxyserve.engine.submission import Submission
+from proxyserve.types import FinishReason, FusionReport, OutputEvent, TokenLogprob, Usage
+
+if TYPE_CHECKING:
+    from proxyserve.engine.loop import ResponseStream
+
+
+class Generation:
+    """Submissions that were accepted together and are answered in one response.
+
+    Choice `i` of submission `s` has number `s * n + i`. Creating one queues the work, so its `events` must be read or
+    closed; closing them early cancels what still runs.
+    """
+
+    def __init__(self, state: ServerState, submissions: Sequence[Submission], arrived: float) -> None:
+        """Raises what `AsyncEngine.submit` raises; then nothing is queued. `arrived` is the request's arrival by
+        `time.perf_counter`."""
+        self._n = submissions[0].n
+        self._order = {submission.request_id: number for number, submission in enumerate(submissions)}
+        self._stream: ResponseStream = state.engine.submit(submissions)
+        self._metrics = state.metrics
+        self._arrived = arrived
+        self._last_token: dict[int, float] = {}
+        self._unfinished = self._n * len(submissions)
+        self._usage: dict[int, Usage] = {}
+        self._reports: list[tuple[int, FusionReport]] = []
+
+    @property
+    def choices(self) -> int:
+        return self._n * len(self._order)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every choice has had its last event; `usage` and `fusion` are complete then."""
+        return self._unfinished == 0
+
+    async def events(self) -> AsyncGenerator[tuple[int, OutputEvent], None]:
+        """Each event with the number of its choice. Raises GenerationFailed or ServerStopping if a choice could not be
+        finished, and cancels the others."""
+        try:
+            async for event in self._stream:
+                if event.finish_reason is FinishReason.ERROR:
+                    raise GenerationFailed(event.error or "The engine could not finish this request.")
+                if event.finish_reason is FinishReason.CANCELLED:  # not by the client, who closes `events`
+                    raise ServerStopping
+                number = self._order[event.request_id] * self._n + event.index
+                self._record(number, event)
+                yield number, event
+        finally:
+            await self._stream.aclose()
+
+    def _record(self, number: int, event: OutputEvent) -> None:
+        now = time.perf_counter()
+        if event.token_ids:
+            previous = self._last_token.get(number)
+            if previous is None:
+                self._metrics.first_token_seconds.observe(now - self._arrived)
+            else:
+                self._metrics.inter_token_seconds.observe((now - previous) / len(event.token_ids))
+            self._last_token[number] = now
+        if event.finish_reason is None:
+            return
+        self._metrics.request_seconds.observe(now - self._arrived)
+        self._unfinished -= 1
+        if event.usage is not None:
+            self._usage[number] = event.usage
+            if event.fusion is not None:
+                self._reports.append((event.usage.completion_tokens, event.fusion))
+
+    def usage(self) -> UsageBody:
+        """Over all choices. A prompt counts once however many choices continue it."""
+        prompts = [usage for number, usage in self._usage.items() if number % self._n == 0]
+        prompt_tokens = sum(usage.prompt_tokens for usage in prompts)
+        completion_tokens = sum(usage.completion_tokens for usage in self._usage.values())
+        lane_tokens: dict[str, int] = {}
+        for usage in self._usage.values():
+            for model, tokens in usage.lane_tokens.items():
+                lane_tokens[model] = lane_tokens.get(model, 0) + tokens
+        return UsageBody(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(
+                cached_tokens=sum(usage.cached_tokens for usage in prompts)
+            ),
+            lane_tokens=lane_tokens,
+        )
+
+    def fusion(self) -> FusionSummary | None:
+        """Over all choices, None for requests to the plain base. `mean_kl` weighs every generated position alike."""
+        if not self._reports:
+            return None
+        positions = sum(tokens for tokens, _ in self._reports)
+        kl = sum(tokens * report.mean_kl for tokens, report in self._reports)
+        report = self._reports[0][1]
+        return FusionSummary(
+            rule=report.rule,
+            sum_of_weights=report.sum_of_weights,
+            generations=dict(report.generations),
+            mean_kl=kl / max(1, positions),
+            flips=sum(report.flips for _, report in self._reports),
+        )
+
+
+@dataclass(slots=True)
+class Answer:
+    """Everything that one choice produced."""
+
+    pieces: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+
+async def collect(generation: Generation) -> Sequence[Answer]:
+    """Wait for all choices; in order of their numbers. Cancelling this cancels the work."""
+    answers = [Answer() for _ in range(generation.choices)]
+    async with aclosing(generation.events()) as events:
+        async for number, event in events:
+            answer = answers[number]
+            answer.pieces.append(event.text)
+            answer.logprobs.extend(event.logprobs or ())
+            answer.finish_reason = event.finish_reason
+    return answers

@@ -1,0 +1,42 @@
+"""GET /v1/models and /v1/models/{id}"""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+
+from proxyserve.api.documentation import error_answers
+from proxyserve.api.schemas.other import ModelBody, ModelList
+from proxyserve.api.state import ServerState, server_state
+from proxyserve.fusion.model_name import parse_model_name
+
+router = APIRouter(tags=["models"])
+
+
+@router.get("/v1/models", summary="List models", responses=error_answers(401))
+async def list_models(request: Request) -> ModelList:
+    """The base, and the base with each expert at weight 1."""
+    state = server_state(request)
+    base = state.models.base.name
+    return ModelList(
+        data=[_model(state, base), *(_model(state, f"{base}+{name}") for name in state.models.experts)]
+    )
+
+
+@router.get("/v1/models/{model_id:path}", summary="Look a model up", responses=error_answers(400, 401, 404))
+async def read_model(request: Request, model_id: str) -> ModelBody:
+    """Any name that can be called, listed or not: `atlas+qa:0.8+arith`."""
+    return _model(server_state(request), model_id)
+
+
+def _model(state: ServerState, name: str) -> ModelBody:
+    """Raises UnknownModel or InvalidRequest."""
+    fusion = parse_model_name(name, state.models)
+    lanes = [state.models.base]
+    for entry in fusion.active:
+        expert = state.models.expert(entry.expert)
+        lanes += [model for model in (expert.tuned, expert.untuned) if model is not None]
+    return ModelBody(
+        id=name,
+        created=max(model.created for model in lanes),
+        max_model_len=min(model.context_length for model in lanes),
+    )

@@ -1,0 +1,128 @@
+"""From a request's body to what the engine is asked: fusion and sampling parameters."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fastapi import Request
+from starlette.concurrency import run_in_threadpool
+
+from proxyserve.api.schemas.common import GenerationRequest
+from proxyserve.api.schemas.fusion import FusionObject
+from proxyserve.config import Limits
+from proxyserve.engine.preparation import room_for_output
+from proxyserve.engine.submission import LanePrompts
+from proxyserve.errors import InvalidRequest, UnknownModel
+from proxyserve.fusion.model_name import parse_model_name
+from proxyserve.fusion.spec import Fusion
+from proxyserve.fusion.terms import compile_fusion
+from proxyserve.types import SamplingParams
+
+if TYPE_CHECKING:
+    from proxyserve.engine.engine import Engine
+    from proxyserve.models.model_set import ModelSet
+
+T = TypeVar("T")
+
+#: Fields that go into `SamplingParams` under their own names.
+_SAMPLING_FIELDS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "ignore_eos",
+)
+
+#: Bodies above this are prepared on another thread: encoding so much text would hold up everybody's streams.
+_LARGE_BODY = 32 * 1024
+
+
+async def prepared(request: Request, work: Callable[[], T]) -> T:
+    """Run `work` (validation, chat templates, tokenizers) where it holds up nobody."""
+    if len(await request.body()) > _LARGE_BODY:
+        return await run_in_threadpool(work)
+    return work()
+
+
+def resolve_fusion(model: str, given: FusionObject | None, models: ModelSet) -> Fusion:
+    """The fusion that `model` and the `fusion` object ask for together. Raises UnknownModel or InvalidRequest."""
+    named = parse_model_name(model, models)
+    if given is None:
+        return named
+    rule = given.rule or named.rule
+    if given.experts is None:
+        return Fusion(named.experts, rule)
+    if named.experts:
+        raise InvalidRequest(
+            f"Experts are named both in 'model' ('{model}') and in 'fusion.experts'; use one of them, "
+            f"such as model '{models.base.name}' with 'fusion.experts'.",
+            param="fusion.experts",
+        )
+    for entry in given.experts:
+        if entry.expert not in models.experts:
+            known = ", ".join(sorted(models.experts)) or "none"
+            raise UnknownModel(
+                f"There is no expert '{entry.expert}' here. Experts: {known}.",
+                param=f"fusion.experts.{entry.expert}",
+            )
+    return Fusion(given.experts, rule)
+
+
+def sampling_params(
+    body: GenerationRequest, limits: Limits, models: ModelSet, *, max_tokens: int, logprobs: int | None
+) -> SamplingParams:
+    """Raises InvalidRequest for what is above `limits`."""
+    stop, stop_ids = body.stop or [], body.stop_token_ids or []
+    _cap("stop", len(stop), limits.max_stop, "stop strings")
+    _cap("stop", max(map(len, stop), default=0), limits.max_stop_length, "characters in a stop string")
+    _cap("stop_token_ids", len(stop_ids), limits.max_stop, "stop token ids")
+    _cap("logit_bias", len(body.logit_bias or {}), limits.max_logit_bias, "entries in logit_bias")
+    for token in stop_ids:
+        if token not in models.base.vocabulary:
+            raise InvalidRequest(
+                f"Token id {token} is not in the vocabulary of '{models.base.name}'.", param="stop_token_ids"
+            )
+    given: dict[str, Any] = {
+        name: value for name in _SAMPLING_FIELDS if (value := getattr(body, name)) is not None
+    }
+    return SamplingParams(
+        max_tokens=max_tokens, stop=tuple(stop), stop_token_ids=tuple(stop_ids), logprobs=logprobs, **given
+    )
+
+
+def check_shape(body: GenerationRequest, limits: Limits, *, top_logprobs: int | None, param: str) -> None:
+    """What concerns the whole response. `param` is the route's name for the number of top log-probabilities."""
+    _cap("n", body.n or 1, limits.max_n, "choices")
+    _cap(param, top_logprobs or 0, limits.max_logprobs, "log-probabilities per token")
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("'stream_options' needs 'stream': true.", param="stream_options")
+
+
+def room_for_answer(engine: Engine, fusion: Fusion, prompts: LanePrompts) -> int:
+    """The largest `max_tokens` that context and KV memory allow after these prompts; at least 1, which the engine then
+    refuses with its reason."""
+    program = compile_fusion(fusion, engine.models, prompts.of)
+    room = room_for_output(program)
+    lanes_of = Counter(lane.model.key for lane in program.lanes)
+    for lane in program.lanes:
+        blocks = engine.memory[lane.model.key].blocks // lanes_of[lane.model.key]
+        room = min(room, blocks * engine.config.block_size - len(lane.prompt))
+    return max(1, room)
+
+
+def cache_salt(of_key: str, user: str | None) -> str:
+    """Separates the prefix-cache entries of different keys and, under one key, of different users."""
+    return f"{of_key}/{hashlib.sha256(user.encode()).hexdigest()}" if user else of_key
+
+
+def _cap(param: str, value: int, most: int, what: str) -> None:
+    if value > most:
+        raise InvalidRequest(f"{value} {what} are asked for; this server allows {most}.", param=param)

@@ -1,0 +1,69 @@
+"""From a running generation to an HTTP response, streamed or whole. What the two routes' JSON looks like is in their
+`ResponseShape`s."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from fastapi import Request, Response
+from pydantic import BaseModel
+
+from proxyserve.api.generate import Answer, Generation, collect
+from proxyserve.api.presence import ClientGone, while_present
+from proxyserve.api.schemas.common import GenerationRequest
+from proxyserve.api.sse import EventStream
+from proxyserve.api.state import server_state
+from proxyserve.types import OutputEvent
+
+#: What nginx logs for a client that left; nobody receives it.
+_CLIENT_CLOSED_REQUEST = 499
+
+
+class ResponseShape(Protocol):
+    """How one route writes its responses. Fields that are not given to a model are left out of the JSON."""
+
+    def chunk(self, events: Sequence[tuple[int, OutputEvent]], **more: Any) -> BaseModel:
+        """A chunk with a choice per event; `more` are top-level fields. A choice's events come in their order."""
+
+    def whole(self, answers: Sequence[Answer], **more: Any) -> BaseModel:
+        """The complete response; answer `i` is choice `i`."""
+
+
+async def respond(
+    request: Request, body: GenerationRequest, generation: Generation, shape: ResponseShape
+) -> Response:
+    """Answer `body` with `generation`. A client that goes away ends the generation."""
+    stopping = server_state(request).stopping
+    if body.stream:
+        return EventStream(_chunks(generation, shape, body.include_usage), stopping=stopping)
+    try:
+        answers = await while_present(collect(generation), request.receive, stopping)
+    except ClientGone:
+        return Response(status_code=_CLIENT_CLOSED_REQUEST)
+    whole = shape.whole(answers, usage=generation.usage(), **_fusion(generation))
+    return Response(_json(whole), media_type="application/json")
+
+
+async def _chunks(
+    generation: Generation, shape: ResponseShape, include_usage: bool
+) -> AsyncGenerator[str, None]:
+    """The JSON of each chunk. `usage` comes last, in a chunk without choices; `fusion` comes with the last chunk."""
+    usage = {"usage": None} if include_usage else {}
+    async with aclosing(generation.events()) as events:
+        async for number, event in events:
+            if event.text or event.logprobs or event.finish_reason:
+                fusion = _fusion(generation) if generation.finished and not include_usage else {}
+                yield _json(shape.chunk([(number, event)], **usage, **fusion))
+    if include_usage:
+        yield _json(shape.chunk([], usage=generation.usage(), **_fusion(generation)))
+
+
+def _fusion(generation: Generation) -> dict[str, Any]:
+    fusion = generation.fusion()
+    return {} if fusion is None else {"fusion": fusion}
+
+
+def _json(model: BaseModel) -> str:
+    return model.model_dump_json(exclude_unset=True)

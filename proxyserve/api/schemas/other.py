@@ -1,0 +1,65 @@
+"""Bodies of the small routes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field
+
+from proxyserve.api.schemas.base import RequestModel
+from proxyserve.api.schemas.chat import Message
+from proxyserve.api.schemas.common import ModelName, TokenId
+
+
+class ModelBody(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["proxyserve"] = "proxyserve"
+    max_model_len: int = Field(description="Tokens of prompt and answer together.")
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelBody]
+
+
+class TokenizeRequest(RequestModel):
+    """Give `prompt` or `messages`. Messages are rendered with the chat template of the base, or the one that the base
+    borrows from an expert named in `model`; they hold their own special tokens."""
+
+    model: ModelName | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: bool | None = Field(None, description="For `prompt` only; on unless switched off.")
+
+
+class TokenizeResponse(BaseModel):
+    tokens: list[int]
+    count: int
+    max_model_len: int
+
+
+class DetokenizeRequest(RequestModel):
+    model: ModelName | None = None
+    tokens: list[TokenId]
+
+
+class DetokenizeResponse(BaseModel):
+    """`prompt` keeps special tokens, so that `/tokenize` without `add_special_tokens` gives the same ids again wherever
+    the tokenizer is reversible."""
+
+    prompt: str
+
+
+class Health(BaseModel):
+    status: Literal["ok"] = "ok"
+
+
+class Readiness(BaseModel):
+    status: Literal["loading", "ready", "draining", "dead"]
+    reason: str | None = Field(None, description="Why the server cannot serve.")
+
+
+class Version(BaseModel):
+    version: str

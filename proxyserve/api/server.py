@@ -1,0 +1,126 @@
+"""Listening, and stopping without losing anybody's answer."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import socket
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import uvicorn
+from fastapi import FastAPI
+
+from proxyserve.api.app import create_app
+from proxyserve.api.errors import StartupError
+from proxyserve.api.state import ServerState
+from proxyserve.config import ServerConfig
+
+if TYPE_CHECKING:
+    from proxyserve.engine.loop import AsyncEngine
+
+logger = logging.getLogger("proxyserve.api")
+
+#: How long answers that were cut off may take to say so, and idle connections to close.
+_FAREWELL_SECONDS = 5
+
+
+def run_server(engine: AsyncEngine, config: ServerConfig) -> None:
+    """Start `engine`, serve until SIGTERM or SIGINT, drain, close `engine`. Call it on the main thread.
+
+    At the first signal `/ready` turns to 503, new work is refused, and what runs may go on for
+    `config.drain_seconds`; then, or at a second signal, what is left ends with an error. Raises StartupError if the
+    address cannot or must not be listened on.
+    """
+    check_binding(config)
+    app = create_app(engine, config)
+    with listen(config.host, config.port) as listener:
+        engine.start()
+        try:
+            DrainingServer(app, config.drain_seconds).run([listener])
+        finally:
+            engine.close()
+
+
+def check_binding(config: ServerConfig) -> None:
+    """Without keys anyone who can connect can use the server, so nobody else may be able to connect. Raises
+    StartupError."""
+    if config.api_key_file is None and not _is_loopback(config.host):
+        raise StartupError(
+            f"Listening on {config.host} needs keys, since others can reach it: give --api-key-file, or use "
+            "--host 127.0.0.1."
+        )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to the address; port 0 takes a free one. Raises StartupError if that is not possible."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise StartupError(f"{host} is no address to listen on: {error}") from error
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise StartupError(
+            f"Cannot listen on {host}:{port}: {error.strerror}. Choose another --port."
+        ) from error
+    return listener
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn, but with the listener open while it drains, so that load balancers see `/ready` change."""
+
+    def __init__(self, app: FastAPI, drain_seconds: float) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                access_log=False,  # its lines hold query strings
+                lifespan="off",
+                log_level="warning",
+                server_header=False,
+                timeout_graceful_shutdown=_FAREWELL_SECONDS,
+                ws="none",
+            )
+        )
+        self._state: ServerState = app.state.proxyserve
+        self._drain_seconds = drain_seconds
+        self._hurry = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The signal handler. uvicorn's own would raise the signal again at the end, and the process would not exit
+        with 0."""
+        if self.should_exit and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._hurry.set)  # a signal alone does not wake the loop
+        self.should_exit = True
+
+    async def main_loop(self) -> None:
+        """Runs until the first signal and on until drained; then uvicorn closes the listener and the connections."""
+        self._loop = asyncio.get_running_loop()
+        await super().main_loop()
+        engine = self._state.engine
+        engine.drain()
+        logger.warning("draining; at most %g seconds are left for running requests", self._drain_seconds)
+        drained = asyncio.ensure_future(engine.drained())
+        hurried = asyncio.ensure_future(self._hurry.wait())
+        await asyncio.wait(
+            {drained, hurried}, timeout=self._drain_seconds, return_when=asyncio.FIRST_COMPLETED
+        )
+        hurried.cancel()
+        self._state.stopping.set()
+        await asyncio.wait({drained}, timeout=_FAREWELL_SECONDS)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,40 @@
+"""What the routes of one server share."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from starlette.requests import HTTPConnection
+
+if TYPE_CHECKING:
+    from proxyserve.api.auth import KeyRing
+    from proxyserve.api.metrics import Metrics
+    from proxyserve.config import ServerConfig
+    from proxyserve.engine.loop import AsyncEngine
+    from proxyserve.models.model_set import ModelSet
+
+
+@dataclass(frozen=True, eq=False)
+class ServerState:
+    """Made once by `create_app`, found again with `server_state`.
+
+    `stopping` is set once, when the time to drain is over: every answer still in the making then ends in an error.
+    """
+
+    engine: AsyncEngine
+    config: ServerConfig
+    keys: KeyRing
+    metrics: Metrics
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def models(self) -> ModelSet:
+        return self.engine.engine.models
+
+
+def server_state(connection: HTTPConnection) -> ServerState:
+    """The state of the server that `connection` came to; also a FastAPI dependency."""
+    state: ServerState = connection.app.state.proxyserve
+    return state

@@ -1,0 +1,1 @@
+"""Benchmarks: proxyserve beside the plain Hugging Face loop, in one run on one machine."""

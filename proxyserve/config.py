@@ -1,0 +1,64 @@
+"""Settings, resolved once at start-up and frozen. The CLI and the tests build these; nothing reads the environment
+later."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How the engine runs.
+
+    `dtype` "auto" is float32 on a CPU and bfloat16 on a GPU. `max_batch` is the most requests that run at once,
+    `max_batch_tokens` the most tokens one model computes per step (long prompts are cut into chunks of at most
+    that many). `kv_memory` is in bytes for the KV caches of all models together; None lets the memory plan choose.
+    `threads` None leaves torch's own choice.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    max_batch: int = 64
+    max_batch_tokens: int = 512
+    kv_memory: int | None = None
+    block_size: int = 16
+    prefix_cache: bool = True
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "max_batch_tokens", "block_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_batch_tokens < self.max_batch:
+            raise ValueError(
+                f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_batch ({self.max_batch}), "
+                "so that every running request can advance in each step"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Caps on what one request, or all waiting requests together, may ask for. Each has its own error message."""
+
+    max_n: int = 16
+    max_stop: int = 16
+    max_stop_length: int = 200
+    max_logit_bias: int = 1024
+    max_logprobs: int = 20
+    max_batched_prompts: int = 256
+    max_body_bytes: int = 8 * 2**20
+    max_waiting_requests: int = 1024
+    max_waiting_tokens: int = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """Where and for whom the HTTP server listens. `api_key_file` None means no keys: loopback addresses only.
+    `drain_seconds` is how long running requests may take to finish after SIGTERM."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key_file: Path | None = None
+    drain_seconds: float = 30.0
+    limits: Limits = field(default_factory=Limits)

@@ -1,0 +1,240 @@
+"""Paged attention behind the attention registry of transformers.
+
+A model runs on one packed row of tokens from many lanes. Its layers call `paged_attention`, which writes the new keys
+and values into the model's KV blocks and lets every token attend to its own lane's blocks. Where a lane's tokens
+are is described by an `AttentionPlan`, made once per forward and found through a context variable, so that model
+classes that do not pass keyword arguments down work too.
+
+        packed row:   a a a | b | c | d d        ids of lanes a, b, c, d
+        spans:        chunks    single chunks    lanes with one token share one padded call, longer chunks likewise
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from proxyserve.engine.kv_storage import KVStorage, LayerShape
+
+#: The name under which `paged_attention` is registered.
+IMPLEMENTATION = "proxyserve_paged"
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The tokens `start` to `start + count` of one lane, and the blocks that hold the lane."""
+
+    blocks: Sequence[int]
+    start: int
+    count: int
+
+
+class SpanGroup:
+    """Spans of similar length that attend in one padded call.
+
+    For n spans, the longest with q tokens and the longest context with k tokens: `query_index` [n, q] int64 picks
+    tokens of the packed row (padding picks token 0 of the span), `tables` [n * blocks] int64 are block ids (padding
+    repeats block 0), `positions` [n, q] int64. Padded rows are computed and thrown away; `real` [tokens] picks the
+    others from the flattened [n * q]."""
+
+    def __init__(
+        self, spans: Sequence[Span], offsets: Sequence[int], block_size: int, device: torch.device
+    ) -> None:
+        self.count = len(spans)
+        self.queries = max(span.count for span in spans)
+        blocks = max(-(-(span.start + span.count) // block_size) for span in spans)
+        self.keys = blocks * block_size
+        tables = [[*span.blocks[:blocks], *[0] * (blocks - len(span.blocks))] for span in spans]
+        self.tables = torch.tensor(tables, dtype=torch.int64, device=device).flatten()
+        starts = torch.tensor([span.start for span in spans], device=device)
+        counts = torch.tensor([span.count for span in spans], device=device)
+        steps = torch.arange(self.queries, device=device)
+        inside = steps < counts[:, None]
+        self.query_index = torch.tensor(list(offsets), device=device)[:, None] + torch.where(inside, steps, 0)
+        self.positions = starts[:, None] + torch.where(inside, steps, 0)
+        self.packed = self.query_index[inside]
+        self.real = inside.flatten().nonzero()[:, 0]
+        self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """Additive mask [n, 1, q, k]: 0 where a token may look, -inf where not (the future, other lanes' leftovers
+        in the last block, and what a sliding window has passed). Layers share it."""
+        mask = self._masks.get((window, dtype))
+        if mask is None:
+            keys = torch.arange(self.keys, device=self.positions.device)
+            distance = self.positions[:, :, None] - keys
+            hidden = distance < 0
+            if window is not None:
+                hidden |= distance >= window
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            mask = mask.masked_fill_(hidden, -math.inf)[:, None]
+            self._masks[window, dtype] = mask
+        return mask
+
+
+@dataclass(slots=True)
+class AttentionPlan:
+    """Where one forward's tokens live. `slots` [tokens] int64: the row of each packed token in a layer's pool seen as
+    [num_blocks * block_size, heads, size]. `layers` counts the calls, for the check that every layer came by."""
+
+    storage: KVStorage
+    slots: Tensor
+    groups: list[SpanGroup]
+    layers: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, spans: Sequence[Span], storage: KVStorage) -> AttentionPlan:
+        size = storage.block_size
+        device = storage.keys[0].device
+        slots: list[int] = []
+        offsets: list[int] = []
+        for span in spans:
+            offsets.append(len(slots))
+            slots.extend(
+                span.blocks[position // size] * size + position % size
+                for position in range(span.start, span.start + span.count)
+            )
+        groups = [
+            SpanGroup([spans[i] for i in members], [offsets[i] for i in members], size, device)
+            for members in _similar(spans)
+        ]
+        return cls(storage, torch.tensor(slots, device=device), groups)
+
+
+def _similar(spans: Sequence[Span]) -> list[list[int]]:
+    """Group spans whose lengths lie within one power of two, so that at most half of a padded call is padding."""
+    groups: dict[int, list[int]] = {}
+    for index, span in enumerate(spans):
+        groups.setdefault((span.count - 1).bit_length(), []).append(index)
+    return list(groups.values())
+
+
+@dataclass(slots=True)
+class ShapeProbe:
+    """Stands in for a plan when a model is first run: records what each layer would store, lets tokens attend
+    causally."""
+
+    shapes: dict[int, LayerShape] = field(default_factory=dict)
+
+
+_current: ContextVar[AttentionPlan | ShapeProbe | None] = ContextVar("proxyserve_attention", default=None)
+
+
+@contextmanager
+def attention_plan(plan: AttentionPlan | ShapeProbe) -> Iterator[None]:
+    """Make `plan` the one that `paged_attention` uses inside the block."""
+    token = _current.set(plan)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    *,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a packed row. `query` [1, heads, tokens, size], `key` and `value` [1, kv heads, tokens, size],
+    after rotary embedding -> [1, tokens, heads, value size]. The mask argument is unused: the plan knows who sees
+    whom.
+
+    `sliding_window` in tokens (a token sees itself and `sliding_window - 1` before it), `softcap` as in Gemma 2
+    (`cap * tanh(score / cap)`), `s_aux` [heads] extra logits that only take probability away (attention sinks).
+    """
+    plan = _current.get()
+    if plan is None:
+        raise RuntimeError("a model in paged mode was run outside an attention plan")
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(plan, ShapeProbe):
+        plan.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+        plan_free = SpanMath(scale, softcap, s_aux)
+        length = query.shape[2]
+        mask = torch.full((length, length), -math.inf, dtype=query.dtype, device=query.device).triu(1)
+        return plan_free(query, key, value, mask).transpose(1, 2), None
+    keys, values = plan.storage.keys[layer], plan.storage.values[layer]
+    keys.view(-1, *keys.shape[2:]).index_copy_(0, plan.slots, key[0].transpose(0, 1))
+    values.view(-1, *values.shape[2:]).index_copy_(0, plan.slots, value[0].transpose(0, 1))
+    plan.layers.append(layer)
+    attend = SpanMath(scale, softcap, s_aux)
+    packed = query[0].transpose(0, 1)  # [tokens, heads, size]
+    if len(plan.groups) == 1 and plan.groups[0].queries == 1:
+        group = plan.groups[0]
+        return _attend_group(attend, group, packed[:, None], keys, values, sliding_window)[None, :, 0], None
+    output = packed.new_empty(packed.shape[0], packed.shape[1], values.shape[3])
+    for group in plan.groups:
+        attended = _attend_group(attend, group, packed[group.query_index], keys, values, sliding_window)
+        output[group.packed] = attended.flatten(0, 1)[group.real]
+    return output[None], None
+
+
+def _attend_group(
+    attend: SpanMath, group: SpanGroup, query: Tensor, keys: Tensor, values: Tensor, window: int | None
+) -> Tensor:
+    """`query` [n, q, heads, size] against the group's blocks -> [n, q, heads, value size]."""
+    gathered_keys = keys.index_select(0, group.tables).view(group.count, group.keys, *keys.shape[2:])
+    gathered_values = values.index_select(0, group.tables).view(group.count, group.keys, *values.shape[2:])
+    mask = group.mask(window, query.dtype)
+    attended = attend(
+        query.transpose(1, 2), gathered_keys.transpose(1, 2), gathered_values.transpose(1, 2), mask
+    )
+    return attended.transpose(1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class SpanMath:
+    """softmax(query @ key^T * scale + mask) @ value with grouped heads, soft-capping and sinks."""
+
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """[n, heads, q, size], [n, kv heads, k, size] twice, additive mask broadcastable to [n, 1, q, k] -> [n,
+        heads, q, value size]."""
+        if self.softcap is None and self.sinks is None:
+            if query.shape[2] == 1 and query.shape[1] != key.shape[1]:
+                # One token per span: its heads that share a key head are as good as several queries of that head.
+                folded = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
+                out = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=self.scale)
+                return out.reshape(query.shape[0], query.shape[1], 1, value.shape[3])
+            return scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, scale=self.scale, enable_gqa=query.shape[1] != key.shape[1]
+            )
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        scores = query @ key.transpose(2, 3) * self.scale
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        scores = scores + mask
+        if self.sinks is None:
+            return torch.softmax(scores.float(), dim=-1).to(query.dtype) @ value
+        sinks = self.sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        weights = torch.softmax(torch.cat([scores, sinks.to(scores.dtype)], dim=-1).float(), dim=-1)
+        return weights[..., :-1].to(query.dtype) @ value
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Model classes build no mask of their own: the plan has them."""
+
+
+AttentionInterface.register(IMPLEMENTATION, paged_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)

@@ -1,0 +1,225 @@
+"""The engine: one plain `step()` that advances every running request.
+
+    submission ─prepare─▶ choices ─enqueue─▶ scheduler.schedule() ─▶ per model: runner.run(packed tokens)
+        events ◀─accept─ tokens ◀─ fuse_and_pick (one call for the whole batch) ◀─ logits rows
+
+No thread and no clock live here; `engine.loop` owns the thread that calls `step`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from proxyserve.config import EngineConfig
+from proxyserve.engine.batch import build_batch, token_logprob
+from proxyserve.engine.choice import Choice
+from proxyserve.engine.kv_storage import KVStorage
+from proxyserve.engine.memory import ModelMemory, plan_memory
+from proxyserve.engine.preparation import prepare
+from proxyserve.engine.runner import Runner
+from proxyserve.engine.submission import Submission
+from proxyserve.engine.verify import verify_paged
+from proxyserve.fusion.spec import FusionPolicy
+from proxyserve.kv.block_pool import BlockPool
+from proxyserve.models.model_set import ModelSet
+from proxyserve.scheduler.request import RequestState
+from proxyserve.scheduler.scheduler import Plan, Scheduler
+from proxyserve.types import FinishReason, ModelKey, OutputEvent
+from proxyserve_kernels import Picks, fuse_and_pick
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class EngineCounters:
+    """Since start. `finished` counts choices by finish reason; prompt and cached tokens are those of base lanes."""
+
+    steps: int = 0
+    tokens_generated: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
+    fused_tokens: int = 0
+    flips: int = 0
+    kl_total: float = 0.0
+    finished: dict[str, int] = field(default_factory=dict)
+
+
+class Engine:
+    """Holds the models, their KV blocks and the requests. Not thread-safe: `prepare` may be called from anywhere,
+    everything else from one thread. Raises LoadError if a model cannot be served or memory does not suffice."""
+
+    def __init__(
+        self, models: ModelSet, config: EngineConfig | None = None, policy: FusionPolicy | None = None
+    ) -> None:
+        self.models = models
+        self.config = config or EngineConfig()
+        self.policy = policy or FusionPolicy()
+        self.counters = EngineCounters()
+        self.runners = {key: Runner(model) for key, model in models.models.items()}
+        self.memory: Mapping[ModelKey, ModelMemory] = plan_memory(
+            {key: runner.shapes for key, runner in self.runners.items()},
+            models.models,
+            budget=self.config.kv_memory,
+            block_size=self.config.block_size,
+            max_batch=self.config.max_batch,
+        )
+        for key, runner in self.runners.items():
+            runner.attach(
+                KVStorage(
+                    runner.shapes,
+                    num_blocks=self.memory[key].blocks,
+                    block_size=self.config.block_size,
+                    dtype=runner.model.dtype,
+                    device=runner.model.device,
+                )
+            )
+            verify_paged(runner)
+        self.pools = {key: BlockPool(memory.blocks) for key, memory in self.memory.items()}
+        self.scheduler = Scheduler(
+            self.pools,
+            block_size=self.config.block_size,
+            max_batch=self.config.max_batch,
+            max_batch_tokens=self.config.max_batch_tokens,
+        )
+        self._choices: dict[str, Choice] = {}
+
+    # Requests ------------------------------------------------------------------------------------------------
+
+    def prepare(self, submission: Submission) -> list[Choice]:
+        """Validate a submission and make its choices, touching no engine state. Raises InvalidRequest or
+        UnknownModel with the field at fault."""
+        return prepare(
+            submission,
+            self.models,
+            self.policy,
+            blocks={key: memory.blocks for key, memory in self.memory.items()},
+            block_size=self.config.block_size,
+            share_prefixes=self.config.prefix_cache,
+        )
+
+    def enqueue(self, choices: Iterable[Choice]) -> None:
+        """Queue prepared choices."""
+        for choice in choices:
+            if choice.key in self._choices:
+                raise ValueError(f"request id {choice.key} is in use")
+            self._choices[choice.key] = choice
+            self.scheduler.add(choice.scheduled)
+
+    def submit(self, submission: Submission) -> list[str]:
+        """Prepare and queue. Returns the keys of the choices, for `cancel`."""
+        choices = self.prepare(submission)
+        self.enqueue(choices)
+        return [choice.key for choice in choices]
+
+    def cancel(self, key: str) -> OutputEvent | None:
+        """End a choice now and return its blocks. None if it has already ended."""
+        choice = self._choices.get(key)
+        return None if choice is None else self._finish(choice, choice.end(FinishReason.CANCELLED))
+
+    def fail_all(self, message: str) -> list[OutputEvent]:
+        """End every choice with an error; for a caller that cannot go on stepping."""
+        return [
+            self._finish(choice, choice.end(FinishReason.ERROR, message))
+            for choice in list(self._choices.values())
+        ]
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    # One step ------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self) -> list[OutputEvent]:
+        """Run one step: at most one packed forward per model and one fused pick. Returns an event per choice that
+        got a token or ended. A step that raises inside ends the requests in it with an error and nothing else."""
+        plan = self.scheduler.schedule()
+        self.counters.preemptions += len(plan.preempted)
+        if plan.empty:
+            return []
+        self.counters.steps += 1
+        sampling = [self._choices[request.request_id] for request in plan.sampling]
+        try:
+            logits = {model: self.runners[model].run(work) for model, work in plan.work.items()}
+            picks = self._pick(sampling, plan, logits)
+        except Exception as error:  # whatever it was, the process and all other requests go on
+            logger.exception("a step failed; the requests in it are ended")
+            return self._fail(plan, f"The step that computed this request failed: {type(error).__name__}.")
+        self.scheduler.commit(plan)
+        events = [] if picks is None else self._accept(sampling, picks)
+        if not self.config.prefix_cache:
+            for pool in self.pools.values():
+                pool.drop_cache()
+        return events
+
+    def _pick(self, sampling: list[Choice], plan: Plan, logits: Mapping[ModelKey, Tensor]) -> Picks | None:
+        if not sampling:
+            return None
+        batch, controls = build_batch(sampling, plan.work, logits, self.models.base.key)
+        return fuse_and_pick(batch, controls)
+
+    def _accept(self, sampling: list[Choice], picks: Picks) -> list[OutputEvent]:
+        events = []
+        tokens, valid = picks.tokens.tolist(), picks.valid.tolist()
+        kl, flips = picks.kl.tolist(), picks.flips.tolist()
+        for row, choice in enumerate(sampling):
+            if not valid[row]:
+                events.append(self._fail_numerically(choice))
+                continue
+            event = choice.accept(
+                tokens[row], token_logprob(tokens[row], picks.logprobs[row]), kl[row], flips[row]
+            )
+            self._count(choice, kl[row], flips[row])
+            events.append(event if event.finish_reason is None else self._finish(choice, event))
+        return events
+
+    def _count(self, choice: Choice, kl: float, flip: bool) -> None:
+        counters = self.counters
+        counters.tokens_generated += 1
+        if choice.terms:
+            counters.fused_tokens += 1
+            counters.flips += flip
+            counters.kl_total += kl
+
+    def _fail(self, plan: Plan, message: str) -> list[OutputEvent]:
+        keys = {item.request.request_id for work in plan.work.values() for item in work}
+        return [
+            self._finish(self._choices[key], self._choices[key].end(FinishReason.ERROR, message))
+            for key in sorted(keys)
+        ]
+
+    def _fail_numerically(self, choice: Choice) -> OutputEvent:
+        """The fused row was NaN, infinite or empty. Its KV may be NaN as well: nobody may find it, and what nobody
+        else holds is zeroed before another request gets the blocks."""
+        for lane in choice.scheduled.lanes:
+            alone = self.pools[lane.model].withdraw(lane.blocks)
+            storage = self.runners[lane.model].storage
+            if alone and storage is not None:
+                storage.clear(alone)
+        message = "The models gave no finite score for the next token; try smaller weights or other experts."
+        return self._finish(choice, choice.end(FinishReason.ERROR, message))
+
+    def _finish(self, choice: Choice, event: OutputEvent) -> OutputEvent:
+        del self._choices[choice.key]
+        self.scheduler.finish(choice.scheduled)
+        reason = (event.finish_reason or FinishReason.ERROR).value
+        self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
+        if event.usage is not None:
+            self.counters.prompt_tokens += event.usage.prompt_tokens
+            self.counters.cached_tokens += event.usage.cached_tokens
+        return event
+
+    def check(self) -> None:
+        """Raise AssertionError if bookkeeping is broken. For tests, after every step."""
+        self.scheduler.check()
+        live = {request.request_id for request in (*self.scheduler.running, *self.scheduler.waiting)}
+        assert live == set(self._choices), "scheduler and engine know different requests"
+        assert all(
+            choice.scheduled.state is not RequestState.FINISHED for choice in self._choices.values()
+        ), "a finished choice is still known"

@@ -1,0 +1,289 @@
+"""The thread that steps the engine, and the bridge from it to asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+from proxyserve.config import Limits
+from proxyserve.engine.choice import Choice
+from proxyserve.engine.engine import Engine
+from proxyserve.engine.submission import Submission
+from proxyserve.errors import InvalidRequest, NotReady, QueueFull
+from proxyserve.types import FinishReason, OutputEvent
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStats:
+    """One model's share of `EngineStats`. `blocks_cached` are reusable blocks that no lane holds."""
+
+    blocks_total: int
+    blocks_in_use: int
+    blocks_cached: int
+    tokens_run: int
+    rows_run: int
+    seconds_run: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot for metrics. Counters are since start."""
+
+    waiting: int
+    running: int
+    steps: int
+    tokens_generated: int
+    prompt_tokens: int
+    cached_tokens: int
+    preemptions: int
+    finished: Mapping[str, int]
+    fused_tokens: int
+    flips: int
+    kl_total: float
+    models: Mapping[str, ModelStats]
+
+
+class ResponseStream:
+    """Events of all choices of one `submit`, in the order they happen; ends after the last choice's last event.
+    Leaving early (`aclose`, or the end of `async with`) cancels what still runs."""
+
+    def __init__(self, engine: AsyncEngine, choices: Sequence[Choice]) -> None:
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[OutputEvent] = asyncio.Queue()
+        self._open = {choice.key for choice in choices}
+        self.choices = len(choices)
+
+    def __aiter__(self) -> AsyncIterator[OutputEvent]:
+        return self
+
+    async def __anext__(self) -> OutputEvent:
+        if not self._open:
+            raise StopAsyncIteration
+        event = await self._queue.get()
+        if event.finish_reason is not None:
+            self._open.discard(f"{event.request_id}/{event.index}")
+        return event
+
+    async def aclose(self) -> None:
+        """Cancel the choices that have not ended. Safe to call at any time, more than once."""
+        self._engine._cancel(self._open)
+        self._open = set()
+
+    async def __aenter__(self) -> ResponseStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+class AsyncEngine:
+    """Runs `engine.step()` on a thread of its own for callers on an event loop.
+
+    States: loading (before `start`), ready, draining (no new work), dead (`failure` says why). All bookkeeping that
+    both sides touch is under one lock; the engine itself is touched by the thread alone."""
+
+    def __init__(self, engine: Engine, limits: Limits | None = None) -> None:
+        self.engine = engine
+        self.limits = limits or Limits()
+        self.state = "loading"
+        self.failure: str | None = None
+        self._wake = threading.Condition()
+        self._arrived: deque[list[Choice]] = deque()
+        self._cancelled: deque[str] = deque()
+        self._streams: dict[str, ResponseStream] = {}
+        self._unstarted: dict[str, int] = {}  # choices without a first event -> prompt tokens
+        self._stop = False
+        self._idle = threading.Event()
+        self._idle.set()
+        self._thread = threading.Thread(target=self._run, name="proxyserve-engine", daemon=True)
+
+    def start(self) -> None:
+        self.state = "ready"
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop the thread after its current step. What still runs gets an error event."""
+        with self._wake:
+            self._stop = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def drain(self) -> None:
+        """Take no new work; what runs or waits goes on."""
+        if self.state == "ready":
+            self.state = "draining"
+
+    async def drained(self) -> None:
+        """Return once nothing runs or waits."""
+        await asyncio.get_running_loop().run_in_executor(None, self._idle.wait)
+
+    # Submitting ----------------------------------------------------------------------------------------------
+
+    def submit(self, submissions: Sequence[Submission]) -> ResponseStream:
+        """Queue all submissions or none; call it on the event loop that will read the stream.
+
+        Raises NotReady, QueueFull, and what `Engine.prepare` raises.
+        """
+        if self.state != "ready":
+            raise NotReady(
+                f"The server is {self.state}" + (f": {self.failure}" if self.failure else "") + "."
+            )
+        for submission in submissions:
+            if submission.n > self.limits.max_n:
+                raise InvalidRequest(
+                    f"n is {submission.n}; this server allows {self.limits.max_n}.", param="n"
+                )
+        choices = [choice for submission in submissions for choice in self.engine.prepare(submission)]
+        stream = ResponseStream(self, choices)
+        with self._wake:
+            self._check_queue(choices)
+            for choice in choices:
+                if choice.key in self._streams:
+                    raise ValueError(f"request id {choice.key} is in use")
+            for choice in choices:
+                self._streams[choice.key] = stream
+                self._unstarted[choice.key] = _prompt_tokens(choice)
+            self._arrived.append(choices)
+            self._idle.clear()
+            self._wake.notify()
+        return stream
+
+    def _check_queue(self, choices: Sequence[Choice]) -> None:
+        requests = len(self._unstarted) + len(choices)
+        tokens = sum(self._unstarted.values()) + sum(map(_prompt_tokens, choices))
+        if requests > self.limits.max_waiting_requests:
+            raise QueueFull(
+                f"{len(self._unstarted)} requests are waiting; the server takes {self.limits.max_waiting_requests}. "
+                "Try again later.",
+                retry_after=1.0,
+            )
+        if tokens > self.limits.max_waiting_tokens:
+            raise QueueFull(
+                f"The waiting requests have {tokens} prompt tokens together with this one; the server takes "
+                f"{self.limits.max_waiting_tokens}. Try again later.",
+                retry_after=1.0,
+            )
+
+    def _cancel(self, keys: set[str]) -> None:
+        with self._wake:
+            live = [key for key in keys if key in self._streams]
+            self._cancelled.extend(live)
+            if live:
+                self._wake.notify()
+
+    def snapshot(self) -> EngineStats:
+        """Numbers for metrics. Read without stopping the engine: each is right, together they may be a step apart."""
+        engine, counters = self.engine, self.engine.counters
+        models = {}
+        for key, runner in engine.runners.items():
+            pool = engine.pools[key]
+            models[key.name] = ModelStats(
+                blocks_total=pool.num_blocks,
+                blocks_in_use=pool.in_use,
+                blocks_cached=pool.cached,
+                tokens_run=runner.stats.tokens,
+                rows_run=runner.stats.rows,
+                seconds_run=runner.stats.seconds,
+            )
+        running = len(engine.scheduler.running)
+        return EngineStats(
+            waiting=max(0, len(self._streams) - running),
+            running=running,
+            steps=counters.steps,
+            tokens_generated=counters.tokens_generated,
+            prompt_tokens=counters.prompt_tokens,
+            cached_tokens=counters.cached_tokens,
+            preemptions=counters.preemptions,
+            finished=dict(counters.finished),
+            fused_tokens=counters.fused_tokens,
+            flips=counters.flips,
+            kl_total=counters.kl_total,
+            models=models,
+        )
+
+    # The thread ----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._take_orders():
+                if self.engine.has_work:
+                    self._publish(self.engine.step())
+            self._publish(self.engine.fail_all("The server is shutting down."))
+        except BaseException as error:
+            logger.exception("the engine died")
+            self.failure = f"{type(error).__name__}: {error}"
+            self.state = "dead"
+            self._abandon()
+        finally:
+            self._idle.set()
+
+    def _take_orders(self) -> bool:
+        """Wait for something to do; hand arrivals and cancellations to the engine. False when it is time to stop."""
+        with self._wake:
+            while not (self._stop or self._arrived or self._cancelled or self.engine.has_work):
+                self._idle.set()
+                self._wake.wait()
+            if self._stop:
+                return False
+            arrived, self._arrived = self._arrived, deque()
+            cancelled, self._cancelled = self._cancelled, deque()
+        for choices in arrived:
+            self.engine.enqueue(choices)
+        events = [self.engine.cancel(key) for key in cancelled]
+        self._publish([event for event in events if event is not None])
+        return True
+
+    def _publish(self, events: Sequence[OutputEvent]) -> None:
+        """Give each stream its events, with one wake-up per event loop."""
+        batches: dict[asyncio.AbstractEventLoop, list[tuple[ResponseStream, OutputEvent]]] = defaultdict(list)
+        with self._wake:
+            for event in events:
+                key = f"{event.request_id}/{event.index}"
+                stream = self._streams[key]
+                self._unstarted.pop(key, None)
+                if event.finish_reason is not None:
+                    del self._streams[key]
+                batches[stream._loop].append((stream, event))
+        for loop, batch in batches.items():
+            try:
+                loop.call_soon_threadsafe(_deliver, batch)
+            except RuntimeError:  # that event loop has closed; nobody is left to read
+                continue
+
+    def _abandon(self) -> None:
+        """The engine cannot be trusted any more: end every stream without asking it."""
+        with self._wake:
+            keys = list(self._streams)
+        self._publish(
+            [
+                OutputEvent(
+                    *_split(key), finish_reason=FinishReason.ERROR, error=f"The engine died: {self.failure}"
+                )
+                for key in keys
+            ]
+        )
+
+
+def _deliver(batch: Sequence[tuple[ResponseStream, OutputEvent]]) -> None:
+    for stream, event in batch:
+        stream._queue.put_nowait(event)
+
+
+def _split(key: str) -> tuple[str, int]:
+    request_id, _, index = key.rpartition("/")
+    return request_id, int(index)
+
+
+def _prompt_tokens(choice: Choice) -> int:
+    return len(choice.scheduled.lanes[0].prompt)

@@ -1,0 +1,135 @@
+"""From a submission to choices: everything that can be refused is refused here, before anything is queued."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from proxyserve.engine.choice import Choice, choice_seed
+from proxyserve.engine.submission import Submission
+from proxyserve.errors import InvalidRequest
+from proxyserve.fusion.spec import FusionPolicy
+from proxyserve.fusion.terms import FusionProgram, LaneSpec, compile_fusion
+from proxyserve.models.model_set import ModelSet
+from proxyserve.scheduler.lane import Lane
+from proxyserve.scheduler.request import ScheduledRequest
+from proxyserve.text.detokenizer import Detokenizer
+from proxyserve.types import ModelKey
+
+
+def prepare(
+    submission: Submission,
+    models: ModelSet,
+    policy: FusionPolicy,
+    *,
+    blocks: Mapping[ModelKey, int],
+    block_size: int,
+    share_prefixes: bool,
+) -> list[Choice]:
+    """Make the `n` choices of a submission. Raises InvalidRequest or UnknownModel, naming the field.
+
+    `blocks` is the size of each model's KV pool. With `share_prefixes` off, prefix-cache entries are
+    still shared between the choices of this submission, and with nobody else.
+    """
+    policy.check(submission.fusion)
+    if submission.n < 1:
+        raise InvalidRequest("n must be at least 1.", param="n")
+    program = compile_fusion(submission.fusion, models, submission.prompts.of)
+    for spec in program.lanes:
+        _check_prompt(spec)
+    _check_bias(submission, program)
+    _check_length(submission, program, blocks, block_size)
+    stop_ids = frozenset().union(*(spec.model.eos_ids for spec in program.lanes))
+    generations = {
+        entry.expert: models.expert(entry.expert).generation for entry in submission.fusion.experts
+    }
+    salt = submission.salt if share_prefixes else f"{submission.salt}\0{submission.request_id}"
+    choices: list[Choice] = []
+    for index in range(submission.n):
+        output: list[int] = []
+        lanes = tuple(Lane(spec.model.key, spec.prompt, output, salt) for spec in program.lanes)
+        scheduled = ScheduledRequest(
+            f"{submission.request_id}/{index}",
+            lanes,
+            output,
+            leader=choices[0].scheduled if choices else None,
+        )
+        choices.append(
+            Choice(
+                submission=submission,
+                index=index,
+                scheduled=scheduled,
+                terms=program.terms,
+                vocabulary=program.vocabulary,
+                stop_ids=stop_ids,
+                max_output=submission.sampling.max_tokens,
+                generations=generations,
+                detokenizer=Detokenizer(models.base.tokenizer, submission.sampling.stop),
+                seed=choice_seed(submission.sampling.seed, index),
+            )
+        )
+    return choices
+
+
+def room_for_output(program: FusionProgram) -> int:
+    """Tokens that can still be generated before the shortest remaining lane is full."""
+    return min(spec.model.context_length - len(spec.prompt) for spec in program.lanes)
+
+
+def _check_prompt(spec: LaneSpec) -> None:
+    if not spec.prompt:
+        raise InvalidRequest(
+            f"The prompt of lane '{spec.names[0]}' is empty; give at least one token.", param="prompt"
+        )
+    for token in spec.prompt:
+        if token not in spec.model.vocabulary:
+            raise InvalidRequest(
+                f"Token id {token} is not in the vocabulary of '{spec.model.name}' "
+                f"(ids 0 to {spec.model.vocabulary.size - 1}).",
+                param="prompt",
+            )
+
+
+def _check_bias(submission: Submission, program: FusionProgram) -> None:
+    for token in submission.sampling.logit_bias:
+        if token not in program.vocabulary:
+            raise InvalidRequest(
+                f"Token id {token} is not in the vocabulary that the request's models share "
+                f"(ids 0 to {program.vocabulary.size - 1}).",
+                param=f"logit_bias.{token}",
+            )
+
+
+def _check_length(
+    submission: Submission, program: FusionProgram, blocks: Mapping[ModelKey, int], block_size: int
+) -> None:
+    room = room_for_output(program)
+    wanted = submission.sampling.max_tokens
+    for spec in program.lanes:
+        length, context = len(spec.prompt), spec.model.context_length
+        if length >= context:
+            raise InvalidRequest(
+                f"The prompt has {length} tokens in lane '{spec.names[0]}', and the context of "
+                f"'{spec.model.name}' is {context} tokens, which must also hold the answer; shorten the prompt.",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+    if wanted > room:
+        raise InvalidRequest(
+            f"max_tokens is {wanted}, but after the prompt only {room} tokens of context are left; "
+            f"use at most {room}.",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+    needed: dict[ModelKey, int] = {}
+    for spec in program.lanes:
+        of_lane = -(-(len(spec.prompt) + wanted) // block_size)
+        needed[spec.model.key] = needed.get(spec.model.key, 0) + of_lane
+    for key, count in needed.items():
+        if count > blocks[key]:
+            raise InvalidRequest(
+                f"The prompt and max_tokens together need {count * block_size} tokens of KV memory for "
+                f"'{key.name}', and the server has {blocks[key] * block_size}; lower max_tokens, or start it "
+                "with a larger --kv-memory.",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )

@@ -1,0 +1,92 @@
+"""One model and its KV blocks: tokens of many lanes in, logits rows out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from proxyserve.engine.attention import IMPLEMENTATION, AttentionPlan, ShapeProbe, Span, attention_plan
+from proxyserve.engine.kv_storage import KVStorage, LayerShape
+from proxyserve.errors import LoadError
+from proxyserve.models.loaded_model import LoadedModel
+from proxyserve.scheduler.scheduler import LaneWork
+
+
+@dataclass(slots=True)
+class RunnerStats:
+    """Since start: forwards, tokens run, rows of logits made, seconds spent."""
+
+    forwards: int = 0
+    tokens: int = 0
+    rows: int = 0
+    seconds: float = 0.0
+
+
+class Runner:
+    """Runs one model in packed, paged mode. `attach` must have given it storage first."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.model = model
+        self.stats = RunnerStats()
+        self.storage: KVStorage | None = None
+        model.module.set_attn_implementation(IMPLEMENTATION)
+        self.shapes = self._probe_shapes()
+
+    def _probe_shapes(self) -> list[LayerShape]:
+        """Run a few tokens to learn what each layer stores. Raises LoadError if a layer bypasses the registry."""
+        probe = ShapeProbe()
+        with attention_plan(probe), torch.inference_mode():
+            self._forward(list(range(4)), list(range(4)), [3])
+        layers = int(self.model.module.config.get_text_config().num_hidden_layers)
+        if sorted(probe.shapes) != list(range(layers)):
+            raise LoadError(
+                f"{self.model.path}: {len(probe.shapes)} of {layers} layers use the attention registry; "
+                "a model with other kinds of layers cannot be served"
+            )
+        return [probe.shapes[layer] for layer in range(layers)]
+
+    def attach(self, storage: KVStorage) -> None:
+        self.storage = storage
+
+    def run(self, work: Sequence[LaneWork]) -> Tensor:
+        """Compute the work's tokens. Returns logits [rows, width] in the model's dtype, one row per work item with
+        `last` set, in the order of `work`. Must be called in inference mode."""
+        if self.storage is None:
+            raise RuntimeError("the runner has no KV storage yet")
+        started = perf_counter()
+        ids: list[int] = []
+        positions: list[int] = []
+        sampled: list[int] = []
+        spans: list[Span] = []
+        for item in work:
+            stop = item.start + item.count
+            ids.extend(item.lane.tokens(item.start, stop))
+            positions.extend(range(item.start, stop))
+            spans.append(Span(item.lane.blocks, item.start, item.count))
+            if item.last:
+                sampled.append(len(ids) - 1)
+        plan = AttentionPlan.of(spans, self.storage)
+        with attention_plan(plan):
+            logits = self._forward(ids, positions, sampled)
+        self.stats.forwards += 1
+        self.stats.tokens += len(ids)
+        self.stats.rows += len(sampled)
+        self.stats.seconds += perf_counter() - started
+        return logits
+
+    def _forward(self, ids: list[int], positions: list[int], rows: list[int]) -> Tensor:
+        device = self.model.device
+        # An empty index would make some classes compute all rows; one row that nobody reads is cheaper.
+        keep = torch.tensor(rows or [len(ids) - 1], device=device)
+        output = self.model.module(
+            input_ids=torch.tensor([ids], device=device),
+            position_ids=torch.tensor([positions], device=device),
+            use_cache=False,
+            logits_to_keep=keep,
+        )
+        logits: Tensor = output.logits[0]
+        return logits[: len(rows)]

@@ -1,0 +1,34 @@
+"""What a caller asks of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from proxyserve.fusion.spec import Fusion
+from proxyserve.types import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class LanePrompts:
+    """Prompt ids per lane. Lanes are named `base`, `EXPERT.tuned` and `EXPERT.untuned`; a lane that is not in
+    `by_lane` gets `default`."""
+
+    default: tuple[int, ...]
+    by_lane: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def of(self, lane: str) -> tuple[int, ...]:
+        return self.by_lane.get(lane, self.default)
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """One prompt and how to continue it, `n` times. `salt` keeps prefix-cache entries of different tenants
+    apart: entries are shared only between submissions of equal salt."""
+
+    request_id: str
+    prompts: LanePrompts
+    sampling: SamplingParams
+    fusion: Fusion = field(default_factory=Fusion)
+    n: int = 1
+    salt: str = ""

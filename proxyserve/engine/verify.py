@@ -1,0 +1,59 @@
+"""Prove, when a model is loaded, that paging does not change its logits.
+
+A class may take part in the attention registry and still keep state of its own, or use an argument that
+`paged_attention` does not know. Comparing logits on a few tokens finds both before a user does.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from proxyserve.engine.attention import IMPLEMENTATION
+from proxyserve.engine.runner import Runner
+from proxyserve.errors import LoadError
+from proxyserve.scheduler.lane import Lane
+from proxyserve.scheduler.request import ScheduledRequest
+from proxyserve.scheduler.scheduler import LaneWork
+
+_CHUNKS = (5, 1, 3)
+_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.15, torch.float16: 3e-2}
+
+
+@torch.inference_mode()
+def verify_paged(runner: Runner) -> None:
+    """Run a short text once as the model's authors do and once in three paged chunks; raise LoadError unless the last
+    logits agree (relative to their spread). Leaves the runner's blocks zeroed."""
+    model, storage = runner.model, runner.storage
+    if storage is None:
+        raise RuntimeError("the runner has no KV storage yet")
+    length = min(sum(_CHUNKS), model.context_length - 1, storage.num_blocks * storage.block_size)
+    ids = tuple(index * 7 % model.vocabulary.size for index in range(1, length + 1))
+    model.module.set_attn_implementation("eager")
+    try:
+        expected = model.module(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[
+            0, -1
+        ]
+    finally:
+        model.module.set_attn_implementation(IMPLEMENTATION)
+    output: list[int] = []
+    lane = Lane(model.key, ids, output)
+    request = ScheduledRequest("verify", (lane,), output)
+    blocks = -(-length // storage.block_size)
+    lane.blocks = list(
+        range(storage.num_blocks - blocks, storage.num_blocks)
+    )  # not in order of use on purpose
+    lane.blocks.reverse()
+    got = expected
+    for count in _CHUNKS:
+        count = min(count, length - lane.computed)
+        if count:
+            got = runner.run([LaneWork(request, lane, lane.computed, count, last=True)])[0]
+            lane.computed += count
+    storage.clear(lane.blocks)
+    spread = expected.float().std().clamp(min=1e-6)
+    error = ((got.float() - expected.float()).abs().max() / spread).item()
+    if not error <= _TOLERANCE.get(model.dtype, 0.15):  # NaN fails too
+        raise LoadError(
+            f"{model.path}: {type(model.module).__name__} gives other logits in paged mode (error {error:.2g} of their "
+            "spread, or NaN); this class cannot be served correctly"
+        )

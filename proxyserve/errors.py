@@ -1,0 +1,51 @@
+"""The errors that callers see.
+
+Every refusal names the field it is about and says what to change. The HTTP layer maps each class to one
+status code; the engine, the fusion rules and the loaders raise them without knowing of HTTP.
+"""
+
+from __future__ import annotations
+
+
+class ProxyserveError(Exception):
+    """Base of all errors raised on purpose by proxyserve."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class InvalidRequest(ProxyserveError):
+    """A request that can never be served as it stands.
+
+    `param` is the path of the offending field in the request body (for example `fusion.experts.qa`), or
+    None where no single field is at fault. `code` is a short machine-readable reason.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str = "invalid_value") -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class UnknownModel(InvalidRequest):
+    """The request names a base, an expert or a preset that this server does not have."""
+
+    def __init__(self, message: str, *, param: str | None = "model") -> None:
+        super().__init__(message, param=param, code="model_not_found")
+
+
+class QueueFull(ProxyserveError):
+    """Admission refused because too much work is waiting. `retry_after` is in seconds."""
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class NotReady(ProxyserveError):
+    """The server cannot take requests now (loading, draining or dead); the message says which."""
+
+
+class LoadError(ProxyserveError):
+    """A model, tokenizer or expert that cannot be served; the message says why and what to change."""

@@ -1,0 +1,1 @@
+"""Fusion: what a request asks for, and what it compiles to."""

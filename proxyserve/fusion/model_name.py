@@ -1,0 +1,31 @@
+"""Fusion in a model name, for clients that can set nothing else: `BASE`,
+`BASE+EXPERT[:WEIGHT][+EXPERT[:WEIGHT]…]`."""
+
+from __future__ import annotations
+
+from proxyserve.errors import InvalidRequest, UnknownModel
+from proxyserve.fusion.spec import ExpertWeight, Fusion
+from proxyserve.models.model_set import ModelSet
+
+
+def parse_model_name(name: str, models: ModelSet) -> Fusion:
+    """`atlas+qa:0.8+arith` -> rule `proxy` with qa at 0.8 and arith at 1.0. Raises UnknownModel for names that are
+    not here and InvalidRequest for a weight that is no number."""
+    base, *parts = name.split("+")
+    if base != models.base.name:
+        raise UnknownModel(
+            f"There is no model '{name}' here. Use '{models.base.name}', or '{models.base.name}+EXPERT:WEIGHT' "
+            f"with an expert of: {', '.join(sorted(models.experts)) or 'none'}."
+        )
+    experts = []
+    for part in parts:
+        expert, colon, weight = part.partition(":")
+        models.expert(expert, param="model")
+        try:
+            experts.append(ExpertWeight(expert, float(weight) if colon else 1.0))
+        except (ValueError, InvalidRequest):
+            raise InvalidRequest(
+                f"'{weight}' in the model name '{name}' is not a finite number; write {expert}:0.8, say.",
+                param="model",
+            ) from None
+    return Fusion(tuple(experts))

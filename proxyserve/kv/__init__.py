@@ -1,0 +1,1 @@
+"""Who owns which KV block: bookkeeping only, no tensors (those are in `engine.kv_storage`)."""

@@ -1,0 +1,1 @@
+"""What is loaded: models, experts and how their vocabularies match. Nothing here runs a model."""

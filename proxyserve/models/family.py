@@ -1,0 +1,76 @@
+"""Load a base and its experts from folders, sharing what can be shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from proxyserve.errors import LoadError
+from proxyserve.models.loaded_model import LoadedModel
+from proxyserve.models.loading import Placement, choose_placement, load_model
+from proxyserve.models.model_set import NAME, ModelSet, make_expert
+from proxyserve.types import ModelKey
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSource:
+    """Folders of one expert. `untuned` None loads the tuned model alone."""
+
+    name: str
+    tuned: Path
+    untuned: Path | None = None
+
+
+def load_family(
+    base: Path,
+    experts: Sequence[ExpertSource] = (),
+    *,
+    base_name: str | None = None,
+    placement: Placement | None = None,
+    progress: Callable[[str], None] = lambda message: None,
+) -> ModelSet:
+    """Load everything, each folder once. The base is called `base_name` or after its folder; an untuned model that
+    several experts share is called after its folder. Raises LoadError; `progress` is told what is being loaded."""
+    placement = placement or choose_placement()
+    name = base_name or _name_of(base)
+    if not NAME.fullmatch(name):
+        raise LoadError(
+            f"'{name}' cannot name the base; give --served-name letters, digits, '_' and '-' only"
+        )
+    loaded: dict[Path, LoadedModel] = {}
+    taken = {name} | {f"{expert.name}.tuned" for expert in experts}
+
+    def load(path: Path, wanted_name: str) -> LoadedModel:
+        folder = path.expanduser().resolve()
+        if folder not in loaded:
+            progress(f"loading {wanted_name} from {path}")
+            loaded[folder] = load_model(path, ModelKey(wanted_name), placement)
+        return loaded[folder]
+
+    def untuned_name(path: Path) -> str:
+        """After its folder, with a number where two folders have one name."""
+        folder, candidate, number = path.expanduser().resolve(), _name_of(path), 1
+        if folder in loaded:
+            return loaded[folder].name
+        while candidate in taken:
+            number += 1
+            candidate = f"{_name_of(path)}-{number}"
+        taken.add(candidate)
+        return candidate
+
+    base_model = load(base, name)
+    pairs = []
+    for expert in experts:
+        if not NAME.fullmatch(expert.name):
+            raise LoadError(
+                f"'{expert.name}' is no expert name; use letters, digits, '_' and '-', at most 64"
+            )
+        tuned = load(expert.tuned, f"{expert.name}.tuned")
+        untuned = load(expert.untuned, untuned_name(expert.untuned)) if expert.untuned else None
+        pairs.append(make_expert(expert.name, base_model, tuned, untuned))
+    return ModelSet(base_model, pairs)
+
+
+def _name_of(path: Path) -> str:
+    return path.expanduser().resolve().name

@@ -1,0 +1,137 @@
+"""From a folder on disk to a model in memory. Everything that can be wrong with the folder is found here, and said."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from proxyserve.errors import LoadError
+from proxyserve.models.loaded_model import LoadedModel
+from proxyserve.models.support import refuse_unsupported_config, refuse_unsupported_module
+from proxyserve.models.vocabulary import SharedVocabulary
+from proxyserve.text.tokenizer import Tokenizer
+from proxyserve.types import ModelKey
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where and how weights are kept."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+def choose_placement(device: str = "auto", dtype: str = "auto") -> Placement:
+    """Resolve "auto": the first CUDA device if there is one, bfloat16 there and float32 on a CPU."""
+    chosen = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise LoadError("device cuda was asked for, but torch finds no CUDA device; use --device cpu")
+    if dtype == "auto":
+        return Placement(chosen, torch.bfloat16 if chosen.type == "cuda" else torch.float32)
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in known:
+        raise LoadError(f"dtype '{dtype}' is not one of auto, {', '.join(known)}")
+    return Placement(chosen, known[dtype])
+
+
+def load_model(path: str | Path, key: ModelKey, placement: Placement) -> LoadedModel:
+    """Load a Hugging Face folder (safetensors only, no code from the folder is run). Raises LoadError."""
+    folder = Path(path).expanduser()
+    _check_folder(folder)
+    config = _load_config(folder)
+    refuse_unsupported_config(config, str(folder))
+    tokenizer = Tokenizer.load(folder)
+    transformers.utils.logging.disable_progress_bar()  # loading progress is the caller's to show
+    try:
+        module, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=placement.dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise LoadError(f"{folder}: the weights cannot be loaded: {error}") from error
+    absent = sorted(report["missing_keys"])
+    if absent:
+        raise LoadError(
+            f"{folder}: {len(absent)} weights are missing from the files, first {absent[0]}; they would be random. "
+            "Save the model again."
+        )
+    module.eval().requires_grad_(False).to(placement.device)
+    refuse_unsupported_module(module, str(folder))
+    width = int(module.get_output_embeddings().weight.shape[0])
+    return LoadedModel(
+        key=key,
+        path=folder.resolve(),
+        module=module,
+        tokenizer=tokenizer,
+        context_length=_context_length(config, str(folder)),
+        eos_ids=_eos_ids(module, tokenizer),
+        vocabulary=SharedVocabulary.of(tokenizer.token_to_id, width),
+    )
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise LoadError(f"{folder}: no such folder")
+    if not (folder / "config.json").is_file():
+        raise LoadError(f"{folder}: no config.json; a Hugging Face model folder is expected")
+    files = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise LoadError(f"{index}: not a readable index of weight files: {error}") from error
+        lost = [name for name in names if not (folder / name).is_file()]
+        if lost:
+            raise LoadError(
+                f"{folder}: {len(lost)} of {len(names)} weight files are missing, first {lost[0]}"
+            )
+        files = [folder / name for name in names]
+    if not files:
+        raise LoadError(
+            f"{folder}: no .safetensors file; other weight formats are not loaded, convert them first"
+        )
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise LoadError(f"{file}: incomplete or damaged ({error}); copy it again") from error
+
+
+def _load_config(folder: Path) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise LoadError(f"{folder}: config.json cannot be used: {error}") from error
+
+
+def _context_length(config: PreTrainedConfig, where: str) -> int:
+    for name in ("max_position_embeddings", "n_positions"):
+        length = getattr(config, name, None)
+        if isinstance(length, int) and length > 0:
+            return length
+    raise LoadError(f"{where}: config.json does not say max_position_embeddings, the longest context")
+
+
+def _eos_ids(module: torch.nn.Module, tokenizer: Tokenizer) -> frozenset[int]:
+    """All ids that end a text: the model's configuration may list several, the tokenizer names one."""
+    found = set(tokenizer.eos_ids)
+    for config in (getattr(module, "generation_config", None), getattr(module, "config", None)):
+        eos = getattr(config, "eos_token_id", None)
+        if isinstance(eos, int):
+            found.add(eos)
+        elif eos is not None:
+            found.update(int(token_id) for token_id in eos)
+    return frozenset(found)

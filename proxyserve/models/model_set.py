@@ -1,0 +1,62 @@
+"""The base and the experts that a server has."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+from proxyserve.errors import LoadError, UnknownModel
+from proxyserve.models.loaded_model import Expert, LoadedModel
+from proxyserve.models.vocabulary import require_compatible
+from proxyserve.types import ModelKey
+
+#: Names must survive model-name syntax (`base+expert:0.5`), lane names (`qa.tuned`) and URLs.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+class ModelSet:
+    """The base and its experts, checked against each other. Immutable."""
+
+    def __init__(self, base: LoadedModel, experts: Iterable[Expert] = ()) -> None:
+        self.base = base
+        by_name: dict[str, Expert] = {}
+        for expert in experts:
+            if expert.name in by_name:
+                raise LoadError(f"expert '{expert.name}' is given twice; give each expert its own name")
+            if expert.name in ("base", base.name):
+                raise LoadError(f"an expert cannot be called '{expert.name}', that names the base")
+            by_name[expert.name] = expert
+        self.experts: Mapping[str, Expert] = MappingProxyType(by_name)
+
+    def expert(self, name: str, *, param: str = "fusion.experts") -> Expert:
+        """Raises UnknownModel, listing what there is."""
+        expert = self.experts.get(name)
+        if expert is None:
+            known = ", ".join(sorted(self.experts)) or "none"
+            raise UnknownModel(f"There is no expert '{name}' here. Experts: {known}.", param=param)
+        return expert
+
+    @property
+    def models(self) -> Mapping[ModelKey, LoadedModel]:
+        """Every distinct model once, base first."""
+        found = {self.base.key: self.base}
+        for expert in self.experts.values():
+            for model in (expert.tuned, expert.untuned):
+                if model is not None:
+                    found.setdefault(model.key, model)
+        return found
+
+
+def make_expert(
+    name: str, base: LoadedModel, tuned: LoadedModel, untuned: LoadedModel | None, *, generation: int = 1
+) -> Expert:
+    """Pair tuned and untuned after checking their tokenizers against the base's. Raises LoadError."""
+    if not NAME.fullmatch(name):
+        raise LoadError(f"'{name}' is no expert name; use letters, digits, '_' and '-', at most 64")
+    vocabulary = base.vocabulary
+    for model in (tuned, untuned):
+        if model is not None and model is not base:
+            require_compatible(base.tokenizer.token_to_id, base.name, model.tokenizer.token_to_id, model.name)
+            vocabulary = vocabulary.intersect(model.vocabulary)
+    return Expert(name, tuned, untuned, vocabulary, generation)

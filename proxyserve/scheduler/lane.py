@@ -1,0 +1,99 @@
+"""A lane: one model's copy of one request.
+
+prompt (own ids) ........ | output (shared suffix of the request)
+◀──────────── wanted ────────────▶
+◀── computed ──▶                          KV of these tokens is in the lane's blocks
+◀ cached ▶                                of them, found in the prefix cache instead of being run
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from proxyserve.kv.block_pool import BlockKey, BlockPool
+from proxyserve.kv.prefix import next_key, root_key
+from proxyserve.types import ModelKey
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """One model's KV state for one request.
+
+    Set by the owner of the request: `model`, `prompt`, `output` (the request's one list, appended to elsewhere) and
+    `salt` (keeps prefix-cache entries of different tenants apart). Set by the scheduler: everything else.
+    """
+
+    model: ModelKey
+    prompt: tuple[int, ...]
+    output: list[int]
+    salt: str = ""
+
+    blocks: list[int] = field(default_factory=list)
+    computed: int = 0
+    cached: int = 0
+    tokens_run: int = 0
+    _keys: list[BlockKey] = field(default_factory=list)
+    _published: int = 0
+
+    @property
+    def wanted(self) -> int:
+        """Tokens whose KV must be there before the next token can be sampled."""
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def missing(self) -> int:
+        return self.wanted - self.computed
+
+    def tokens(self, start: int, stop: int) -> Sequence[int]:
+        """Ids at positions `start` to `stop` (exclusive)."""
+        split = len(self.prompt)
+        if start >= split:
+            return self.output[start - split : stop - split]
+        if stop <= split:
+            return self.prompt[start:stop]
+        return [*self.prompt[start:], *self.output[: stop - split]]
+
+    def blocks_needed(self, tokens: int, block_size: int) -> int:
+        """Blocks beyond those held that are needed to hold `tokens` tokens."""
+        return max(0, -(-tokens // block_size) - len(self.blocks))
+
+    def match_prefix(self, pool: BlockPool, block_size: int) -> list[int]:
+        """Published blocks that this lane could start from. Always leaves at least one token to compute, since sampling
+        needs the logits of the last one."""
+        usable = (self.wanted - 1) // block_size
+        return pool.match(self._keys_until(usable, block_size))
+
+    def start_from(self, blocks: Sequence[int], block_size: int) -> None:
+        """Begin with these matched blocks (their references are already taken)."""
+        self.blocks = list(blocks)
+        self._published = len(blocks)
+        self.computed = len(blocks) * block_size
+        if self.tokens_run == 0:  # not when it starts again after preemption: those tokens were its own work
+            self.cached = self.computed
+
+    def advance(self, count: int, pool: BlockPool, block_size: int) -> None:
+        """`count` more tokens have been computed; publish the blocks that became full."""
+        self.computed += count
+        self.tokens_run += count
+        full = self.computed // block_size
+        if full > self._published:
+            keys = self._keys_until(full, block_size)
+            for index in range(self._published, full):
+                pool.publish(self.blocks[index], keys[index])
+            self._published = full
+
+    def release(self, pool: BlockPool) -> None:
+        """Give every block back. The lane can start again from nothing (or from the prefix cache)."""
+        pool.release(self.blocks)
+        self.blocks = []
+        self.computed = 0
+        self._published = 0
+
+    def _keys_until(self, count: int, block_size: int) -> list[BlockKey]:
+        keys = self._keys
+        while len(keys) < count:
+            previous = keys[-1] if keys else root_key(self.model, self.salt)
+            start = len(keys) * block_size
+            keys.append(next_key(previous, self.tokens(start, start + block_size)))
+        return keys[:count]

@@ -1,0 +1,57 @@
+"""What the scheduler knows of a request: its lanes, its state, its place in the queue."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from proxyserve.scheduler.lane import Lane
+
+
+class RequestState(enum.Enum):
+    """WAITING holds no blocks; RUNNING holds blocks in every pool its lanes need; FINISHED holds none, for ever."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+#: Admission, preemption, and the end from either state. Nothing leaves FINISHED.
+LEGAL_MOVES: dict[RequestState, frozenset[RequestState]] = {
+    RequestState.WAITING: frozenset({RequestState.RUNNING, RequestState.FINISHED}),
+    RequestState.RUNNING: frozenset({RequestState.WAITING, RequestState.FINISHED}),
+    RequestState.FINISHED: frozenset(),
+}
+
+
+@dataclass(slots=True, eq=False)
+class ScheduledRequest:
+    """One choice of one submission: up to k lanes and one suffix of generated ids.
+
+    `leader` is the first choice of the same prompt: a request waits for its leader's prompt so that it can share those
+    blocks instead of computing them again. `arrival` orders requests; the scheduler sets it.
+    """
+
+    request_id: str
+    lanes: tuple[Lane, ...]
+    output: list[int]
+    leader: ScheduledRequest | None = None
+    arrival: int = -1
+    preemptions: int = 0
+    state: RequestState = field(default=RequestState.WAITING)
+
+    def __post_init__(self) -> None:
+        if not self.lanes:
+            raise ValueError("a request needs at least one lane")
+        if any(lane.output is not self.output for lane in self.lanes):
+            raise ValueError("all lanes of a request share its one output list")
+
+    def move(self, state: RequestState) -> None:
+        if state not in LEGAL_MOVES[self.state]:
+            raise ValueError(f"request {self.request_id} cannot go from {self.state.value} to {state.value}")
+        self.state = state
+
+    @property
+    def prompt_computed(self) -> bool:
+        """Whether every lane has its whole prompt in blocks, up to the last token (run when sampling)."""
+        return all(lane.computed >= len(lane.prompt) - 1 for lane in self.lanes)

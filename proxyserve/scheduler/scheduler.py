@@ -1,0 +1,242 @@
+"""The scheduler. Its one law:
+
+    Each lane has tokens computed and tokens wanted; a step hands out work so that computed catches up with
+    wanted; a request may sample when all its lanes have caught up.
+
+Prompt processing, chunked prefill, prefix-cache hits, decoding and lanes of different prompt length are all cases
+of it. Because sampling needs the logits of every lane's last token at once, a lane that is ahead keeps its last
+token back until the other lanes of its request can run theirs in the same step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from proxyserve.kv.block_pool import BlockPool
+from proxyserve.scheduler.lane import Lane
+from proxyserve.scheduler.request import RequestState, ScheduledRequest
+from proxyserve.types import ModelKey
+
+
+@dataclass(slots=True)
+class LaneWork:
+    """Run the lane's tokens `start` to `start + count`. `last` marks that the last of them is the lane's last wanted
+    token, whose logits the request samples from."""
+
+    request: ScheduledRequest
+    lane: Lane
+    start: int
+    count: int
+    last: bool
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step: per model the work of its packed forward, and the requests that sample afterwards. Every request in
+    `sampling` has exactly one `last` work for each of its lanes."""
+
+    work: dict[ModelKey, list[LaneWork]] = field(default_factory=dict)
+    sampling: list[ScheduledRequest] = field(default_factory=list)
+    preempted: list[ScheduledRequest] = field(default_factory=list)
+
+    @property
+    def empty(self) -> bool:
+        return not self.work
+
+
+class Scheduler:
+    """Owns the queue, the running requests and who holds which blocks of `pools` (one pool per model)."""
+
+    def __init__(
+        self, pools: Mapping[ModelKey, BlockPool], *, block_size: int, max_batch: int, max_batch_tokens: int
+    ) -> None:
+        if max_batch_tokens < max_batch:
+            raise ValueError("max_batch_tokens below max_batch: some running request could never advance")
+        self.pools = pools
+        self.block_size = block_size
+        self.max_batch = max_batch
+        self.max_batch_tokens = max_batch_tokens
+        self.running: list[ScheduledRequest] = []
+        self.waiting: deque[ScheduledRequest] = deque()
+        self._arrivals = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def add(self, request: ScheduledRequest) -> None:
+        """Queue a request. The caller has checked that its lanes at their longest fit into the pools when nothing else
+        is there: this is what guarantees that the oldest request always gets on, whatever is preempted."""
+        request.arrival = self._arrivals
+        self._arrivals += 1
+        self.waiting.append(request)
+
+    def finish(self, request: ScheduledRequest) -> None:
+        """Take a request out, from whatever state, and return its blocks."""
+        if request.state is RequestState.RUNNING:
+            self.running.remove(request)
+            self._release(request)
+        elif request.state is RequestState.WAITING:
+            self.waiting.remove(request)
+        request.move(RequestState.FINISHED)
+
+    # One step ---------------------------------------------------------------------------------------------
+
+    def schedule(self) -> Plan:
+        """Hand out the work of the next step. `commit` must follow once the work has been done; if it has failed,
+        `finish` the plan's requests instead."""
+        plan = Plan()
+        budget = dict.fromkeys(self.pools, self.max_batch_tokens)
+        # Requests that only need their next token come first: a long prompt never delays a running answer.
+        granted: set[int] = set()
+        for request in sorted(self.running, key=lambda r: (_needs_prefill(r), r.arrival)):
+            if request.state is RequestState.RUNNING:  # else preempted a moment ago
+                self._grant(request, budget, plan, granted)
+        if not plan.preempted:
+            self._admit(budget, plan, granted)
+        return plan
+
+    def commit(self, plan: Plan) -> None:
+        """The plan's work has been done: its tokens are computed and full blocks are published."""
+        for model, work in plan.work.items():
+            pool = self.pools[model]
+            for item in work:
+                item.lane.advance(item.count, pool, self.block_size)
+
+    def _grant(
+        self, request: ScheduledRequest, budget: dict[ModelKey, int], plan: Plan, granted: set[int]
+    ) -> None:
+        """Give each lane as much of what it misses as its model's budget allows."""
+        missing = [lane.missing - 1 for lane in request.lanes]
+        counts = _fit(request.lanes, missing, budget)
+        sample = counts == missing and _fits(request.lanes, [count + 1 for count in counts], budget)
+        if sample:
+            counts = [count + 1 for count in counts]
+        if not self._make_room(request, counts, plan, granted):
+            return
+        granted.add(id(request))
+        for lane, count in zip(request.lanes, counts, strict=True):
+            if count:
+                budget[lane.model] -= count
+                work = LaneWork(request, lane, lane.computed, count, last=sample)
+                plan.work.setdefault(lane.model, []).append(work)
+        if sample:
+            plan.sampling.append(request)
+
+    def _make_room(self, request: ScheduledRequest, counts: list[int], plan: Plan, granted: set[int]) -> bool:
+        """Give the request's lanes blocks for `counts` more tokens, preempting the youngest requests that have no work
+        in this step yet. False if the request itself was the one to go."""
+        while not self._reserve(
+            request, [lane.computed + c for lane, c in zip(request.lanes, counts, strict=True)]
+        ):
+            victim = max((r for r in self.running if id(r) not in granted), key=lambda r: r.arrival)
+            self._preempt(victim)
+            plan.preempted.append(victim)
+            if victim is request:
+                return False
+        return True
+
+    def _reserve(self, request: ScheduledRequest, tokens: list[int]) -> bool:
+        """Blocks for `tokens[i]` tokens in lane i: in every pool the request needs, or in none."""
+        needs = [
+            lane.blocks_needed(count, self.block_size)
+            for lane, count in zip(request.lanes, tokens, strict=True)
+        ]
+        if not any(needs):
+            return True
+        if not _fits(request.lanes, needs, {model: pool.available for model, pool in self.pools.items()}):
+            return False
+        for lane, needed in zip(request.lanes, needs, strict=True):
+            if needed:
+                lane.blocks.extend(self.pools[lane.model].allocate(needed))
+        return True
+
+    def _preempt(self, request: ScheduledRequest) -> None:
+        """Free all lanes of the request; it goes back to the head of the queue and recomputes."""
+        self.running.remove(request)
+        self._release(request)
+        request.move(RequestState.WAITING)
+        request.preemptions += 1
+        self.waiting.appendleft(request)
+
+    def _admit(self, budget: dict[ModelKey, int], plan: Plan, granted: set[int]) -> None:
+        """Start waiting requests, first come first served, while blocks and places last. A request whose leader is
+        still computing their common prompt is passed over, it is not yet its turn."""
+        for request in list(self.waiting):
+            if len(self.running) >= self.max_batch or not any(budget.values()):
+                return
+            leader = request.leader
+            if (
+                leader is not None
+                and leader.state is not RequestState.FINISHED
+                and not leader.prompt_computed
+            ):
+                continue
+            if not self._start(request):
+                return
+            self.waiting.remove(request)
+            request.move(RequestState.RUNNING)
+            self.running.append(request)
+            self._grant(request, budget, plan, granted)
+
+    def _start(self, request: ScheduledRequest) -> bool:
+        """Take matched prefix blocks and reserve the rest of every lane's wanted tokens, or take nothing."""
+        for lane in request.lanes:
+            pool = self.pools[lane.model]
+            matched = lane.match_prefix(pool, self.block_size)
+            pool.reuse(matched)
+            lane.start_from(matched, self.block_size)
+        if self._reserve(request, [lane.wanted for lane in request.lanes]):
+            return True
+        self._release(request)
+        return False
+
+    def _release(self, request: ScheduledRequest) -> None:
+        for lane in request.lanes:
+            lane.release(self.pools[lane.model])
+
+    def check(self) -> None:
+        """Raise AssertionError if blocks, lanes and states disagree. For tests, after every step."""
+        for pool in self.pools.values():
+            pool.check()
+        holders: dict[tuple[ModelKey, int], int] = {}
+        for request in self.running:
+            assert request.state is RequestState.RUNNING, (
+                f"{request.request_id} runs in state {request.state}"
+            )
+            for lane in request.lanes:
+                assert lane.computed <= len(lane.blocks) * self.block_size, "more tokens than blocks"
+                assert lane.computed <= lane.wanted, "computed ran past wanted"
+                assert len(set(lane.blocks)) == len(lane.blocks), "a lane holds a block twice"
+                for block in lane.blocks:
+                    holders[lane.model, block] = holders.get((lane.model, block), 0) + 1
+        for request in self.waiting:
+            assert request.state is RequestState.WAITING, (
+                f"{request.request_id} waits in state {request.state}"
+            )
+            assert not any(lane.blocks for lane in request.lanes), "a waiting request holds blocks"
+        for model, pool in self.pools.items():
+            for block in range(pool.num_blocks):
+                assert pool.references(block) == holders.get((model, block), 0), (
+                    f"{model} block {block} leaked"
+                )
+
+
+def _needs_prefill(request: ScheduledRequest) -> bool:
+    return any(lane.missing > 1 for lane in request.lanes)
+
+
+def _fit(lanes: tuple[Lane, ...], counts: list[int], budget: Mapping[ModelKey, int]) -> list[int]:
+    """Cut `counts` so that all lanes of one model together stay within its budget; earlier lanes first."""
+    left = dict(budget)
+    fitted = []
+    for lane, count in zip(lanes, counts, strict=True):
+        fitted.append(min(count, left[lane.model]))
+        left[lane.model] -= fitted[-1]
+    return fitted
+
+
+def _fits(lanes: tuple[Lane, ...], counts: list[int], budget: Mapping[ModelKey, int]) -> bool:
+    return _fit(lanes, counts, budget) == counts

@@ -1,0 +1,69 @@
+"""From a growing list of ids to text that is safe to send.
+
+Two things can make the newest text not final: a token may end inside a multi-byte character, and the text may end
+with the beginning of a stop string. Both are held back until the next tokens decide.
+"""
+
+from __future__ import annotations
+
+from proxyserve.text.tokenizer import Tokenizer
+
+_REPLACEMENT = "�"
+
+
+class Detokenizer:
+    """Incremental detokenization of one choice. `push` returns newly final text, `finish` the rest.
+
+    A window of ids is decoded together with the ids before it and the common part is cut off, because the text of a
+    token can depend on its predecessor (leading spaces). The window moves on whenever it decodes to whole characters.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._ids: list[int] = []
+        self._window_start = 0  # ids before are context no longer needed
+        self._read = 0  # ids whose text has been produced
+        self._held = ""  # produced text that may be the beginning of a stop string
+        self.stopped_by: str | None = None
+
+    def push(self, token_id: int) -> str:
+        """Add one id. Returns text that is now final; after a stop string was met (`stopped_by` is set) that is the
+        text before it, and nothing more ever follows."""
+        self._ids.append(token_id)
+        before = self._tokenizer.decode(self._ids[self._window_start : self._read])
+        after = self._tokenizer.decode(self._ids[self._window_start :])
+        if after.endswith(_REPLACEMENT) or len(after) <= len(before):
+            return ""
+        self._window_start, self._read = self._read, len(self._ids)
+        return self._release(after[len(before) :])
+
+    def finish(self) -> str:
+        """The text still held back, now that nothing more will come. An unfinished character shows as U+FFFD."""
+        if self.stopped_by is not None:
+            return ""
+        before = self._tokenizer.decode(self._ids[self._window_start : self._read])
+        after = self._tokenizer.decode(self._ids[self._window_start :])
+        text = self._release(after[len(before) :])
+        held, self._held = self._held, ""
+        return text + held if self.stopped_by is None else text
+
+    def _release(self, new: str) -> str:
+        """Split what is final from what may still become a stop string."""
+        text = self._held + new
+        found = [(text.find(stop), stop) for stop in self._stop if stop in text]
+        if found:
+            position, self.stopped_by = min(found)
+            self._held = ""
+            return text[:position]
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest proper beginning of `stop` that `text` ends with."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

@@ -1,0 +1,166 @@
+"""The plain types that every layer shares. Nothing here imports torch, HTTP or another proxyserve module
+except `errors`."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from proxyserve.errors import InvalidRequest
+
+#: Hard bounds of the request format itself. Server policy (see `config.Limits`) may be tighter, never looser.
+MAX_SEED = 2**64
+
+
+class ModelKey(NamedTuple):
+    """Names one set of weights: `atlas`, `qa.tuned` or the name of a small untuned model, and which published
+    version of it. KV blocks and prefix-cache entries belong to a key and never cross to another."""
+
+    name: str
+    generation: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.generation}"
+
+
+class FinishReason(enum.StrEnum):
+    """Why a choice ended. `STOP` covers stop ids and stop strings; `LENGTH` covers max_tokens and a full context."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+def _require(condition: bool, param: str, message: str) -> None:
+    if not condition:
+        raise InvalidRequest(message, param=param)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one choice is drawn from the fused law. Field names are those of the HTTP API.
+
+    Order of application: logit bias and penalties, then temperature, then min-p, top-k and top-p (top-p on
+    what top-k left, renormalised), then the draw. `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0
+    switch the filters off. `logprobs` None means none, 0 the chosen token only, k the k most likely as well.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "temperature",
+            "top_p",
+            "min_p",
+            "presence_penalty",
+            "frequency_penalty",
+            "repetition_penalty",
+        ):
+            value = getattr(self, name)
+            _require(math.isfinite(value), name, f"{name} must be a finite number, not {value}.")
+        _require(self.max_tokens >= 1, "max_tokens", "max_tokens must be at least 1.")
+        _require(0.0 <= self.temperature <= 100.0, "temperature", "temperature must be between 0 and 100.")
+        _require(0.0 < self.top_p <= 1.0, "top_p", "top_p must be above 0 and at most 1.")
+        _require(self.top_k >= 0, "top_k", "top_k must be 0 (off) or a positive number.")
+        _require(0.0 <= self.min_p <= 1.0, "min_p", "min_p must be between 0 and 1.")
+        _require(
+            self.seed is None or -(MAX_SEED // 2) <= self.seed < MAX_SEED,
+            "seed",
+            "seed must fit in 64 bits.",
+        )
+        _require(all(self.stop), "stop", "stop strings must not be empty.")
+        _require(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "must be between -2 and 2.")
+        _require(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "must be between -2 and 2.")
+        _require(0.0 < self.repetition_penalty <= 10.0, "repetition_penalty", "must be above 0, at most 10.")
+        for token, bias in self.logit_bias.items():
+            _require(
+                not math.isnan(bias) and -100.0 <= bias <= 100.0,
+                f"logit_bias.{token}",
+                "logit_bias values must be between -100 and 100.",
+            )
+        _require(self.logprobs is None or self.logprobs >= 0, "logprobs", "logprobs must not be negative.")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def penalised(self) -> bool:
+        """Whether a token's score depends on which tokens came before."""
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural-log probabilities of one position under the fused law before bias, penalties, temperature and
+    filters, over the shared vocabulary. `top` is ordered from most to least likely, ties by lowest id."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one choice. `lane_tokens` counts, per model, the tokens that ran through it for this
+    choice (prompt tokens served from the prefix cache are not counted)."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    lane_tokens: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class FusionReport:
+    """What fusion did to one choice.
+
+    `mean_kl` is the mean over generated positions of KL(fused || base) in nats, `flips` the number of
+    positions where the fused argmax differs from the base's. `generations` maps each expert to the
+    generation that served the request.
+    """
+
+    rule: str
+    sum_of_weights: float
+    generations: Mapping[str, int]
+    mean_kl: float
+    flips: int
+
+
+@dataclass(frozen=True, slots=True)
+class OutputEvent:
+    """What one step produced for one choice.
+
+    `text` is text that is final (bytes of unfinished characters and possible beginnings of stop strings are
+    held back and come later). `logprobs` has one entry per id in `token_ids` where the request asked for
+    them. `finish_reason`, `usage` and, for fused requests, `fusion` are set on the last event only; `error`
+    says what failed when `finish_reason` is `ERROR`.
+    """
+
+    request_id: str
+    index: int
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    usage: Usage | None = None
+    fusion: FusionReport | None = None
+    error: str | None = None

@@ -1,0 +1,83 @@
+"""A stand-in for what a real engine does only when something is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+from proxyserve.engine.loop import EngineStats
+from proxyserve.engine.submission import Submission
+from proxyserve.models.model_set import ModelSet
+from proxyserve.types import FinishReason, FusionReport, OutputEvent, Usage
+
+Script = Callable[[Sequence[Submission]], AsyncIterator[OutputEvent]]
+
+
+@dataclass
+class FakeEngine:
+    """Answers every `submit` with what `script` yields, or raises `refusal`. Counts streams that were not closed."""
+
+    models: ModelSet
+    script: Script | None = None
+    refusal: Exception | None = None
+    state: str = "ready"
+    open_streams: int = 0
+    submitted: list[Submission] = field(default_factory=list)
+
+    @property
+    def engine(self) -> Any:
+        memory = {key: SimpleNamespace(blocks=1000) for key in self.models.models}
+        return SimpleNamespace(models=self.models, memory=memory, config=SimpleNamespace(block_size=16))
+
+    def submit(self, submissions: Sequence[Submission]) -> FakeStream:
+        if self.refusal is not None:
+            raise self.refusal
+        assert self.script is not None
+        self.submitted.extend(submissions)
+        return FakeStream(self, self.script(submissions))
+
+    def drain(self) -> None:
+        self.state = "draining"
+
+    async def drained(self) -> None:
+        return None
+
+    def snapshot(self) -> EngineStats:
+        return EngineStats(0, 0, 0, 0, 0, 0, 0, {}, 0, 0, 0.0, {})
+
+
+class FakeStream:
+    def __init__(self, engine: FakeEngine, events: AsyncIterator[OutputEvent]) -> None:
+        self._engine = engine
+        self._events = events
+        self._closed = False
+        engine.open_streams += 1
+
+    def __aiter__(self) -> FakeStream:
+        return self
+
+    async def __anext__(self) -> OutputEvent:
+        return await self._events.__anext__()
+
+    async def aclose(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._engine.open_streams -= 1
+
+
+def token(submission: Submission, text: str, index: int = 0) -> OutputEvent:
+    return OutputEvent(submission.request_id, index, (65,), text)
+
+
+def last(submission: Submission, text: str = "", index: int = 0, tokens: int = 1) -> OutputEvent:
+    return OutputEvent(
+        submission.request_id,
+        index,
+        (66,),
+        text,
+        finish_reason=FinishReason.STOP,
+        usage=Usage(10, tokens, 4, {"atlas": 9 + tokens}),
+        fusion=FusionReport("proxy", 1.0, {"qa": 3}, mean_kl=float(tokens), flips=tokens),
+    )

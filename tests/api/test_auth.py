@@ -1,0 +1,190 @@
+"""Keys: who gets in, which routes are public, and where a server without keys may listen."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from starlette.routing import BaseRoute, Route
+
+from proxyserve.api.app import create_app
+from proxyserve.api.auth import PUBLIC_PATHS, KeyRing
+from proxyserve.api.errors import StartupError
+from proxyserve.api.server import check_binding, listen, run_server
+from proxyserve.config import ServerConfig
+from proxyserve.models.model_set import ModelSet
+from tests.api.fakes import FakeEngine
+
+PLAIN, HASHED = "sk-plain-key", "sk-hashed-key"
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    path = tmp_path / "keys"
+    digest = hashlib.sha256(HASHED.encode()).hexdigest()
+    path.write_text(f"# who has it\n\n  {PLAIN}  \nsha256:{digest.upper()}\n")
+    return path
+
+
+@pytest.fixture
+def app(tiny_models: ModelSet, key_file: Path) -> FastAPI:
+    return create_app(FakeEngine(tiny_models), ServerConfig(api_key_file=key_file))
+
+
+def client_of(app: FastAPI, authorization: str | None = None) -> httpx.AsyncClient:
+    headers = {} if authorization is None else {"authorization": authorization}
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", headers=headers)
+
+
+def routes_of(app: FastAPI) -> list[tuple[str, str]]:
+    """Every method and path that the application answers, documented or not."""
+    found: list[tuple[str, str]] = []
+
+    def walk(routes: list[BaseRoute]) -> None:
+        for route in routes:
+            nested = getattr(getattr(route, "original_router", route), "routes", None)  # an included router
+            if isinstance(route, Route):
+                found.extend((method, route.path) for method in sorted(route.methods or ()))
+            elif nested:
+                walk(nested)
+            else:
+                raise AssertionError(f"{route!r} is no HTTP route; its access was not thought about")
+
+    walk(list(app.routes))
+    return found
+
+
+async def test_every_route_but_the_public_ones_needs_a_key(app: FastAPI) -> None:
+    routes = routes_of(app)
+    documented = {(m.upper(), path) for path, item in app.openapi()["paths"].items() for m in item}
+    assert {path for _, path in routes} >= {
+        path.replace("{model_id}", "{model_id:path}") for _, path in documented
+    }
+    assert {path for _, path in routes} >= {"/v1/chat/completions", "/metrics", "/docs", "/openapi.json"}
+    async with client_of(app) as client:
+        for method, path in [*routes, ("POST", "/nothing"), ("GET", "/health/"), ("GET", "//health")]:
+            status = (await client.request(method, path)).status_code
+            assert (status != 401) == (path in PUBLIC_PATHS), (method, path, status)
+    assert sorted(PUBLIC_PATHS) == ["/health", "/ready", "/version"]
+
+
+@pytest.mark.parametrize("authorization", [f"Bearer {PLAIN}", f"bearer  {HASHED} ", f"BEARER {HASHED}"])
+async def test_known_keys_get_in(app: FastAPI, authorization: str) -> None:
+    async with client_of(app, authorization) as client:
+        assert (await client.get("/v1/models")).status_code == 200
+        assert (await client.get("/openapi.json")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "authorization",
+    [
+        None,
+        "",
+        "Bearer",
+        "Bearer ",
+        "Bearer sk-other",
+        f"Bearer {PLAIN}x",
+        f"Bearer {PLAIN[:-1]}",
+        f"Basic {PLAIN}",
+        PLAIN,
+        f"Bearer sha256:{hashlib.sha256(HASHED.encode()).hexdigest()}",
+        f"Bearer {hashlib.sha256(PLAIN.encode()).hexdigest()}",
+        "Bearer # who has it",
+        "Bearer \xe9",
+    ],
+)
+async def test_others_do_not(app: FastAPI, authorization: str | None) -> None:
+    async with client_of(app) as client:
+        headers = [] if authorization is None else [(b"authorization", authorization.encode("latin-1"))]
+        response = await client.get("/v1/models", headers=headers)
+    assert response.status_code == 401
+    assert response.headers["www-authenticate"] == "Bearer"
+    assert response.headers["x-request-id"]
+    error = response.json()["error"]
+    assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
+
+
+async def test_without_key_file_any_header_does(tiny_models: ModelSet) -> None:
+    app = create_app(FakeEngine(tiny_models), ServerConfig())
+    for authorization in (None, "Bearer ", "Bearer anything"):  # evaluation harnesses send an empty key
+        async with client_of(app, authorization) as client:
+            assert (await client.get("/v1/models")).status_code == 200
+
+
+async def test_refusal_comes_before_the_body(app: FastAPI) -> None:
+    async with client_of(app) as client:
+        response = await client.post("/v1/completions", content=b"{", headers={"content-length": "999999999"})
+    assert response.status_code == 401
+
+
+async def test_keys_do_not_share_the_prefix_cache(tiny_models: ModelSet, key_file: Path) -> None:
+    salts = []
+    engine = FakeEngine(tiny_models, refusal=None)
+    app = create_app(engine, ServerConfig(api_key_file=key_file))
+
+    def record(submissions: list[object]) -> None:
+        salts.append(submissions[0].salt)  # type: ignore[attr-defined]
+        raise RuntimeError
+
+    engine.submit = record  # type: ignore[method-assign, assignment]
+    for key in (PLAIN, HASHED):
+        for user in (None, "ann"):
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                body = {"model": "atlas", "prompt": "Hi", "user": user}
+                await client.post("/v1/completions", json=body, headers={"authorization": f"Bearer {key}"})
+    assert len(set(salts)) == 4
+    assert all(salts)
+    assert not any(key in salt for key in (PLAIN, HASHED) for salt in salts)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "no keys"),
+        (b"# nothing here\n\n", "no keys"),
+        (b"sha256:12\n", ":1:"),
+        (b"ok\ntwo words\n", ":2:"),
+        (b"\xff\xfe", "cannot be read"),
+    ],
+)
+def test_unusable_key_files(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "keys"
+    path.write_bytes(content)
+    with pytest.raises(StartupError, match=words):
+        KeyRing.load(path)
+
+
+def test_missing_key_file(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="cannot be read"):
+        KeyRing.load(tmp_path / "none")
+
+
+def test_ring_keeps_no_keys(key_file: Path) -> None:
+    ring = KeyRing.load(key_file)
+    assert len(ring) == 2
+    assert PLAIN.encode() not in repr(vars(ring)).encode()
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org", ""])
+def test_without_keys_only_loopback(tiny_models: ModelSet, host: str, key_file: Path) -> None:
+    with pytest.raises(StartupError, match="--api-key-file"):
+        run_server(FakeEngine(tiny_models), ServerConfig(host=host))  # type: ignore[arg-type]
+    check_binding(ServerConfig(host=host, api_key_file=key_file))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_loopback_needs_no_keys(host: str) -> None:
+    check_binding(ServerConfig(host=host))
+
+
+def test_port_in_use_is_said_clearly() -> None:
+    with listen("127.0.0.1", 0) as first:
+        first.listen()
+        with pytest.raises(StartupError, match="Choose another --port"):
+            listen("127.0.0.1", first.getsockname()[1])
+    with pytest.raises(StartupError, match="no address"):
+        listen("not an address", 0)

@@ -1,0 +1,384 @@
+"""Nothing is ignored and nothing is a 500: every bad or unsupported request is refused, naming the field."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+
+from proxyserve.api.schemas.chat import ChatRequest, Message
+from proxyserve.api.schemas.completions import CompletionRequest
+from proxyserve.api.schemas.fusion import FusionObject
+from tests.api.live import Live
+
+CHAT = {"model": "atlas+qa", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+TEXT = {"model": "atlas+qa", "prompt": "Hi", "max_tokens": 2}
+BASE = {"model": "atlas", "prompt": "Hi", "max_tokens": 2}
+PATHS = {"messages": "/v1/chat/completions", "prompt": "/v1/completions"}
+
+
+def send(live: Live, body: dict[str, Any]) -> Any:
+    return live.post(PATHS["messages" if "messages" in body else "prompt"], **body)
+
+
+def refusal(live: Live, body: dict[str, Any], status: int = 400) -> dict[str, Any]:
+    response = send(live, body)
+    assert response.status_code == status, response.text
+    assert response.headers["x-request-id"]
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert error["message"]
+    return error
+
+
+UNSUPPORTED = [
+    (CHAT, "tools", [{"type": "function", "function": {"name": "f"}}]),
+    (CHAT, "tool_choice", "auto"),
+    (CHAT, "parallel_tool_calls", "yes"),
+    (CHAT, "functions", [{"name": "f"}]),
+    (CHAT, "function_call", "auto"),
+    (CHAT, "response_format", {"type": "json_object"}),
+    (CHAT, "modalities", ["text", "audio"]),
+    (CHAT, "audio", {"voice": "x"}),
+    (CHAT, "prediction", {"type": "content", "content": "x"}),
+    (CHAT, "reasoning_effort", "high"),
+    (CHAT, "store", True),
+    (CHAT, "verbosity", "low"),
+    (CHAT, "web_search_options", {}),
+    (CHAT, "metadata", {"a": "b"}),
+    (CHAT, "service_tier", "flex"),
+    (CHAT, "prompt_cache_key", "x"),
+    (CHAT, "safety_identifier", "x"),
+    (TEXT, "echo", True),
+    (TEXT, "echo", 1),
+    (TEXT, "suffix", "end"),
+    (TEXT, "best_of", 2),
+    (TEXT, "best_of", True),
+    (TEXT, "metadata", {"a": "b"}),
+]
+
+
+@pytest.mark.parametrize(("body", "field", "value"), UNSUPPORTED, ids=str)
+def test_unsupported_field_is_named(live: Live, body: dict[str, Any], field: str, value: Any) -> None:
+    error = refusal(live, {**body, field: value})
+    assert error["param"] == field
+    assert error["code"] == "unsupported_parameter"
+    assert "not supported yet" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "extra"),
+    [
+        (CHAT, {"tools": None, "tool_choice": "none", "functions": [], "function_call": None}),
+        (CHAT, {"response_format": {"type": "text"}, "store": False, "modalities": ["text"]}),
+        (
+            CHAT,
+            {"metadata": {}, "service_tier": "auto", "parallel_tool_calls": False, "stream_options": None},
+        ),
+        (
+            CHAT,
+            {"temperature": None, "stop": None, "n": None, "logit_bias": None, "stream": None, "user": None},
+        ),
+        (CHAT, {"top_logprobs": 0, "logprobs": False, "seed": None, "fusion": None}),
+        (TEXT, {"echo": False, "suffix": None, "best_of": 1, "logprobs": None, "stop": []}),
+        (TEXT, {"fusion": {"support": None, "explain": 0, "on_expert_failure": "fail", "rule": "proxy"}}),
+    ],
+    ids=str,
+)
+def test_values_that_ask_for_nothing_are_accepted(
+    live: Live, body: dict[str, Any], extra: dict[str, Any]
+) -> None:
+    assert send(live, {**body, **extra}).status_code == 200
+
+
+@pytest.mark.parametrize("body", [CHAT, TEXT], ids=["chat", "completions"])
+def test_unknown_field_is_named(live: Live, body: dict[str, Any]) -> None:
+    error = refusal(live, {**body, "temprature": 1})
+    assert (error["param"], error["code"]) == ("temprature", "unknown_parameter")
+
+
+FUSION_REFUSALS = [
+    ({"support": {"of": ["base"]}}, "fusion.support", "not supported yet"),
+    ({"explain": 3}, "fusion.explain", "not supported yet"),
+    ({"on_expert_failure": "base_only"}, "fusion.on_expert_failure", "not supported yet"),
+    ({"target_entropy": 1.0}, "fusion.target_entropy", "not supported yet"),
+    ({"beta": 1}, "fusion.beta", "not there yet"),
+    ({"rule": "dynamic"}, "fusion.rule", "not there yet"),
+    ({"rule": 7}, "fusion.rule", ""),
+    ({"experts": {"qa": {"weight": 1, "schedule": [[0, 1]]}}}, "fusion.experts.qa.schedule", "not there yet"),
+    ({"experts": [{"expert": "qa", "schedule": []}]}, "fusion.experts[0].schedule", "not there yet"),
+    ({"experts": "qa"}, "fusion.experts", ""),
+    ({"experts": {"qa": "1"}}, "fusion.experts.qa", "number"),
+    ({"experts": {"qa": True}}, "fusion.experts.qa", "number"),
+    ({"experts": {"qa": None}}, "fusion.experts.qa", "number"),
+    ({"experts": {"qa": [1]}}, "fusion.experts.qa", "number"),
+    ({"experts": {"qa": {"weight": "1"}}}, "fusion.experts.qa.weight", "number"),
+    ({"experts": {"qa": {"weight": False}}}, "fusion.experts.qa.weight", "number"),
+    ({"experts": {"qa": 4.5}}, "fusion.experts.qa", "-4 to 4"),
+    ({"experts": {"qa": -1e300}}, "fusion.experts.qa", "-4 to 4"),
+    ({"experts": {"qa": 10**400}}, "fusion.experts.qa", "too large"),
+    ({"experts": ["qa"]}, "fusion.experts[0]", ""),
+    ({"experts": [{"weight": 1}]}, "fusion.experts[0].expert", ""),
+    ({"experts": [{"expert": 5}]}, "fusion.experts[0].expert", ""),
+    ({"rule": "r" * 65}, "fusion.rule", ""),
+    ({"experts": [{"expert": ""}]}, "fusion.experts", "empty"),
+    ({"experts": [{"expert": "qa"}, {"expert": "qa"}]}, "fusion.experts", "twice"),
+    ({"prompts": {"base": "chat"}}, "fusion.prompts", ""),
+    ([], "fusion", ""),
+    ("proxy", "fusion", ""),
+]
+
+
+@pytest.mark.parametrize(("fusion", "param", "words"), FUSION_REFUSALS, ids=str)
+def test_fusion_refusals(live: Live, fusion: Any, param: str, words: str) -> None:
+    error = refusal(live, {**BASE, "fusion": fusion})
+    assert error["param"] == param
+    assert words in error["message"]
+
+
+def test_too_many_experts(live: Live) -> None:
+    names = {"qa": 1, **{f"x{number}": 1 for number in range(9)}}
+    assert refusal(live, {**BASE, "fusion": {"experts": names}}, 404)["param"] == "fusion.experts.x0"
+
+
+def test_experts_in_two_places(live: Live) -> None:
+    error = refusal(live, {**TEXT, "fusion": {"experts": {"record": 1}}})
+    assert error["param"] == "fusion.experts"
+    assert "'model'" in error["message"]
+    assert "'fusion.experts'" in error["message"]
+
+
+def test_prompt_route_of_a_lane_that_does_not_run(live: Live) -> None:
+    error = refusal(live, {**CHAT, "fusion": {"prompts": {"record.tuned": "chat"}}})
+    assert error["param"] == "fusion.prompts.record.tuned"
+    assert refusal(live, {**CHAT, "fusion": {"prompts": {"base": "raw"}}})["param"] == "fusion.prompts.base"
+
+
+@pytest.mark.parametrize(
+    ("model", "status"),
+    [
+        ("gpt-5", 404),
+        ("atlas+nope", 404),
+        ("atlas+qa:x", 400),
+        ("atlas+qa:nan", 400),
+        ("atlas+qa:1e9", 400),
+        ("", 400),
+    ],
+)
+def test_bad_model_names(live: Live, model: str, status: int) -> None:
+    error = refusal(live, {**TEXT, "model": model}, status)
+    if status == 404:
+        assert (error["param"], error["code"]) == ("model", "model_not_found")
+
+
+def test_unknown_expert_in_fusion(live: Live) -> None:
+    assert refusal(live, {**BASE, "fusion": {"experts": {"x" * 9999: 1}}}, 404)["param"] == "fusion.experts"
+    error = refusal(live, {**BASE, "fusion": {"experts": {"ghost": 1}}}, 404)
+    assert error["param"] == "fusion.experts.ghost"
+    assert "qa" in error["message"]
+
+
+VALUES: list[tuple[dict[str, Any], str, Any, str]] = [
+    (TEXT, "temperature", -0.1, "temperature"),
+    (TEXT, "temperature", "hot", "temperature"),
+    (TEXT, "temperature", True, "temperature"),
+    (TEXT, "temperature", 10**400, "temperature"),
+    (TEXT, "top_p", 0, "top_p"),
+    (TEXT, "top_p", 1.1, "top_p"),
+    (TEXT, "top_k", -1, "top_k"),
+    (TEXT, "top_k", 1.5, "top_k"),
+    (TEXT, "top_k", 10**30, "top_k"),
+    (TEXT, "min_p", 2, "min_p"),
+    (TEXT, "seed", 2**64, "seed"),
+    (TEXT, "seed", 1.0, "seed"),
+    (TEXT, "presence_penalty", 2.1, "presence_penalty"),
+    (TEXT, "frequency_penalty", -2.1, "frequency_penalty"),
+    (TEXT, "repetition_penalty", 0, "repetition_penalty"),
+    (TEXT, "max_tokens", 0, "max_tokens"),
+    (TEXT, "max_tokens", 10**30, "max_tokens"),
+    (TEXT, "max_tokens", 100_000, "max_tokens"),
+    (TEXT, "n", 0, "n"),
+    (TEXT, "n", 17, "n"),
+    (TEXT, "n", 2**31, "n"),
+    (TEXT, "stop", "", "stop"),
+    (TEXT, "stop", 5, "stop"),
+    (TEXT, "stop", ["a", 5], "stop[1]"),
+    (TEXT, "stop", ["a"] * 17, "stop"),
+    (TEXT, "stop", "a" * 201, "stop"),
+    (TEXT, "stop_token_ids", [-1], "stop_token_ids[0]"),
+    (TEXT, "stop_token_ids", [383_000], "stop_token_ids"),
+    (TEXT, "stop_token_ids", list(range(17)), "stop_token_ids"),
+    (TEXT, "ignore_eos", "yes", "ignore_eos"),
+    (TEXT, "logit_bias", {"x": 1}, "logit_bias"),
+    (TEXT, "logit_bias", {"5": 1, "05": 2}, "logit_bias"),
+    (TEXT, "logit_bias", {"5": 101}, "logit_bias[5]"),
+    (TEXT, "logit_bias", {"5": "1"}, "logit_bias[5]"),
+    (TEXT, "logit_bias", {"99999": 1}, "logit_bias.99999"),
+    (TEXT, "logit_bias", {str(token): 1 for token in range(1025)}, "logit_bias"),
+    (TEXT, "logit_bias", [1], "logit_bias"),
+    (TEXT, "logprobs", -1, "logprobs"),
+    (TEXT, "logprobs", 21, "logprobs"),
+    (TEXT, "logprobs", True, "logprobs"),
+    (TEXT, "stream", "true", "stream"),
+    (TEXT, "stream_options", {"include_usage": True}, "stream_options"),
+    (TEXT, "stream_options", {"include_obfuscation": True}, "stream_options.include_obfuscation"),
+    (TEXT, "user", 5, "user"),
+    (TEXT, "user", "u" * 513, "user"),
+    (TEXT, "model", "m" * 513, "model"),
+    (TEXT, "model", None, "model"),
+    (TEXT, "prompt", "", "prompt"),
+    (TEXT, "prompt", [], "prompt"),
+    (TEXT, "prompt", [[]], "prompt"),
+    (TEXT, "prompt", [""], "prompt"),
+    (TEXT, "prompt", ["a", 1], "prompt"),
+    (TEXT, "prompt", [1, [1]], "prompt"),
+    (TEXT, "prompt", [True], "prompt"),
+    (TEXT, "prompt", [1.0], "prompt"),
+    (TEXT, "prompt", [-1], "prompt"),
+    (TEXT, "prompt", [10**30], "prompt"),
+    (TEXT, "prompt", [100_000], "prompt"),
+    (TEXT, "prompt", None, "prompt"),
+    (TEXT, "prompt", {"text": "a"}, "prompt"),
+    (TEXT, "prompt", "word " * 2000, "prompt"),
+    (TEXT, "prompt", ["a"] * 257, "prompt"),
+    (CHAT, "messages", [], "messages"),
+    (CHAT, "messages", "hi", "messages"),
+    (CHAT, "messages", [{"role": "user"}], "messages[0].content"),
+    (CHAT, "messages", [{"role": "tool", "content": "x"}], "messages[0].role"),
+    (CHAT, "messages", [{"role": "user", "content": None}], "messages[0].content"),
+    (CHAT, "messages", [{"role": "user", "content": 5}], "messages[0].content"),
+    (CHAT, "messages", [{"role": "user", "content": ["x"]}], "messages[0].content"),
+    (CHAT, "messages", [{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content"),
+    (CHAT, "messages", [{"role": "user", "content": [{"type": "text"}]}], "messages[0].content"),
+    (CHAT, "messages", [{"role": "user", "content": "a", "name": "Ann"}], "messages[0].name"),
+    (CHAT, "messages", [{"role": "assistant", "content": "a", "tool_calls": [{}]}], "messages[0].tool_calls"),
+    (CHAT, "messages", [{"role": "user", "content": "word " * 2000}], "messages"),
+    (CHAT, "logprobs", 3, "logprobs"),
+    (CHAT, "top_logprobs", 3, "top_logprobs"),
+    (CHAT | {"logprobs": True}, "top_logprobs", 21, "top_logprobs"),
+    (CHAT, "max_completion_tokens", 5, "max_completion_tokens"),
+    (CHAT | {"max_tokens": None}, "max_completion_tokens", 100_000, "max_completion_tokens"),
+]
+
+
+@pytest.mark.parametrize(("body", "field", "value", "param"), VALUES, ids=lambda value: str(value)[:40])
+def test_bad_values(live: Live, body: dict[str, Any], field: str, value: Any, param: str) -> None:
+    assert refusal(live, {**body, field: value})["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("body", "field"), [(CHAT, "messages"), (CHAT, "model"), (TEXT, "prompt"), (TEXT, "model")]
+)
+def test_required_fields(live: Live, body: dict[str, Any], field: str) -> None:
+    response = live.post(
+        PATHS["messages" if body is CHAT else "prompt"], **{k: v for k, v in body.items() if k != field}
+    )
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == field
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b'"text"',
+        b"{",
+        b"{'model': 'atlas'}",
+        b'{"model": "atlas", "prompt": "a", "temperature": NaN}',
+        b'{"model": "atlas", "prompt": "a", "temperature": -Infinity}',
+        b'{"model": "atlas", "prompt": "a", "temperature": 1e999}',
+        b'{"model": "atlas", "prompt": "a", "fusion": {"experts": {"qa": 1e999}}}',
+        b'{"model": "atlas", "prompt": "\\ud800"}',
+        b'{"model": "atlas", "prompt": "\xff"}',
+        b'{"model": "atlas", "prompt": ' + b"[" * 100_000,
+        b'{"model": "atlas", "prompt": "a", "seed": ' + b"1" * 10_000 + b"}",
+        b"\x00" * 1000,
+        json.dumps({"x" * 1_000_000: 1}).encode(),
+    ],
+    ids=lambda content: repr(content[:50]),
+)
+@pytest.mark.parametrize("path", [*PATHS.values(), "/tokenize", "/detokenize"])
+def test_bodies_that_are_no_request(live: Live, path: str, content: bytes) -> None:
+    response = live.http.post(path, content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 400, response.text
+    assert len(response.json()["error"]["message"]) < 1000
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])
+def test_body_must_be_announced_as_json(live: Live, kind: str | None) -> None:
+    headers = {} if kind is None else {"content-type": kind}
+    response = live.http.post(PATHS["prompt"], content=json.dumps(TEXT).encode(), headers=headers)
+    assert response.status_code == 415
+    assert "application/json" in response.json()["error"]["message"]
+
+
+def test_route_and_method_errors_have_the_same_shape(live: Live) -> None:
+    assert live.http.get("/v2/nothing").json()["error"]["code"] == "route_not_found"
+    response = live.http.get("/v1/completions")
+    assert response.status_code == 405
+    assert response.headers["allow"] == "POST"
+    assert response.json()["error"]["code"] == "method_not_allowed"
+
+
+def test_every_field_was_looked_at() -> None:
+    """A field that is added to a request must be added here or to the tests of what fields do."""
+    refused = {field for _, field, _ in UNSUPPORTED} | {
+        "moderation",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+    }
+    tried = {field for _, field, _, _ in VALUES}
+    assert set(ChatRequest.model_fields) | set(CompletionRequest.model_fields) == refused | tried | {"fusion"}
+    assert set(FusionObject.model_fields) == {
+        *("rule", "experts", "prompts", "support", "explain", "on_expert_failure", "target_entropy")
+    }
+    assert set(Message.model_fields) == {
+        *("role", "content", "annotations", "audio", "function_call", "name", "refusal", "tool_calls")
+    }
+
+
+def test_random_mutations_are_never_a_500(live: Live) -> None:
+    """Puts odd values at random places of valid requests."""
+    odd: list[Any] = [
+        None,
+        True,
+        -1,
+        0,
+        1.5,
+        10**40,
+        -1e308,
+        "",
+        "a",
+        "\u0000",
+        [],
+        {},
+        [[]],
+        [None],
+        {"": None},
+    ]
+    chance = random.Random(7)
+    plain = [
+        CHAT | {"logprobs": True, "fusion": {"prompts": {}}},
+        TEXT | {"logit_bias": {"1": 1}, "stop": ["x"]},
+    ]
+    for _ in range(300):
+        body = json.loads(json.dumps(chance.choice(plain)))
+        fields = [*ChatRequest.model_fields, *CompletionRequest.model_fields]
+        for _ in range(chance.randint(1, 2)):
+            where: Any = body
+            key: Any = chance.choice([*where, chance.choice(fields)])
+            while (
+                isinstance(where.get(key) if isinstance(where, dict) else None, dict)
+                and chance.random() < 0.5
+            ):
+                where = where[key]
+                key = chance.choice([*where, "weight"])
+            where[key] = chance.choice(odd)
+        body["max_tokens"] = 1
+        response = send(live, body)
+        assert response.status_code in (200, 400, 404), (response.status_code, response.text, body)

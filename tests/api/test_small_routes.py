@@ -1,0 +1,183 @@
+"""Models, tokenizing, metrics, health, version, and the OpenAPI document."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+import proxyserve
+from proxyserve.models.model_set import ModelSet
+from tests.api.live import Live
+from tests.tiny import EOS
+
+TEXT = "Zwölf Boxkämpfer: 日本語 🙂"
+
+
+def test_models_are_listed(live: Live) -> None:
+    listing = live.http.get("/v1/models").json()
+    assert listing["object"] == "list"
+    assert [model["id"] for model in listing["data"]] == ["atlas", "atlas+qa", "atlas+record"]
+    for model in listing["data"]:
+        assert live.http.get(f"/v1/models/{model['id']}").json() == model
+        assert model["max_model_len"] == 256
+
+
+@pytest.mark.parametrize("name", ["atlas%2Bqa%3A0.5", "atlas+qa:0.5+record"])
+def test_model_names_in_urls(live: Live, name: str) -> None:
+    response = live.http.get(f"/v1/models/{name}")
+    assert response.status_code == 200
+    assert response.json()["id"].startswith("atlas+qa:0.5")
+
+
+@pytest.mark.parametrize("name", ["", "gpt-5", "atlas+ghost", "org/model", "atlas+"])
+def test_unknown_models(live: Live, name: str) -> None:
+    response = live.http.get(f"/v1/models/{name}")
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "model_not_found"
+
+
+def test_tokens_round_trip(live: Live, tiny_models: ModelSet) -> None:
+    answer = live.post("/tokenize", prompt=TEXT).json()
+    assert answer["tokens"] == tiny_models.base.tokenizer.encode(TEXT)
+    assert answer["count"] == len(answer["tokens"])
+    assert answer["max_model_len"] == 256
+    assert live.post("/detokenize", tokens=answer["tokens"]).json() == {"prompt": TEXT}
+    assert live.post("/tokenize", prompt="", add_special_tokens=False).json()["tokens"] == []
+    assert live.post("/detokenize", tokens=[]).json() == {"prompt": ""}
+
+
+def test_detokenize_keeps_special_tokens(live: Live) -> None:
+    assert live.post("/detokenize", tokens=[0]).json() == {"prompt": EOS}
+
+
+def test_messages_are_rendered_as_for_chat(live: Live) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    tokens = live.post("/tokenize", model="atlas+qa", messages=messages).json()["tokens"]
+    assert live.post("/detokenize", tokens=tokens).json()["prompt"] == "[user] Hi\n[assistant] "
+    usage = live.post("/v1/chat/completions", model="atlas+qa", messages=messages, max_tokens=1).json()[
+        "usage"
+    ]
+    assert usage["prompt_tokens"] == len(tokens)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "status"),
+    [
+        ("/tokenize", {}, "prompt", 400),
+        ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt", 400),
+        ("/tokenize", {"prompt": ["a"]}, "prompt", 400),
+        ("/tokenize", {"prompt": "a", "add_special_tokens": 1}, "add_special_tokens", 400),
+        ("/tokenize", {"prompt": "a", "model": "gpt-5"}, "model", 404),
+        ("/tokenize", {"messages": [{"role": "user", "content": "a"}]}, "messages", 400),
+        ("/tokenize", {"prompt": "a", "return_token_strs": True}, "return_token_strs", 400),
+        ("/detokenize", {}, "tokens", 400),
+        ("/detokenize", {"tokens": "a"}, "tokens", 400),
+        ("/detokenize", {"tokens": [True]}, "tokens[0]", 400),
+        ("/detokenize", {"tokens": [-1]}, "tokens[0]", 400),
+        ("/detokenize", {"tokens": [100_000]}, "tokens", 400),
+        ("/detokenize", {"tokens": [1], "model": "gpt-5"}, "model", 404),
+        (
+            "/tokenize",
+            {"model": "atlas+qa", "messages": [{"role": "user", "content": "a"}], "add_special_tokens": True},
+            "add_special_tokens",
+            400,
+        ),
+    ],
+    ids=str,
+)
+def test_tokenizing_refusals(live: Live, path: str, body: dict[str, Any], param: str, status: int) -> None:
+    response = live.post(path, **body)
+    assert response.status_code == status
+    assert response.json()["error"]["param"] == param
+
+
+def read_metrics(live: Live) -> dict[tuple[str, ...], float]:
+    """Sample name and label values -> value."""
+    response = live.http.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(response.text)
+        for sample in family.samples
+    }
+
+
+def test_metrics_count_what_happened(live: Live) -> None:
+    before = read_metrics(live)
+    live.post("/v1/completions", model="atlas+qa", prompt="The quick", max_tokens=5, n=2, ignore_eos=True)
+    live.post("/v1/completions", model="atlas", prompt="The quick", max_tokens=4, logit_bias={"0": 100})
+    live.post("/v1/completions", model="atlas", prompt="")
+    live.post("/v1/completions", model="gpt-5", prompt="a")
+    after = read_metrics(live)
+
+    def grown(*name: str) -> float:
+        return after[name] - before.get(name, 0.0)
+
+    assert grown("proxyserve_generation_tokens_total") == 11
+    assert grown("proxyserve_fused_tokens_total") == 10
+    assert grown("proxyserve_request_success_total", "length") == 2
+    assert grown("proxyserve_request_success_total", "stop") == 1
+    assert grown("proxyserve_requests_rejected_total", "invalid") == 1
+    assert grown("proxyserve_requests_rejected_total", "not_found") == 1
+    assert grown("proxyserve_time_to_first_token_seconds_count") == 3
+    assert grown("proxyserve_inter_token_latency_seconds_count") == 8
+    assert grown("proxyserve_e2e_request_latency_seconds_count") == 3
+    assert grown("proxyserve_prompt_tokens_total") > 0
+    for model in ("atlas", "qa.tuned", "small"):
+        assert grown("proxyserve_lane_tokens_total", model) > 0
+        assert grown("proxyserve_lane_seconds_total", model) > 0
+    assert grown("proxyserve_lane_tokens_total", "record.tuned") == 0
+    assert after["proxyserve_num_requests_running",] == 0
+    assert after["proxyserve_kv_blocks", "atlas"] > 0
+    assert after["proxyserve_kv_blocks_in_use", "atlas"] == 0
+    assert ("proxyserve_flips_total",) in after
+    assert ("proxyserve_num_preemptions_total",) in after
+
+
+def test_first_token_is_not_slower_than_the_request(live: Live) -> None:
+    before = read_metrics(live)
+    live.post("/v1/completions", model="atlas", prompt="The quick", max_tokens=50, ignore_eos=True)
+    after = read_metrics(live)
+
+    def grown(name: str) -> float:
+        return after[name,] - before[name,]
+
+    first, whole = (
+        grown("proxyserve_time_to_first_token_seconds_sum"),
+        grown("proxyserve_e2e_request_latency_seconds_sum"),
+    )
+    between = grown("proxyserve_inter_token_latency_seconds_sum")
+    assert 0 < first < whole < 20
+    assert first + between == pytest.approx(whole, abs=0.05)
+
+
+def test_health_and_version(live: Live) -> None:
+    assert live.http.get("/health").json() == {"status": "ok"}
+    assert live.http.get("/ready").json() == {"status": "ready", "reason": None}
+    assert live.http.get("/version").json() == {"version": proxyserve.__version__}
+    assert "swagger" in live.http.get("/docs").text
+
+
+def test_openapi_is_complete(live: Live) -> None:
+    document = live.http.get("/openapi.json").json()
+    text = live.http.get("/openapi.json").text
+    defined = {f"#/components/schemas/{name}" for name in document["components"]["schemas"]}
+    assert set(re.findall(r'"\$ref": ?"([^"]+)"', text)) <= defined
+    for path, item in document["paths"].items():
+        for method, operation in item.items():
+            assert operation["summary"], (path, method)
+            answers = operation["responses"]
+            assert "422" not in answers, "FastAPI's own validation answer is never sent"
+            if method == "post":
+                assert {"400", "401", "413", "415"} <= set(answers)
+                assert answers["400"]["content"]["application/json"]["schema"]["$ref"].endswith("ErrorBody")
+                assert operation["requestBody"]["required"]
+    chat = document["paths"]["/v1/chat/completions"]["post"]
+    assert {"404", "429", "503"} <= set(chat["responses"])
+    assert set(chat["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+    assert "ChatChunk" in document["components"]["schemas"]
+    assert document["components"]["schemas"]["ChatRequest"]["additionalProperties"] is False
+    assert document["components"]["schemas"]["ChatRequest"]["properties"]["tools"]["enum"] == [None, []]

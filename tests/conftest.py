@@ -1,0 +1,54 @@
+"""Fixtures: tiny random models of several architectures, as ordinary folders on disk."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from proxyserve.config import EngineConfig
+from proxyserve.engine.engine import Engine
+from proxyserve.engine.loop import AsyncEngine
+from proxyserve.models.family import ExpertSource, load_family
+from proxyserve.models.model_set import ModelSet
+from tests.tiny import TinyFamily, build_family
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> TinyFamily:
+    """A Llama base "atlas" and experts "qa" and "record" (tuned models with a chat template) that share one untuned."""
+    return build_family(tmp_path_factory.mktemp("family"), "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tiny_family: TinyFamily) -> ModelSet:
+    return load_family(
+        tiny_family.base,
+        [ExpertSource(name, tuned, tiny_family.untuned) for name, tuned in tiny_family.experts.items()],
+        base_name="atlas",
+    )
+
+
+@pytest.fixture
+def tiny_engine(tiny_models: ModelSet) -> Iterator[AsyncEngine]:
+    """A started engine over `tiny_models` with a small KV budget."""
+    engine = AsyncEngine(
+        Engine(tiny_models, EngineConfig(max_batch=8, max_batch_tokens=64, kv_memory=4 * 2**20))
+    )
+    engine.start()
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return Path(__file__).parents[1]
