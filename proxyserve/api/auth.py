@@ -100,6 +100,6 @@ def _digest_of_line(line: str, where: str) -> bytes:
         if match is None:
             raise StartupError(f"{where}: 'sha256:' must be followed by 64 hexadecimal digits.")
         return bytes.fromhex(match[1])
-    if any(character.isspace() for character in line):
-        raise StartupError(f"{where}: a key has no spaces; give one key per line.")
+    if not line.isascii() or not line.isprintable() or " " in line:
+        raise StartupError(f"{where}: a key is one word of ASCII characters; give one key per line.")
     return hashlib.sha256(line.encode()).digest()

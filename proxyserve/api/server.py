@@ -27,7 +27,8 @@ _FAREWELL_SECONDS = 5
 
 
 def run_server(engine: AsyncEngine, config: ServerConfig) -> None:
-    """Start `engine`, serve until SIGTERM or SIGINT, drain, close `engine`. Call it on the main thread.
+    """Start `engine`, serve until SIGTERM or SIGINT, drain, close `engine`. Call it on the main thread, with an engine
+    that was not started yet.
 
     At the first signal `/ready` turns to 503, new work is refused, and what runs may go on for
     `config.drain_seconds`; then, or at a second signal, what is left ends with an error. Raises StartupError if the
@@ -82,6 +83,7 @@ class DrainingServer(uvicorn.Server):
                 app,
                 access_log=False,  # its lines hold query strings
                 lifespan="off",
+                log_config=None,  # whoever runs the server decides where logs go
                 log_level="warning",
                 server_header=False,
                 timeout_graceful_shutdown=_FAREWELL_SECONDS,

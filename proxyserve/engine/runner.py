@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from proxyserve.engine.attention import IMPLEMENTATION, AttentionPlan, ShapeProbe, Span, attention_plan
+from proxyserve.engine.cpu_linear import pack_linears
 from proxyserve.engine.kv_storage import KVStorage, LayerShape
 from proxyserve.errors import LoadError
 from proxyserve.models.loaded_model import LoadedModel
@@ -33,6 +34,7 @@ class Runner:
         self.model = model
         self.stats = RunnerStats()
         self.storage: KVStorage | None = None
+        pack_linears(model.module)
         model.module.set_attn_implementation(IMPLEMENTATION)
         self.shapes = self._probe_shapes()
 

@@ -17,7 +17,8 @@ from proxyserve.types import ModelKey
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
     """One set of weights with its tokenizer. `context_length` is in tokens; `eos_ids` are all ids that end a text
-    by this model's own configuration; `vocabulary` are its real ids (its head may be wider)."""
+    by this model's own configuration; `vocabulary` are its real ids (its head may be wider). `parameters` and `bytes` are
+    those of the weights, tied ones counted once."""
 
     key: ModelKey
     path: Path
@@ -26,6 +27,8 @@ class LoadedModel:
     context_length: int
     eos_ids: frozenset[int]
     vocabulary: SharedVocabulary
+    parameters: int
+    bytes: int
     created: int = field(default_factory=lambda: int(time()))
 
     @property
@@ -39,15 +42,6 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         return self.module.device
-
-    @property
-    def parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.module.parameters())
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of weights; tied weights count once."""
-        return sum(parameter.numel() * parameter.element_size() for parameter in self.module.parameters())
 
 
 @dataclass(frozen=True, eq=False)

@@ -77,6 +77,8 @@ def load_model(path: str | Path, key: ModelKey, placement: Placement) -> LoadedM
         context_length=_context_length(config, str(folder)),
         eos_ids=_eos_ids(module, tokenizer),
         vocabulary=SharedVocabulary.of(tokenizer.token_to_id, width),
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        bytes=sum(parameter.numel() * parameter.element_size() for parameter in module.parameters()),
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -15,8 +17,10 @@ from proxyserve.api.auth import PUBLIC_PATHS, KeyRing
 from proxyserve.api.errors import StartupError
 from proxyserve.api.server import check_binding, listen, run_server
 from proxyserve.config import ServerConfig
+from proxyserve.engine.submission import Submission
 from proxyserve.models.model_set import ModelSet
-from tests.api.fakes import FakeEngine
+from proxyserve.types import OutputEvent
+from tests.api.fakes import FakeEngine, last
 
 PLAIN, HASHED = "sk-plain-key", "sk-hashed-key"
 
@@ -30,8 +34,13 @@ def key_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def app(tiny_models: ModelSet, key_file: Path) -> FastAPI:
-    return create_app(FakeEngine(tiny_models), ServerConfig(api_key_file=key_file))
+def engine(tiny_models: ModelSet) -> Any:
+    return FakeEngine(tiny_models)
+
+
+@pytest.fixture
+def app(engine: Any, key_file: Path) -> FastAPI:
+    return create_app(engine, ServerConfig(api_key_file=key_file))
 
 
 def client_of(app: FastAPI, authorization: str | None = None) -> httpx.AsyncClient:
@@ -107,8 +116,8 @@ async def test_others_do_not(app: FastAPI, authorization: str | None) -> None:
     assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
 
 
-async def test_without_key_file_any_header_does(tiny_models: ModelSet) -> None:
-    app = create_app(FakeEngine(tiny_models), ServerConfig())
+async def test_without_key_file_any_header_does(engine: Any) -> None:
+    app = create_app(engine, ServerConfig())
     for authorization in (None, "Bearer ", "Bearer anything"):  # evaluation harnesses send an empty key
         async with client_of(app, authorization) as client:
             assert (await client.get("/v1/models")).status_code == 200
@@ -120,22 +129,17 @@ async def test_refusal_comes_before_the_body(app: FastAPI) -> None:
     assert response.status_code == 401
 
 
-async def test_keys_do_not_share_the_prefix_cache(tiny_models: ModelSet, key_file: Path) -> None:
-    salts = []
-    engine = FakeEngine(tiny_models, refusal=None)
-    app = create_app(engine, ServerConfig(api_key_file=key_file))
+async def test_keys_do_not_share_the_prefix_cache(app: FastAPI, engine: Any) -> None:
+    async def script(submissions: Sequence[Submission]) -> AsyncIterator[OutputEvent]:
+        yield last(submissions[0])
 
-    def record(submissions: list[object]) -> None:
-        salts.append(submissions[0].salt)  # type: ignore[attr-defined]
-        raise RuntimeError
-
-    engine.submit = record  # type: ignore[method-assign, assignment]
+    engine.script = script
     for key in (PLAIN, HASHED):
         for user in (None, "ann"):
-            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            async with client_of(app, f"Bearer {key}") as client:
                 body = {"model": "atlas", "prompt": "Hi", "user": user}
-                await client.post("/v1/completions", json=body, headers={"authorization": f"Bearer {key}"})
+                assert (await client.post("/v1/completions", json=body)).status_code == 200
+    salts = [submission.salt for submission in engine.submitted]
     assert len(set(salts)) == 4
     assert all(salts)
     assert not any(key in salt for key in (PLAIN, HASHED) for salt in salts)
@@ -148,6 +152,7 @@ async def test_keys_do_not_share_the_prefix_cache(tiny_models: ModelSet, key_fil
         (b"# nothing here\n\n", "no keys"),
         (b"sha256:12\n", ":1:"),
         (b"ok\ntwo words\n", ":2:"),
+        ("schlüssel\n".encode(), ":1:"),
         (b"\xff\xfe", "cannot be read"),
     ],
 )
@@ -170,9 +175,9 @@ def test_ring_keeps_no_keys(key_file: Path) -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org", ""])
-def test_without_keys_only_loopback(tiny_models: ModelSet, host: str, key_file: Path) -> None:
+def test_without_keys_only_loopback(engine: Any, host: str, key_file: Path) -> None:
     with pytest.raises(StartupError, match="--api-key-file"):
-        run_server(FakeEngine(tiny_models), ServerConfig(host=host))  # type: ignore[arg-type]
+        run_server(engine, ServerConfig(host=host))
     check_binding(ServerConfig(host=host, api_key_file=key_file))
 
 

@@ -44,8 +44,14 @@ class Background(threading.Thread):
         return self.status, self.text
 
 
-def begin_drain(live: Live) -> None:
-    wait_until(lambda: live.engine.snapshot().running > 0)
+def begin_drain(live: Live, *, choices: int) -> None:
+    """Send the signal once that many choices are at work."""
+
+    def at_work() -> bool:
+        stats = live.engine.snapshot()
+        return stats.running + stats.waiting >= choices
+
+    wait_until(at_work)
     live.server.handle_exit(signal.SIGTERM, None)
     wait_until(lambda: live.engine.state == "draining")
 
@@ -53,7 +59,7 @@ def begin_drain(live: Live) -> None:
 def test_running_streams_finish_and_new_work_is_refused(tiny_engine: AsyncEngine) -> None:
     with serve(tiny_engine) as live:
         running = [Background(live.url, **BODY, n=4, stream=stream) for stream in (True, False)]
-        begin_drain(live)
+        begin_drain(live, choices=8)
         ready = live.http.get("/ready")
         assert (ready.status_code, ready.json()["status"]) == (503, "draining")
         refused = live.post("/v1/completions", **BODY)
@@ -72,7 +78,7 @@ def test_what_is_left_gets_an_error(tiny_engine: AsyncEngine, hurry: bool) -> No
     config = ServerConfig(drain_seconds=30.0 if hurry else 0.1)
     with serve(tiny_engine, config) as live:
         running = [Background(live.url, **BODY, n=16, stream=stream) for stream in (True, False)]
-        begin_drain(live)
+        begin_drain(live, choices=32)
         started = time.monotonic()
         if hurry:
             live.server.handle_exit(signal.SIGTERM, None)

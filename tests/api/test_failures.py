@@ -45,7 +45,7 @@ def ends_with(event: OutputEvent | Exception) -> Script:
     return script
 
 
-FAILURES = [
+FAILURES: list[tuple[OutputEvent | Exception, int, str]] = [
     (OutputEvent("", 0, finish_reason=FinishReason.ERROR, error="The engine died: boom"), 500, "boom"),
     (OutputEvent("", 0, finish_reason=FinishReason.CANCELLED), 503, "shutting down"),
     (RuntimeError("prompt text that nobody may see"), 500, "The server failed"),
@@ -101,7 +101,8 @@ async def test_not_ready(tiny_models: ModelSet) -> None:
 
 @pytest.mark.parametrize("state", ["loading", "draining", "dead", "ready"])
 async def test_readiness_follows_the_engine(tiny_models: ModelSet, state: str) -> None:
-    app = create_app(FakeEngine(tiny_models, state=state), ServerConfig())
+    engine: Any = FakeEngine(tiny_models, state=state)
+    app = create_app(engine, ServerConfig())
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         ready, health = await client.get("/ready"), await client.get("/health")
     assert ready.status_code == (200 if state == "ready" else 503)

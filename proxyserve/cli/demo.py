@@ -1,0 +1,55 @@
+"""`proxyserve demo`: the server on the family of small models that comes with the package."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from proxyserve.cli import options
+from proxyserve.cli.serve import make_settings, serve
+from proxyserve.demo.family import family_paths
+from proxyserve.models.family import ExpertSource
+
+
+def demo_command(
+    paths: Annotated[
+        bool, typer.Option("--paths", help="Print the family's folders as JSON and exit.")
+    ] = False,
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 8000,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    max_batch: options.MaxBatch = 64,
+    max_batch_tokens: options.MaxBatchTokens = 512,
+    kv_memory: options.KVMemory = "256MiB",
+    block_size: options.BlockSize = 16,
+    prefix_cache: options.PrefixCache = True,
+    threads: options.Threads = 1,
+    weight_range: options.Weights = "-4:4",
+    api_key_file: options.ApiKeyFile = None,
+    drain_seconds: options.DrainSeconds = 30.0,
+    config: options.Config = None,
+) -> None:
+    """Serve the demo family: a base that knows facts, and experts that know how to answer."""
+    family = family_paths()
+    if paths:
+        typer.echo(family.as_json())
+        return
+    experts = [ExpertSource(name, tuned, family.untuned) for name, tuned in family.experts.items()]
+    settings = make_settings(
+        host=host,
+        port=port,
+        device=device,
+        dtype=dtype,
+        max_batch=max_batch,
+        max_batch_tokens=max_batch_tokens,
+        kv_memory=kv_memory,
+        block_size=block_size,
+        prefix_cache=prefix_cache,
+        threads=threads,
+        weight_range=weight_range,
+        api_key_file=api_key_file,
+        drain_seconds=drain_seconds,
+    )
+    serve(family.base, experts, settings)

@@ -1,0 +1,54 @@
+"""The `proxyserve` command: what the subcommands are called, and how errors are shown."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Annotated
+
+# Model folders are local; without this a mistyped path would be looked up on a hub, with minutes of retries.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import typer
+from rich.console import Console
+
+from proxyserve import __version__
+from proxyserve.api.errors import StartupError
+from proxyserve.cli.bench import bench_command
+from proxyserve.cli.demo import demo_command
+from proxyserve.cli.evaluate import eval_command
+from proxyserve.cli.serve import serve_command
+from proxyserve.errors import ProxyserveError
+
+app = typer.Typer(name="proxyserve", no_args_is_help=True, pretty_exceptions_enable=False)
+app.command("serve")(serve_command)
+app.command("demo")(demo_command)
+app.command("eval")(eval_command)
+app.command("bench")(bench_command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Small tuned models steer a large frozen one while it decodes."""
+
+
+def main() -> None:
+    """Entry point. Errors made on purpose are one line on stderr and exit code 1."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        app()
+    except (ProxyserveError, StartupError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        sys.exit(1)

@@ -1,0 +1,189 @@
+"""Command-line options that several commands share, and how their values are read.
+
+Every option can also come from an environment variable (`PROXYSERVE_…`) or from the file given by `--config`. The
+command line wins over the environment, the environment over the file.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from proxyserve.models.family import ExpertSource
+
+_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """`512MiB`, `4GiB`, `1.5GB` or plain bytes -> bytes."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or match.group(2).lower() not in _UNITS:
+        raise typer.BadParameter(f"'{text}' is no size; write 4GiB, 512MiB or a number of bytes")
+    return int(float(match.group(1)) * _UNITS[match.group(2).lower()])
+
+
+def parse_expert(text: str) -> ExpertSource:
+    """`NAME=TUNED[,UNTUNED]` -> the folders of an expert."""
+    name, equals, folders = text.partition("=")
+    tuned, comma, untuned = folders.partition(",")
+    if not (name and equals and tuned) or (comma and not untuned):
+        raise typer.BadParameter(f"'{text}' is not of the form NAME=TUNED_FOLDER,UNTUNED_FOLDER")
+    return ExpertSource(name, Path(tuned), Path(untuned) if comma else None)
+
+
+def _read_config(context: typer.Context, parameter: typer.CallbackParam, path: Path | None) -> Path | None:
+    """Make the file's values the defaults of the command's other options."""
+    if path is None:
+        return None
+    try:
+        values = (
+            tomllib.loads(path.read_text()) if path.suffix == ".toml" else yaml.safe_load(path.read_text())
+        )
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise typer.BadParameter(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise typer.BadParameter(f"{path} must hold a table of option names and values")
+    known = {name for name in (p.name for p in context.command.params) if name is not None}
+    defaults: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        name = _PLURALS.get(name, name)
+        if name not in known or name == parameter.name:
+            raise typer.BadParameter(f"{path} names '{key}', which is no option of this command")
+        if name == "expert" and isinstance(value, dict):
+            value = [f"{expert}={folders}" for expert, folders in value.items()]
+        defaults[name] = value
+    context.default_map = {**(context.default_map or {}), **defaults}
+    return path
+
+
+_PLURALS = {"experts": "expert"}
+
+
+def _envvar(name: str) -> str:
+    return f"PROXYSERVE_{name}"
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        envvar=_envvar("CONFIG"),
+        is_eager=True,
+        callback=_read_config,
+        exists=True,
+        dir_okay=False,
+        help="TOML or YAML file with values for the other options.",
+    ),
+]
+Host = Annotated[
+    str,
+    typer.Option(
+        "--host", envvar=_envvar("HOST"), help="Address to listen on; others than loopback need keys."
+    ),
+]
+Port = Annotated[int, typer.Option("--port", envvar=_envvar("PORT"), min=0, max=65535)]
+Device = Annotated[str, typer.Option("--device", envvar=_envvar("DEVICE"), help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        envvar=_envvar("DTYPE"),
+        help="auto (float32 on a CPU, bfloat16 on a GPU), float32, bfloat16 or float16.",
+    ),
+]
+MaxBatch = Annotated[
+    int, typer.Option("--max-batch", envvar=_envvar("MAX_BATCH"), min=1, help="Most requests run at once.")
+]
+MaxBatchTokens = Annotated[
+    int,
+    typer.Option(
+        "--max-batch-tokens",
+        envvar=_envvar("MAX_BATCH_TOKENS"),
+        min=1,
+        help="Most tokens one model computes per step; longer prompts are cut into chunks.",
+    ),
+]
+KVMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-memory",
+        envvar=_envvar("KV_MEMORY"),
+        help="Memory for the KV caches of all models together, e.g. 4GiB. Default: chosen for the device.",
+    ),
+]
+BlockSize = Annotated[
+    int, typer.Option("--block-size", envvar=_envvar("BLOCK_SIZE"), min=1, help="Tokens per KV block.")
+]
+PrefixCache = Annotated[
+    bool,
+    typer.Option(
+        "--prefix-cache/--no-prefix-cache",
+        envvar=_envvar("PREFIX_CACHE"),
+        help="Reuse the KV of prompts that begin alike.",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", envvar=_envvar("THREADS"), min=1, help="CPU threads; default: torch's choice."),
+]
+ApiKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--api-key-file",
+        envvar=_envvar("API_KEY_FILE"),
+        exists=True,
+        dir_okay=False,
+        help="One key per line (or sha256:HEX of one). Without it only loopback addresses are served.",
+    ),
+]
+DrainSeconds = Annotated[
+    float,
+    typer.Option(
+        "--drain-seconds",
+        envvar=_envvar("DRAIN_SECONDS"),
+        min=0,
+        help="How long running requests may go on after SIGTERM.",
+    ),
+]
+Weights = Annotated[
+    str,
+    typer.Option(
+        "--weight-range",
+        envvar=_envvar("WEIGHT_RANGE"),
+        help="Weights that requests may give an expert, as LOW:HIGH.",
+    ),
+]
+ServedName = Annotated[
+    str | None,
+    typer.Option(
+        "--served-name", envvar=_envvar("SERVED_NAME"), help="Name of the base; default: its folder's."
+    ),
+]
+ExpertOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--expert",
+        envvar=_envvar("EXPERT"),
+        metavar="NAME=TUNED[,UNTUNED]",
+        help="An expert: a tuned small model and its untuned twin. May be given several times.",
+    ),
+]
+
+
+def parse_range(text: str) -> tuple[float, float]:
+    """`-4:4` -> (-4.0, 4.0)."""
+    low, colon, high = text.partition(":")
+    try:
+        bounds = float(low), float(high)
+    except ValueError:
+        raise typer.BadParameter(f"'{text}' is not of the form LOW:HIGH, -4:4 say") from None
+    if not colon or not bounds[0] <= 0.0 <= bounds[1]:
+        raise typer.BadParameter(f"the range {text} must contain 0")
+    return bounds

@@ -1,0 +1,127 @@
+"""`proxyserve serve` and what `proxyserve demo` shares with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from proxyserve.api.server import check_binding, run_server
+from proxyserve.cli import options
+from proxyserve.cli.startup import startup_table
+from proxyserve.config import EngineConfig, Limits, ServerConfig
+from proxyserve.engine.engine import Engine
+from proxyserve.engine.loop import AsyncEngine
+from proxyserve.fusion.spec import FusionPolicy
+from proxyserve.models.family import ExpertSource, load_family
+from proxyserve.models.loading import choose_placement
+
+
+@dataclass(frozen=True, slots=True)
+class ServeSettings:
+    """Everything that serving needs beside the models."""
+
+    engine: EngineConfig
+    server: ServerConfig
+    policy: FusionPolicy
+
+
+def serve_command(
+    base: Annotated[
+        Path, typer.Argument(metavar="BASE", envvar="PROXYSERVE_BASE", help="Folder of the large model.")
+    ],
+    expert: options.ExpertOption = None,
+    served_name: options.ServedName = None,
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 8000,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    max_batch: options.MaxBatch = 64,
+    max_batch_tokens: options.MaxBatchTokens = 512,
+    kv_memory: options.KVMemory = None,
+    block_size: options.BlockSize = 16,
+    prefix_cache: options.PrefixCache = True,
+    threads: options.Threads = None,
+    weight_range: options.Weights = "-4:4",
+    api_key_file: options.ApiKeyFile = None,
+    drain_seconds: options.DrainSeconds = 30.0,
+    config: options.Config = None,
+) -> None:
+    """Serve a large model and the small experts that steer it."""
+    settings = make_settings(
+        host=host,
+        port=port,
+        device=device,
+        dtype=dtype,
+        max_batch=max_batch,
+        max_batch_tokens=max_batch_tokens,
+        kv_memory=kv_memory,
+        block_size=block_size,
+        prefix_cache=prefix_cache,
+        threads=threads,
+        weight_range=weight_range,
+        api_key_file=api_key_file,
+        drain_seconds=drain_seconds,
+    )
+    serve(base, [options.parse_expert(text) for text in expert or []], settings, served_name=served_name)
+
+
+def make_settings(
+    *,
+    host: str,
+    port: int,
+    device: str,
+    dtype: str,
+    max_batch: int,
+    max_batch_tokens: int,
+    kv_memory: str | None,
+    block_size: int,
+    prefix_cache: bool,
+    threads: int | None,
+    weight_range: str,
+    api_key_file: Path | None,
+    drain_seconds: float,
+) -> ServeSettings:
+    """Options as typed, self-checked settings. Raises BadParameter."""
+    low, high = options.parse_range(weight_range)
+    try:
+        engine = EngineConfig(
+            device=device,
+            dtype=dtype,
+            max_batch=max_batch,
+            max_batch_tokens=max_batch_tokens,
+            kv_memory=None if kv_memory is None else options.parse_size(kv_memory),
+            block_size=block_size,
+            prefix_cache=prefix_cache,
+            threads=threads,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    server = ServerConfig(
+        host=host, port=port, api_key_file=api_key_file, drain_seconds=drain_seconds, limits=Limits()
+    )
+    return ServeSettings(engine, server, FusionPolicy(low, high))
+
+
+def serve(
+    base: Path, experts: Sequence[ExpertSource], settings: ServeSettings, *, served_name: str | None = None
+) -> None:
+    """Load, show the start-up table, listen until a signal. Raises LoadError and StartupError."""
+    check_binding(settings.server)  # before minutes of loading, not after
+    console = Console(stderr=True)
+    if settings.engine.threads is not None:
+        torch.set_num_threads(settings.engine.threads)
+    placement = choose_placement(settings.engine.device, settings.engine.dtype)
+    with console.status("loading") as status:
+        models = load_family(
+            base, experts, base_name=served_name, placement=placement, progress=status.update
+        )
+        status.update("planning memory and checking the models in paged mode")
+        engine = Engine(models, settings.engine, settings.policy)
+    console.print(startup_table(engine, settings.server))
+    run_server(AsyncEngine(engine, settings.server.limits), settings.server)

@@ -1,0 +1,60 @@
+"""The one table that a server prints when it starts."""
+
+from __future__ import annotations
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from proxyserve import __version__
+from proxyserve.config import ServerConfig
+from proxyserve.engine.engine import Engine
+
+
+def startup_table(engine: Engine, server: ServerConfig) -> Group:
+    """Models, memory and caps, and where to reach the server."""
+    table = Table(title=f"proxyserve {__version__}", title_justify="left")
+    for column, justify in (
+        ("model", "left"),
+        ("class", "left"),
+        ("parameters", "right"),
+        ("weights", "right"),
+        ("KV cache", "right"),
+        ("KV tokens", "right"),
+        ("context", "right"),
+    ):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for key, model in engine.models.models.items():
+        memory = engine.memory[key]
+        table.add_row(
+            model.name,
+            type(model.module).__name__.removesuffix("ForCausalLM"),
+            f"{model.parameters / 1e6:,.1f}M",
+            _size(memory.weights),
+            _size(memory.kv),
+            f"{memory.tokens:,}",
+            f"{model.context_length:,}",
+        )
+    base = engine.models.base
+    lines = [f"base {base.name}: {len(base.vocabulary.ids()):,} tokens, {base.dtype} on {base.device}"]
+    for expert in engine.models.experts.values():
+        untuned = expert.untuned.name if expert.untuned else "none"
+        shared = len(expert.vocabulary.ids())
+        lines.append(f"expert {expert.name}: untuned {untuned}, {shared:,} tokens shared with the base")
+    config, policy = engine.config, engine.policy
+    lines.append(
+        f"at most {config.max_batch} requests and {config.max_batch_tokens} tokens per model in a step; "
+        f"weights {policy.min_weight:g} to {policy.max_weight:g}"
+    )
+    keys = f"keys from {server.api_key_file}" if server.api_key_file else "no keys, loopback only"
+    lines.append(f"http://{server.host}:{server.port}/v1 ({keys}); http://{server.host}:{server.port}/docs")
+    return Group(table, *(Text(line) for line in lines))
+
+
+def _size(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"
