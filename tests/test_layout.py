@@ -8,12 +8,15 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 # Lower ranks know nothing of higher ones. Parts of equal rank may use each other as long as no circle arises.
 RANKS = {
@@ -226,6 +229,21 @@ def test_both_packages_come_from_this_tree(repository: Path, tmp_path: Path) -> 
         str(repository / "proxyserve" / "__init__.py"),
         str(repository / "kernels" / "proxyserve_kernels" / "__init__.py"),
     ]
+
+
+def test_constraints_pin_everything_that_is_installed_by_name(repository: Path) -> None:
+    pins = {
+        canonicalize_name(line.partition("==")[0]): line.partition("==")[2]
+        for line in (repository / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    }
+    assert all(pins.values())
+    assert "+" not in pins["torch"], "a local version would fit one build only"
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for text in [*project["dependencies"], *extras["eval"], *extras["dev"]]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
 
 
 @pytest.mark.slow

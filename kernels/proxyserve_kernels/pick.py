@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -123,16 +124,20 @@ def _logprobs(
     most = max(controls.want_logprobs[row] or 0 for row in listed)
     if most == 0:
         return [(value, [], []) for value in chosen]
-    # One more than wanted shows whether a tie crosses the end of the list; ties go to the lowest id.
     ids, values = _top(law, min(most, law.shape[1]))
-    return [
-        (value, row_ids[: controls.want_logprobs[row] or 0], row_values[: controls.want_logprobs[row] or 0])
-        for row, value, row_ids, row_values in zip(listed, chosen, ids.tolist(), values.tolist(), strict=True)
-    ]
+    entries = []
+    for row, value, row_ids, row_values in zip(listed, chosen, ids.tolist(), values.tolist(), strict=True):
+        wanted = controls.want_logprobs[row] or 0
+        possible = sum(
+            entry > -math.inf for entry in row_values[:wanted]
+        )  # padding and impossible ids come last
+        entries.append((value, row_ids[:possible], row_values[:possible]))
+    return entries
 
 
 def _top(law: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` best ids and values per row in the order (value descending, id ascending)."""
+    # One more than wanted shows whether a tie crosses the end of the list.
     values, ids = law.topk(min(count + 1, law.shape[1]), dim=1)
     tied = (
         values[:, count - 1] == values[:, -1] if values.shape[1] > count else torch.zeros(0, dtype=torch.bool)

@@ -12,7 +12,7 @@ from proxyserve_kernels.rows import BLOCK
 
 
 def fused_log_probs(base: Tensor, terms: Sequence[tuple[float, Tensor, Tensor]], width: int) -> Tensor:
-    """Log-probs [width] float64 of `l_base + sum w (l_positive - l_negative)`, every l a log-softmax over `width` ids."""
+    """Log-probs [width] float64 of `l_base + sum w (l_positive - l_negative)`, l the log-softmax over `width`."""
     scores = torch.log_softmax(base[:width].double(), dim=0)
     for weight, positive, negative in terms:
         delta = torch.log_softmax(positive[:width].double(), dim=0) - torch.log_softmax(
@@ -23,7 +23,7 @@ def fused_log_probs(base: Tensor, terms: Sequence[tuple[float, Tensor, Tensor]],
 
 
 def kept_ids(scores: Tensor, top_k: int, top_p: float, min_p: float) -> list[int]:
-    """Ids that min-p, then top-k, then top-p leave of `scores` [V] (after temperature), best first, ties by lowest id."""
+    """Ids that min-p, then top-k, then top-p leave of `scores` [V] (after temperature), best first, ties by id."""
     law = torch.softmax(scores.double(), dim=0)
     order = sorted(range(len(law)), key=lambda token: (-scores[token].item(), token))
     kept = [token for token in order if law[token] >= min_p * law.max()]

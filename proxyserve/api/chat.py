@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import time
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 
-from proxyserve import __version__
 from proxyserve.api.body import JsonRoute
 from proxyserve.api.documentation import ENGINE_ERRORS, error_answers, event_stream
 from proxyserve.api.generate import Answer, Generation
@@ -23,7 +20,7 @@ from proxyserve.api.prepare import (
     room_for_answer,
     sampling_params,
 )
-from proxyserve.api.respond import respond
+from proxyserve.api.respond import respond, response_head
 from proxyserve.api.schemas.chat import (
     AssistantMessage,
     ChatChoice,
@@ -110,13 +107,8 @@ class _ChatShape:
     """Chat's `ResponseShape`: the first delta of each choice has its role, the last its finish reason."""
 
     def __init__(self, body: ChatRequest, tokenizer: Tokenizer) -> None:
-        self.id = f"chatcmpl-{uuid.uuid4().hex}"
-        self._top: dict[str, Any] = {
-            "id": self.id,
-            "created": int(time.time()),
-            "model": body.model,
-            "system_fingerprint": f"proxyserve-{__version__}",
-        }
+        self._head = response_head("chatcmpl", body.model)
+        self.id: str = self._head["id"]
         self._wants_logprobs = bool(body.logprobs)
         self._tokenizer = tokenizer
         self._begun: set[int] = set()
@@ -131,7 +123,7 @@ class _ChatShape:
             )
             for number, event in events
         ]
-        return ChatChunk(**self._top, object="chat.completion.chunk", choices=choices, **more)
+        return ChatChunk(**self._head, object="chat.completion.chunk", choices=choices, **more)
 
     def whole(self, answers: Sequence[Answer], **more: Any) -> ChatCompletion:
         choices = [
@@ -143,7 +135,7 @@ class _ChatShape:
             )
             for number, answer in enumerate(answers)
         ]
-        return ChatCompletion(**self._top, object="chat.completion", choices=choices, **more)
+        return ChatCompletion(**self._head, object="chat.completion", choices=choices, **more)
 
     def _delta(self, number: int, event: OutputEvent) -> ChatDelta:
         if number not in self._begun:

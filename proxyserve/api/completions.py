@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import time
-import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 
-from proxyserve import __version__
 from proxyserve.api.body import JsonRoute
 from proxyserve.api.documentation import ENGINE_ERRORS, error_answers, event_stream
 from proxyserve.api.generate import Answer, Generation
 from proxyserve.api.logprobs import CompletionLogprobsBuilder
 from proxyserve.api.prepare import cache_salt, check_shape, prepared, resolve_fusion, sampling_params
-from proxyserve.api.respond import respond
+from proxyserve.api.respond import respond, response_head
 from proxyserve.api.schemas.completions import (
     DEFAULT_MAX_TOKENS,
     Completion,
@@ -87,14 +84,8 @@ class _CompletionShape:
     """The `ResponseShape` of completions: whole responses and chunks look alike."""
 
     def __init__(self, body: CompletionRequest, tokenizer: Tokenizer) -> None:
-        self.id = f"cmpl-{uuid.uuid4().hex}"
-        self._top: dict[str, Any] = {
-            "id": self.id,
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": body.model,
-            "system_fingerprint": f"proxyserve-{__version__}",
-        }
+        self._head = response_head("cmpl", body.model)
+        self.id: str = self._head["id"]
         self._wants_logprobs = body.logprobs is not None
         self._tokenizer = tokenizer
         self._builders: dict[int, CompletionLogprobsBuilder] = {}
@@ -109,7 +100,7 @@ class _CompletionShape:
             )
             for number, event in events
         ]
-        return Completion(**self._top, choices=choices, **more)
+        return Completion(**self._head, object="text_completion", choices=choices, **more)
 
     def whole(self, answers: Sequence[Answer], **more: Any) -> Completion:
         choices = [
@@ -121,7 +112,7 @@ class _CompletionShape:
             )
             for number, answer in enumerate(answers)
         ]
-        return Completion(**self._top, choices=choices, **more)
+        return Completion(**self._head, object="text_completion", choices=choices, **more)
 
     def _logprobs(self, number: int, entries: Sequence[TokenLogprob]) -> CompletionLogprobs | None:
         if not self._wants_logprobs:

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from proxyserve.api.schemas.errors import ErrorBody, ErrorDetail, ErrorType
 from proxyserve.api.state import server_state
@@ -17,6 +18,9 @@ from proxyserve.errors import InvalidRequest, NotReady, ProxyserveError, QueueFu
 
 #: Names that clients invent are repeated in messages only up to this many characters.
 _LONGEST_NAME = 100
+
+#: What nginx logs for a client that left; nobody receives it.
+_CLIENT_CLOSED_REQUEST = 499
 
 _TYPES: Mapping[int, ErrorType] = {
     401: "authentication_error",
@@ -135,8 +139,12 @@ def install_error_handlers(app: FastAPI) -> None:
             server_state(request).metrics.rejected(reason)
         return error_response(problem)
 
+    async def forget(request: Request, error: Exception) -> Response:
+        return Response(status_code=_CLIENT_CLOSED_REQUEST)
+
     for kind in (ProxyserveError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, handle)
+    app.add_exception_handler(ClientDisconnect, forget)
 
 
 def field_path(location: Sequence[int | str]) -> str:

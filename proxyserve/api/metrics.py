@@ -74,7 +74,7 @@ class Metrics:
         )
         self._rejections = Counter(
             "proxyserve_requests_rejected",
-            "Requests that were refused before any work was done for them, by reason.",
+            "Requests that were refused, by reason.",
             ["reason"],
             registry=self._registry,
         )

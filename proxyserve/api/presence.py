@@ -6,15 +6,12 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from proxyserve.errors import NotReady
 
 T = TypeVar("T")
-
-
-class ClientGone(Exception):
-    """The client closed its connection; nobody reads what is sent from here on."""
 
 
 class ServerStopping(NotReady):
@@ -31,7 +28,7 @@ async def while_present(work: Coroutine[Any, Any, T], receive: Receive, stopping
 
     Waits for messages instead of asking now and then: `receive` must be the connection's, with the body already read,
     so that the next message is `http.disconnect`. `work` has ended (and cleaned up) when this returns or raises.
-    Raises ClientGone, ServerStopping, or what `work` raises.
+    Raises ClientDisconnect, ServerStopping, or what `work` raises.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnected(receive))
@@ -43,7 +40,7 @@ async def while_present(work: Coroutine[Any, Any, T], receive: Receive, stopping
         if stop.done() and stop.result():
             raise ServerStopping
         leaving.result()
-        raise ClientGone
+        raise ClientDisconnect
     finally:
         for task in (working, leaving, stop):
             task.cancel()

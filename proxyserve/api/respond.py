@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import time
+import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
@@ -10,15 +12,13 @@ from typing import Any, Protocol
 from fastapi import Request, Response
 from pydantic import BaseModel
 
+from proxyserve import __version__
 from proxyserve.api.generate import Answer, Generation, collect
-from proxyserve.api.presence import ClientGone, while_present
+from proxyserve.api.presence import while_present
 from proxyserve.api.schemas.common import GenerationRequest
 from proxyserve.api.sse import EventStream
 from proxyserve.api.state import server_state
 from proxyserve.types import OutputEvent
-
-#: What nginx logs for a client that left; nobody receives it.
-_CLIENT_CLOSED_REQUEST = 499
 
 
 class ResponseShape(Protocol):
@@ -31,17 +31,24 @@ class ResponseShape(Protocol):
         """The complete response; answer `i` is choice `i`."""
 
 
+def response_head(prefix: str, model: str) -> dict[str, Any]:
+    """The fields that a response and all of its chunks begin with; `id` is `prefix` and something unique."""
+    return {
+        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": f"proxyserve-{__version__}",
+    }
+
+
 async def respond(
     request: Request, body: GenerationRequest, generation: Generation, shape: ResponseShape
 ) -> Response:
-    """Answer `body` with `generation`. A client that goes away ends the generation."""
+    """Answer `body` with `generation`. Raises ClientDisconnect if the client goes away, which ends the generation."""
     stopping = server_state(request).stopping
     if body.stream:
         return EventStream(_chunks(generation, shape, body.include_usage), stopping=stopping)
-    try:
-        answers = await while_present(collect(generation), request.receive, stopping)
-    except ClientGone:
-        return Response(status_code=_CLIENT_CLOSED_REQUEST)
+    answers = await while_present(collect(generation), request.receive, stopping)
     whole = shape.whole(answers, usage=generation.usage(), **_fusion(generation))
     return Response(_json(whole), media_type="application/json")
 

@@ -106,17 +106,22 @@ class DrainingServer(uvicorn.Server):
         """Runs until the first signal and on until drained; then uvicorn closes the listener and the connections."""
         self._loop = asyncio.get_running_loop()
         await super().main_loop()
-        engine = self._state.engine
-        engine.drain()
+        self._state.engine.drain()
         logger.warning("draining; at most %g seconds are left for running requests", self._drain_seconds)
-        drained = asyncio.ensure_future(engine.drained())
+        answered = asyncio.ensure_future(self._all_answered())
         hurried = asyncio.ensure_future(self._hurry.wait())
         await asyncio.wait(
-            {drained, hurried}, timeout=self._drain_seconds, return_when=asyncio.FIRST_COMPLETED
+            {answered, hurried}, timeout=self._drain_seconds, return_when=asyncio.FIRST_COMPLETED
         )
         hurried.cancel()
         self._state.stopping.set()
-        await asyncio.wait({drained}, timeout=_FAREWELL_SECONDS)
+        await asyncio.wait({answered}, timeout=_FAREWELL_SECONDS)
+
+    async def _all_answered(self) -> None:
+        """Return once the engine is idle and what it made has been sent, which can take longer."""
+        await self._state.engine.drained()
+        while self.server_state.tasks:
+            await asyncio.wait(set(self.server_state.tasks))
 
 
 def _is_loopback(host: str) -> bool:

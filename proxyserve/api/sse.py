@@ -7,11 +7,12 @@ import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from proxyserve.api.errors import problem_of
-from proxyserve.api.presence import ClientGone, ServerStopping, while_present
+from proxyserve.api.presence import ServerStopping, while_present
 from proxyserve.errors import ProxyserveError
 
 logger = logging.getLogger("proxyserve.api")
@@ -50,7 +51,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writer = _Writer(send, self._patience)
-        with suppress(ClientGone):  # then nobody is left to tell
+        with suppress(ClientDisconnect):  # then nobody is left to tell
             async with aclosing(self._events):
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 try:
@@ -66,7 +67,7 @@ class EventStream(Response):
             async for data in self._events:
                 await writer.write(f"data: {data}\n\n".encode())
             await writer.write(_DONE)
-        except ClientGone:
+        except ClientDisconnect:
             raise
         except Exception as error:
             if not isinstance(error, ProxyserveError):
@@ -77,7 +78,7 @@ class EventStream(Response):
 
 
 class _Writer:
-    """Sends pieces of a body one at a time. Raises ClientGone if a piece is not taken within `patience` seconds."""
+    """Sends pieces of a body one at a time. Raises ClientDisconnect if one is not taken within `patience` seconds."""
 
     def __init__(self, send: Send, patience: float) -> None:
         self.patience = patience
@@ -92,7 +93,7 @@ class _Writer:
                 async with asyncio.timeout(self.patience):
                     await self._send({"type": "http.response.body", "body": piece, "more_body": more})
             except (TimeoutError, OSError) as error:
-                raise ClientGone from error
+                raise ClientDisconnect from error
             self._last = self._loop.time()
 
     async def end(self) -> None:
@@ -100,7 +101,7 @@ class _Writer:
 
     async def keep_alive(self, interval: float) -> None:
         """Write a comment whenever nothing was written for `interval` seconds, until cancelled or nobody reads."""
-        with suppress(ClientGone):
+        with suppress(ClientDisconnect):
             while True:
                 quiet = self._loop.time() - self._last
                 if quiet >= interval:

@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
+from proxyserve.config import EngineConfig
+from proxyserve.engine.engine import Engine
+from proxyserve.engine.loop import AsyncEngine
 from proxyserve.models.model_set import ModelSet
-from tests.api.live import Live
+from tests.api.live import Live, serve
 
 USER = [{"role": "user", "content": "Who was born where?"}]
 CHAT = "/v1/chat/completions"
@@ -77,7 +80,7 @@ def test_stream_usage_comes_last_and_alone(live: Live) -> None:
     body = {"model": "atlas+qa", "messages": USER, "max_tokens": 4}
     chunks = live.stream(CHAT, **body, stream_options={"include_usage": True})
     *others, last = chunks
-    assert all(chunk["usage"] is None and chunk["choices"] for chunk in others)
+    assert all(chunk["usage"] is None and chunk["choices"] and "fusion" not in chunk for chunk in others)
     assert last["choices"] == []
     assert last["usage"]["completion_tokens"] == 4
     assert last["fusion"]["rule"] == "proxy"
@@ -106,6 +109,21 @@ def test_default_length_is_what_is_left(live: Live) -> None:
     answer = live.post(CHAT, **body).json()
     assert answer["usage"]["total_tokens"] == 256
     assert answer["choices"][0]["finish_reason"] == "length"
+
+
+def test_default_length_is_what_memory_holds(tiny_models: ModelSet) -> None:
+    """Two lanes of one model share its blocks when their prompts differ."""
+    engine = AsyncEngine(Engine(tiny_models, EngineConfig(kv_memory=2**18)))
+    pool = min(memory.tokens for memory in engine.engine.memory.values())
+    assert pool < 256
+    engine.start()
+    body = {"model": "atlas+qa+record", "messages": USER, "ignore_eos": True}
+    with serve(engine) as live:
+        alone = live.post(CHAT, **body)
+        shared = live.post(CHAT, **body, fusion={"prompts": {"qa.untuned": "plain"}})
+    engine.close()
+    assert alone.json()["usage"]["total_tokens"] == pool
+    assert 0 < shared.json()["usage"]["completion_tokens"] <= pool // 2
 
 
 def test_max_completion_tokens_is_max_tokens(live: Live) -> None:

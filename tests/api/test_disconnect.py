@@ -62,6 +62,20 @@ def test_leaving_disturbs_nobody(live: Live) -> None:
     assert "".join(part["text"] for chunk in data for part in chunk["choices"]) == alone[0]["text"]
 
 
+def test_leaving_during_the_upload_is_no_failure(live: Live, caplog: pytest.LogCaptureFixture) -> None:
+    host, port = live.url.removeprefix("http://").split(":")
+    tasks = live.server.server_state.tasks
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        head = (
+            b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+        )
+        connection.sendall(head)
+        wait_until(lambda: tasks)
+        reset(connection)
+    wait_until(lambda: not tasks)
+    assert caplog.text == ""
+
+
 def test_leaving_while_waiting_in_the_queue(live: Live) -> None:
     with request(live, LONG), request(live, LONG) as second:
         wait_until(lambda: live.engine.snapshot().waiting > 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,10 @@ import pytest
 
 from proxyserve.config import ServerConfig
 from proxyserve.engine.loop import AsyncEngine
+from proxyserve.engine.submission import Submission
+from proxyserve.models.model_set import ModelSet
+from proxyserve.types import OutputEvent
+from tests.api.fakes import FakeEngine, last, token
 from tests.api.live import Live, assert_idle, serve, wait_until
 from tests.tiny import TinyFamily
 
@@ -92,6 +98,25 @@ def test_what_is_left_gets_an_error(tiny_engine: AsyncEngine, hurry: bool) -> No
         assert not live.thread.is_alive()
         assert time.monotonic() - started < 8
     assert_idle(tiny_engine)
+
+
+def test_answers_on_their_way_are_not_cut_off(tiny_models: ModelSet) -> None:
+    """The engine is idle long before a slow reader has everything."""
+
+    async def script(submissions: Sequence[Submission]) -> AsyncIterator[OutputEvent]:
+        for _ in range(20):
+            await asyncio.sleep(0.02)
+            yield token(submissions[0], "so far")
+        yield last(submissions[0])
+
+    engine = FakeEngine(tiny_models, script)
+    with serve(engine) as live:
+        running = [Background(live.url, **BODY, stream=stream) for stream in (True, False)]
+        wait_until(lambda: engine.open_streams == 2)
+        live.server.handle_exit(signal.SIGTERM, None)
+        streamed, whole = (thread.result() for thread in running)
+    assert streamed[1].endswith("data: [DONE]\n\n")
+    assert whole[0] == 200
 
 
 def test_idle_server_stops_at_once(tiny_engine: AsyncEngine) -> None:

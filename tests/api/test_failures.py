@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
+from starlette.types import Message
 
 from proxyserve.api.app import create_app
 from proxyserve.config import Limits, ServerConfig
@@ -160,6 +161,24 @@ def test_limits_are_the_configured_ones(tiny_models: ModelSet) -> None:
             assert response.headers["x-request-id"]
         # The connection is still good for the next request.
         assert live.http.get("/health").status_code == 200
+
+
+async def test_announced_size_is_refused_before_it_is_read(tiny_models: ModelSet) -> None:
+    app = create_app(cast(Any, FakeEngine(tiny_models)), ServerConfig())
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        raise AssertionError("the body was read")
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    for length in (b"8388609", b"9" * 5000):
+        sent.clear()
+        headers = [(b"content-type", b"application/json"), (b"content-length", length)]
+        scope = {"type": "http", "method": "POST", "path": PATH, "query_string": b"", "headers": headers}
+        await app(scope, receive, send)
+        assert sent[0]["status"] == 413
 
 
 def test_request_ids_go_round(tiny_models: ModelSet) -> None:

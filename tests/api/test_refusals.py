@@ -307,6 +307,8 @@ def test_bodies_that_are_no_request(live: Live, path: str, content: bytes) -> No
     response = live.http.post(path, content=content, headers={"content-type": "application/json"})
     assert response.status_code == 400, response.text
     assert len(response.json()["error"]["message"]) < 1000
+    if b"NaN" in content or b"Infinity" in content:
+        assert response.json()["error"]["code"] == "invalid_json"
 
 
 @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])

@@ -98,6 +98,14 @@ async def test_no_comments_while_events_come() -> None:
     assert "keep-alive" not in connection.body
 
 
+async def test_no_comments_after_the_end() -> None:
+    connection = Connection()
+    await run(Source("a"), connection, keep_alive=0.01)
+    await asyncio.sleep(0.05)
+    assert connection.body.endswith("data: [DONE]\n\n")
+    assert connection.complete
+
+
 async def test_lost_reader_ends_the_source() -> None:
     source, connection = Source("a", "b", pause=40), Connection()
     await run(source, connection, during=lambda _: connection.gone.set())

@@ -17,8 +17,6 @@ from proxyserve_client.options import ChatOptions, CompletionOptions, Message
 from proxyserve_client.reply import Choice, FusionReport, Reply, Usage
 from proxyserve_client.stream import AsyncTextStream, Piece, TextStream
 
-__version__ = "0.1.0"
-
 __all__ = [
     "AsyncProxyServe",
     "AsyncTextStream",

@@ -1,0 +1,178 @@
+"""Fused decoding in proxyserve beside the plain Hugging Face loop: same models, same prompts, interleaved rounds.
+
+These machines are noisy, so what counts are the ratios within one run. Each round measures every contestant once; the
+best round of each is compared.
+"""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
+from time import perf_counter
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from proxyserve.bench.hf_loop import generate_fused
+from proxyserve.bench.models import VOCABULARY, BenchFamily, build_bench_family
+from proxyserve.config import EngineConfig
+from proxyserve.engine.engine import Engine
+from proxyserve.engine.submission import LanePrompts, Submission
+from proxyserve.fusion.spec import ExpertWeight, Fusion
+from proxyserve.models.family import ExpertSource, load_family
+from proxyserve.models.loading import choose_placement
+from proxyserve.types import SamplingParams
+
+FUSED = Fusion((ExpertWeight("expert", 1.0),))
+PLAIN = Fusion()
+KV_MEMORY = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class BenchSettings:
+    """`prompt` and `new` are tokens per request, `rounds` how often each contestant is measured."""
+
+    batches: tuple[int, ...] = (1, 8, 32)
+    prompt: int = 64
+    new: int = 64
+    rounds: int = 3
+    dtype: str = "float32"
+    device: str = "auto"
+    threads: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class BenchRow:
+    """Generated tokens per second at one batch size. `loop_*` is the Hugging Face loop with the requests as one batch
+    (the best case for it: equal lengths, all there at once), `single_fused` the same loop one request at a time, as the
+    published code runs."""
+
+    batch: int
+    fused: float
+    base: float
+    loop_fused: float
+    loop_base: float
+    single_fused: float
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        return {
+            "fused / loop": self.fused / self.loop_fused,
+            "fused / loop one by one": self.fused / self.single_fused,
+            "base / loop": self.base / self.loop_base,
+            "fused / base": self.fused / self.base,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class BenchResult:
+    """Rows, and what they were measured with."""
+
+    settings: BenchSettings
+    machine: dict[str, str]
+    rows: tuple[BenchRow, ...]
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "settings": asdict(self.settings),
+            "machine": self.machine,
+            "rows": [{**asdict(row), "ratios": row.ratios} for row in self.rows],
+        }
+
+
+def run_bench(
+    settings: BenchSettings, *, progress: Callable[[str], None] = lambda message: None
+) -> BenchResult:
+    """Make random models (base about 68M parameters, experts about 5M), measure, return. Takes minutes on a CPU."""
+    torch.set_num_threads(settings.threads)
+    placement = choose_placement(settings.device, settings.dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        progress("making random models")
+        family = build_bench_family(Path(folder))
+        models = load_family(
+            family.base, [ExpertSource("expert", family.tuned, family.untuned)], placement=placement
+        )
+        config = EngineConfig(max_batch=max(settings.batches), kv_memory=KV_MEMORY, prefix_cache=False)
+        engine = Engine(models, config)
+        peers = _load_peers(family, placement.dtype, placement.device)
+        rows = tuple(_measure(engine, peers, batch, settings, progress) for batch in settings.batches)
+    return BenchResult(settings, _machine(placement.device), rows)
+
+
+def _load_peers(family: BenchFamily, dtype: torch.dtype, device: torch.device) -> list[PreTrainedModel]:
+    return [
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
+        for folder in family.folders
+    ]
+
+
+def _measure(
+    engine: Engine,
+    peers: Sequence[PreTrainedModel],
+    batch: int,
+    settings: BenchSettings,
+    progress: Callable[[str], None],
+) -> BenchRow:
+    generator = torch.Generator().manual_seed(batch)
+    names = count()
+    prompts = torch.randint(1, VOCABULARY, (batch, settings.prompt), generator=generator)
+    on_device = prompts.to(peers[0].device)
+
+    def ours(fusion: Fusion) -> float:
+        for ids in prompts.tolist():
+            engine.submit(_submission(f"{batch}-{next(names)}", ids, fusion, settings.new))
+        return _timed(lambda: [None for _ in _steps(engine)]) / (batch * settings.new)
+
+    def loop(models: Sequence[PreTrainedModel], weights: Sequence[float], rows: Tensor) -> float:
+        return _timed(lambda: generate_fused(models, weights, rows, settings.new)) / (
+            len(rows) * settings.new
+        )
+
+    contestants: dict[str, Callable[[], float]] = {
+        "fused": lambda: ours(FUSED),
+        "loop_fused": lambda: loop(peers, (1.0, 1.0, -1.0), on_device),
+        "base": lambda: ours(PLAIN),
+        "loop_base": lambda: loop(peers[:1], (1.0,), on_device),
+        "single_fused": lambda: loop(peers, (1.0, 1.0, -1.0), on_device[:1]),
+    }
+    best = dict.fromkeys(contestants, float("inf"))
+    for number in range(settings.rounds):
+        for name, measure in contestants.items():
+            progress(f"batch {batch}, round {number + 1} of {settings.rounds}: {name}")
+            best[name] = min(best[name], measure())
+    return BenchRow(batch, **{name: 1.0 / seconds for name, seconds in best.items()})
+
+
+def _submission(name: str, ids: list[int], fusion: Fusion, new: int) -> Submission:
+    sampling = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
+    return Submission(name, LanePrompts(tuple(ids)), sampling, fusion)
+
+
+def _steps(engine: Engine) -> Iterator[None]:
+    while engine.has_work:
+        engine.step()
+        yield
+
+
+def _timed(work: Callable[[], object]) -> float:
+    started = perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return perf_counter() - started
+
+
+def _machine(device: torch.device) -> dict[str, str]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+    return {
+        "device": f"{device.type}: {name}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
