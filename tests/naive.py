@@ -45,8 +45,8 @@ class NaiveFusion:
         new_tokens: int,
         width: int,
     ) -> NaiveOutput:
-        """`prompts` maps lane names (`base`, `qa.tuned`, `qa.untuned`) to ids; a lane not named gets the base's. `width` is the
-        number of real ids that all models share."""
+        """`prompts` maps lane names (`base`, `qa.tuned`, `qa.untuned`) to ids; a lane not named gets the base's.
+        `width` is the number of real ids that all models share."""
         output: list[int] = []
         laws: list[Tensor] = []
 

@@ -31,7 +31,8 @@ def kept_ids(scores: Tensor, top_k: int, top_p: float, min_p: float) -> list[int
         kept = kept[:top_k]
     if top_p >= 1.0:
         return kept
-    total, mass, nucleus = float(law[kept].sum()), 0.0, []
+    total, mass = float(law[kept].sum()), 0.0
+    nucleus: list[int] = []
     for token in kept:
         if nucleus and mass >= top_p * total:
             break

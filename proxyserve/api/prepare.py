@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,12 +12,10 @@ from starlette.concurrency import run_in_threadpool
 from proxyserve.api.schemas.common import GenerationRequest
 from proxyserve.api.schemas.fusion import FusionObject
 from proxyserve.config import Limits
-from proxyserve.engine.preparation import room_for_output
 from proxyserve.engine.submission import LanePrompts
 from proxyserve.errors import InvalidRequest, UnknownModel
 from proxyserve.fusion.model_name import parse_model_name
 from proxyserve.fusion.spec import Fusion
-from proxyserve.fusion.terms import compile_fusion
 from proxyserve.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -107,15 +104,9 @@ def check_shape(body: GenerationRequest, limits: Limits, *, top_logprobs: int | 
 
 
 def room_for_answer(engine: Engine, fusion: Fusion, prompts: LanePrompts) -> int:
-    """The largest `max_tokens` that context and KV memory allow after these prompts; at least 1, which the engine then
-    refuses with its reason."""
-    program = compile_fusion(fusion, engine.models, prompts.of)
-    room = room_for_output(program)
-    lanes_of = Counter(lane.model.key for lane in program.lanes)
-    for lane in program.lanes:
-        blocks = engine.memory[lane.model.key].blocks // lanes_of[lane.model.key]
-        room = min(room, blocks * engine.config.block_size - len(lane.prompt))
-    return max(1, room)
+    """The `max_tokens` of a request that does not say: all that context and KV memory allow; at least 1, which the
+    engine then refuses with its reason."""
+    return max(1, engine.room_for_output(fusion, prompts))
 
 
 def cache_salt(of_key: str, user: str | None) -> str:

@@ -1,5 +1,5 @@
-"""The published way to decode with proxy-tuning, as the baseline: three Hugging Face models, one forward after another,
-each with its own cache, a whole batch in lockstep (as `generate` and the method's own code do it)."""
+"""The published way to decode with proxy-tuning, as the baseline: three Hugging Face models, one forward after
+another, each with its own cache, a whole batch in lockstep (as `generate` and the method's own code do it)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from transformers import DynamicCache, PreTrainedModel
 def generate_fused(
     models: Sequence[PreTrainedModel], weights: Sequence[float], prompts: Tensor, new_tokens: int
 ) -> Tensor:
-    """Greedy tokens of `sum_i weights[i] * logits_i`. `prompts` [batch, length] int64, all of one length (so that no padding
-    is needed) -> [batch, new_tokens] int64."""
+    """Greedy tokens of `sum_i weights[i] * logits_i`. `prompts` [batch, length] int64, all of one length (so that
+    no padding is needed) -> [batch, new_tokens] int64."""
     caches = [DynamicCache(config=model.config) for model in models]
     step_input = prompts
     produced = []

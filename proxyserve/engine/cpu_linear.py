@@ -17,8 +17,8 @@ _SMALLEST_FLOAT32 = 2**19
 
 
 class PackedLinear(nn.Module):
-    """Takes the place of an `nn.Linear`. In bfloat16 the results are the same bits; in float32 sums are added in another
-    order (about 1e-6 relative)."""
+    """Takes the place of an `nn.Linear`. In bfloat16 the results are the same bits; in float32 sums are added in
+    another order (about 1e-6 relative)."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -34,8 +34,9 @@ class PackedLinear(nn.Module):
 
 @torch.no_grad()
 def pack_linears(module: nn.Module) -> int:
-    """Replace, in place, the linear layers that gain. Returns how many; 0 where oneDNN is missing. The plain weights are
-    dropped unless something else holds them (tied embeddings). Only for models on a CPU that are never trained again."""
+    """Replace, in place, the linear layers that gain. Returns how many; 0 where oneDNN is missing. The plain
+    weights are dropped unless something else holds them (tied embeddings). Only for models on a CPU that are never
+    trained again."""
     if not torch.backends.mkldnn.is_available():
         return 0
     replaced = 0

@@ -20,11 +20,12 @@ from proxyserve.engine.batch import build_batch, token_logprob
 from proxyserve.engine.choice import Choice
 from proxyserve.engine.kv_storage import KVStorage
 from proxyserve.engine.memory import ModelMemory, plan_memory
-from proxyserve.engine.preparation import prepare
+from proxyserve.engine.preparation import context_room, memory_room, prepare
 from proxyserve.engine.runner import Runner
-from proxyserve.engine.submission import Submission
+from proxyserve.engine.submission import LanePrompts, Submission
 from proxyserve.engine.verify import verify_paged
-from proxyserve.fusion.spec import FusionPolicy
+from proxyserve.fusion.spec import Fusion, FusionPolicy
+from proxyserve.fusion.terms import compile_fusion
 from proxyserve.kv.block_pool import BlockPool
 from proxyserve.models.model_set import ModelSet
 from proxyserve.scheduler.request import RequestState
@@ -102,6 +103,12 @@ class Engine:
             block_size=self.config.block_size,
             share_prefixes=self.config.prefix_cache,
         )
+
+    def room_for_output(self, fusion: Fusion, prompts: LanePrompts) -> int:
+        """The largest `max_tokens` that context and KV memory allow after these prompts. May be negative."""
+        program = compile_fusion(fusion, self.models, prompts.of)
+        blocks = {key: memory.blocks for key, memory in self.memory.items()}
+        return min(context_room(program), memory_room(program, blocks, self.config.block_size))
 
     def enqueue(self, choices: Iterable[Choice]) -> None:
         """Queue prepared choices."""

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -89,8 +90,9 @@ class ResponseStream:
 class AsyncEngine:
     """Runs `engine.step()` on a thread of its own for callers on an event loop.
 
-    States: loading (before `start`), ready, draining (no new work), dead (`failure` says why). All bookkeeping that
-    both sides touch is under one lock; the engine itself is touched by the thread alone."""
+    States: loading (before `start`), ready, draining (no new work), stopped, dead (`failure` says why, for the
+    log). All bookkeeping that both sides touch is under one lock; the engine itself is touched by the thread
+    alone."""
 
     def __init__(self, engine: Engine, limits: Limits | None = None) -> None:
         self.engine = engine
@@ -103,8 +105,8 @@ class AsyncEngine:
         self._streams: dict[str, ResponseStream] = {}
         self._unstarted: dict[str, int] = {}  # choices without a first event -> prompt tokens
         self._stop = False
-        self._idle = threading.Event()
-        self._idle.set()
+        self._drained: asyncio.Event | None = None
+        self._drained_loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="proxyserve-engine", daemon=True)
 
     def start(self) -> None:
@@ -112,9 +114,11 @@ class AsyncEngine:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop the thread after its current step. What still runs gets an error event."""
+        """Stop the thread after its current step. What still runs or waits gets an error event."""
         with self._wake:
             self._stop = True
+            if self.state != "dead":
+                self.state = "stopped"
             self._wake.notify()
         if self._thread.is_alive():
             self._thread.join()
@@ -125,8 +129,13 @@ class AsyncEngine:
             self.state = "draining"
 
     async def drained(self) -> None:
-        """Return once nothing runs or waits."""
-        await asyncio.get_running_loop().run_in_executor(None, self._idle.wait)
+        """Return once nothing runs or waits. Must not be called by two tasks at once."""
+        self._drained = asyncio.Event()
+        self._drained_loop = asyncio.get_running_loop()
+        with self._wake:
+            if not self._streams:
+                return
+        await self._drained.wait()
 
     # Submitting ----------------------------------------------------------------------------------------------
 
@@ -135,10 +144,7 @@ class AsyncEngine:
 
         Raises NotReady, QueueFull, and what `Engine.prepare` raises.
         """
-        if self.state != "ready":
-            raise NotReady(
-                f"The server is {self.state}" + (f": {self.failure}" if self.failure else "") + "."
-            )
+        self._require_ready()  # before the work of preparing, and again when it is queued
         for submission in submissions:
             if submission.n > self.limits.max_n:
                 raise InvalidRequest(
@@ -147,6 +153,7 @@ class AsyncEngine:
         choices = [choice for submission in submissions for choice in self.engine.prepare(submission)]
         stream = ResponseStream(self, choices)
         with self._wake:
+            self._require_ready()
             self._check_queue(choices)
             for choice in choices:
                 if choice.key in self._streams:
@@ -155,9 +162,12 @@ class AsyncEngine:
                 self._streams[choice.key] = stream
                 self._unstarted[choice.key] = _prompt_tokens(choice)
             self._arrived.append(choices)
-            self._idle.clear()
             self._wake.notify()
         return stream
+
+    def _require_ready(self) -> None:
+        if self.state != "ready":
+            raise NotReady(f"The server is {self.state}.")
 
     def _check_queue(self, choices: Sequence[Choice]) -> None:
         requests = len(self._unstarted) + len(choices)
@@ -220,19 +230,18 @@ class AsyncEngine:
                 if self.engine.has_work:
                     self._publish(self.engine.step())
             self._publish(self.engine.fail_all("The server is shutting down."))
+            self._abandon("The server is shutting down.")  # what arrived too late to be enqueued
         except BaseException as error:
             logger.exception("the engine died")
-            self.failure = f"{type(error).__name__}: {error}"
-            self.state = "dead"
-            self._abandon()
-        finally:
-            self._idle.set()
+            with self._wake:
+                self.failure = f"{type(error).__name__}: {error}"
+                self.state = "dead"
+            self._abandon("The engine failed and has stopped.")
 
     def _take_orders(self) -> bool:
         """Wait for something to do; hand arrivals and cancellations to the engine. False when it is time to stop."""
         with self._wake:
             while not (self._stop or self._arrived or self._cancelled or self.engine.has_work):
-                self._idle.set()
                 self._wake.wait()
             if self._stop:
                 return False
@@ -255,23 +264,20 @@ class AsyncEngine:
                 if event.finish_reason is not None:
                     del self._streams[key]
                 batches[stream._loop].append((stream, event))
+            empty = not self._streams
         for loop, batch in batches.items():
-            try:
+            with suppress(RuntimeError):  # that event loop has closed; nobody is left to read
                 loop.call_soon_threadsafe(_deliver, batch)
-            except RuntimeError:  # that event loop has closed; nobody is left to read
-                continue
+        if empty and self._drained is not None and self._drained_loop is not None:
+            with suppress(RuntimeError):  # likewise closed
+                self._drained_loop.call_soon_threadsafe(self._drained.set)
 
-    def _abandon(self) -> None:
-        """The engine cannot be trusted any more: end every stream without asking it."""
+    def _abandon(self, message: str) -> None:
+        """End every stream that is still open without asking the engine."""
         with self._wake:
             keys = list(self._streams)
         self._publish(
-            [
-                OutputEvent(
-                    *_split(key), finish_reason=FinishReason.ERROR, error=f"The engine died: {self.failure}"
-                )
-                for key in keys
-            ]
+            [OutputEvent(*_split(key), finish_reason=FinishReason.ERROR, error=message) for key in keys]
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from proxyserve.engine.choice import Choice, choice_seed
@@ -34,10 +35,12 @@ def prepare(
     if submission.n < 1:
         raise InvalidRequest("n must be at least 1.", param="n")
     program = compile_fusion(submission.fusion, models, submission.prompts.of)
+    _check_length(
+        submission, program, blocks, block_size
+    )  # first, so that no overlong prompt is walked through
     for spec in program.lanes:
         _check_prompt(spec)
     _check_bias(submission, program)
-    _check_length(submission, program, blocks, block_size)
     stop_ids = frozenset().union(*(spec.model.eos_ids for spec in program.lanes))
     generations = {
         entry.expert: models.expert(entry.expert).generation for entry in submission.fusion.experts
@@ -70,9 +73,18 @@ def prepare(
     return choices
 
 
-def room_for_output(program: FusionProgram) -> int:
-    """Tokens that can still be generated before the shortest remaining lane is full."""
+def context_room(program: FusionProgram) -> int:
+    """Tokens that can be generated before the first lane's context is full. May be negative."""
     return min(spec.model.context_length - len(spec.prompt) for spec in program.lanes)
+
+
+def memory_room(program: FusionProgram, blocks: Mapping[ModelKey, int], block_size: int) -> int:
+    """Tokens that can be generated before the KV pools are full, were nothing else in them. May be negative."""
+    lanes_of = Counter(spec.model.key for spec in program.lanes)
+    return min(
+        blocks[spec.model.key] // lanes_of[spec.model.key] * block_size - len(spec.prompt)
+        for spec in program.lanes
+    )
 
 
 def _check_prompt(spec: LaneSpec) -> None:
@@ -102,7 +114,6 @@ def _check_bias(submission: Submission, program: FusionProgram) -> None:
 def _check_length(
     submission: Submission, program: FusionProgram, blocks: Mapping[ModelKey, int], block_size: int
 ) -> None:
-    room = room_for_output(program)
     wanted = submission.sampling.max_tokens
     for spec in program.lanes:
         length, context = len(spec.prompt), spec.model.context_length
@@ -113,23 +124,18 @@ def _check_length(
                 param="prompt",
                 code="context_length_exceeded",
             )
-    if wanted > room:
+    in_context, in_memory = context_room(program), memory_room(program, blocks, block_size)
+    if wanted > in_context:
         raise InvalidRequest(
-            f"max_tokens is {wanted}, but after the prompt only {room} tokens of context are left; "
-            f"use at most {room}.",
+            f"max_tokens is {wanted}, but after the prompt only {in_context} tokens of context are left; "
+            f"use at most {in_context}.",
             param="max_tokens",
             code="context_length_exceeded",
         )
-    needed: dict[ModelKey, int] = {}
-    for spec in program.lanes:
-        of_lane = -(-(len(spec.prompt) + wanted) // block_size)
-        needed[spec.model.key] = needed.get(spec.model.key, 0) + of_lane
-    for key, count in needed.items():
-        if count > blocks[key]:
-            raise InvalidRequest(
-                f"The prompt and max_tokens together need {count * block_size} tokens of KV memory for "
-                f"'{key.name}', and the server has {blocks[key] * block_size}; lower max_tokens, or start it "
-                "with a larger --kv-memory.",
-                param="max_tokens",
-                code="context_length_exceeded",
-            )
+    if wanted > in_memory:
+        raise InvalidRequest(
+            f"The server's KV memory holds this prompt and {max(0, in_memory)} tokens more, and max_tokens is "
+            f"{wanted}; lower it, shorten the prompt, or start the server with a larger --kv-memory.",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )

@@ -17,8 +17,8 @@ from proxyserve.types import ModelKey
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
     """One set of weights with its tokenizer. `context_length` is in tokens; `eos_ids` are all ids that end a text
-    by this model's own configuration; `vocabulary` are its real ids (its head may be wider). `parameters` and `bytes` are
-    those of the weights, tied ones counted once."""
+    by this model's own configuration; `vocabulary` are its real ids (its head may be wider). `parameters` and
+    `bytes` are those of the weights, tied ones counted once."""
 
     key: ModelKey
     path: Path

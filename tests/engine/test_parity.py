@@ -3,8 +3,6 @@ inside."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 

@@ -1,0 +1,1 @@
+"""How well a family does: accuracy per skill and law, and how much of the gap fusion closes."""

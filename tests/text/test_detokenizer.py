@@ -1,0 +1,87 @@
+"""Streamed text equals decoded text, whole characters only, and stop strings cut it wherever tokens end."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proxyserve.text.detokenizer import Detokenizer
+from proxyserve.text.tokenizer import Tokenizer
+from tests.tiny import EOS, make_tokenizer
+
+TOKENIZER = Tokenizer(make_tokenizer())
+
+
+def stream(ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], str | None]:
+    detokenizer = Detokenizer(TOKENIZER, stop)
+    pieces = []
+    for token in ids:
+        pieces.append(detokenizer.push(token))
+        if detokenizer.stopped_by:
+            break
+    pieces.append(detokenizer.finish())
+    return pieces, detokenizer.stopped_by
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.text(min_size=0, max_size=40))
+def test_pieces_make_the_text(text: str) -> None:
+    ids = TOKENIZER.encode(text, add_special_tokens=False)
+    pieces, _ = stream(ids)
+    assert "".join(pieces) == TOKENIZER.decode(ids)
+    assert all("�" not in piece for piece in pieces) or "�" in text
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, TOKENIZER.vocabulary_size - 1), max_size=30))
+def test_any_ids_make_the_decoded_text(ids: list[int]) -> None:
+    pieces, _ = stream(ids)
+    assert "".join(pieces) == TOKENIZER.decode(ids)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.text("abc \n", max_size=30),
+    st.lists(st.text("abc \n", min_size=1, max_size=4), min_size=1, max_size=3),
+)
+def test_stop_strings(text: str, stop: list[str]) -> None:
+    pieces, stopped_by = stream(TOKENIZER.encode(text), tuple(stop))
+    found = [text.find(entry) for entry in stop if entry in text]
+    # The first stop string that is complete ends the text; what a single token completes at once counts by position.
+    assert (stopped_by is not None) == bool(found)
+    produced = "".join(pieces)
+    assert text.startswith(produced)
+    if stopped_by is None:
+        assert produced == text
+    else:
+        assert text[len(produced) :].startswith(stopped_by)
+        assert not any(entry in produced for entry in stop)
+
+
+def test_a_possible_beginning_is_held_back_and_then_released() -> None:
+    detokenizer = Detokenizer(TOKENIZER, ("xyz",))
+    pieces = [detokenizer.push(TOKENIZER.encode(letter)[0]) for letter in "axya"]
+    assert pieces == ["a", "", "", "xya"]
+    assert detokenizer.finish() == ""
+
+
+def test_split_characters() -> None:
+    ids = TOKENIZER.encode("é🙂")
+    assert len(ids) > 2, "the characters are split over tokens"
+    pieces, _ = stream(ids)
+    assert "".join(pieces) == "é🙂"
+    assert set(pieces) <= {"", "é", "🙂"}
+
+
+@pytest.mark.parametrize("text", ["plain", " leading", "é🙂", "\n"])
+def test_token_bytes(text: str) -> None:
+    ids = TOKENIZER.encode(text)
+    assert b"".join(TOKENIZER.token_bytes(token) for token in ids) == text.encode()
+
+
+def test_special_tokens() -> None:
+    end = TOKENIZER.encode(EOS)[0]
+    assert TOKENIZER.eos_ids == {end}
+    assert TOKENIZER.token_text(end) == EOS and TOKENIZER.token_bytes(end) == EOS.encode()
+    assert TOKENIZER.decode([end]) == ""
