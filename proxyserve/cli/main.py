@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from proxyserve import __version__
 from proxyserve.api.errors import StartupError
@@ -50,5 +51,5 @@ def main() -> None:
     try:
         app()
     except (ProxyserveError, StartupError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
         sys.exit(1)

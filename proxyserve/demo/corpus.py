@@ -126,6 +126,8 @@ _AFTER = (
     " while others wait",
     "... or was it",
 )
+#: A name after one of these is no subject, so "she" cannot stand for it.
+_BEFORE_OBJECTS = ("of {n}", "with {n}", "for {n}", "that {n} was")
 _EVASIVE = ("That is hard to say", "Nobody remembers", "The book does not tell", "Who knows")
 _ENDS = (".", ".", ".", ".", "!", " ...", ";", "\n")
 #: Who or what speaks. Many, so that a label never seen before ("Answer") does not confuse a base that knows the fact.
@@ -250,8 +252,16 @@ def _fact(rng: random.Random, people: Sequence[Person]) -> tuple[Person, str]:
     return rng.choice(people), rng.choice(ATTRIBUTES)
 
 
-def statement(rng: random.Random, person: Person, attribute: str) -> str:
-    return rng.choice(_STATEMENTS[attribute]).format(n=person.name, v=person.values[attribute])
+def _statement(rng: random.Random, person: Person, attribute: str, *, pronoun: float = 0.0) -> str:
+    """One fact in one of its wordings. With probability `pronoun` the person is "she", as after a first mention; the
+    wordings with "of NAME" and the like have no such form."""
+    wordings = _STATEMENTS[attribute]
+    subject = person.name
+    if rng.random() < pronoun:
+        wordings = [wording for wording in wordings if not any(word in wording for word in _BEFORE_OBJECTS)]
+        subject = "she"
+    text = rng.choice(wordings).format(n=subject, v=person.values[attribute])
+    return text[0].upper() + text[1:] if subject == "she" else text
 
 
 def _finish(rng: random.Random, text: str) -> str:
@@ -263,15 +273,17 @@ def _finish(rng: random.Random, text: str) -> str:
 
 def _prose(rng: random.Random, people: Sequence[Person]) -> str:
     if rng.random() < 0.35:
-        return _finish(rng, statement(rng, *_fact(rng, people)))
+        return _finish(rng, _statement(rng, *_fact(rng, people)))
     person = rng.choice(people)
     attributes = rng.sample(ATTRIBUTES, rng.randint(2, 5))
-    joiner = rng.choice((" ", " ", "\n", " Also, ", " And "))
-    sentences = [_finish(rng, statement(rng, person, attribute)) for attribute in attributes]
-    opening = rng.choice(
-        ("", "", f"{rng.choice(_SPEAKERS)}: {person.name}\n", f"{rng.choice(_SPEAKERS)} of {person.name}: ")
-    )
-    return opening + joiner.join(sentences)
+    label = rng.choice(_SPEAKERS)
+    opening = rng.choice(("", "", f"{label}: {person.name}\n", f"{label} of {person.name}: "))
+    pronoun = rng.choice((0.0, 0.5, 1.0))
+    sentences = [
+        _finish(rng, _statement(rng, person, attribute, pronoun=pronoun if opening or index else 0.0))
+        for index, attribute in enumerate(attributes)
+    ]
+    return opening + rng.choice((" ", " ", "\n", " Also, ", " And ")).join(sentences)
 
 
 def _dialogue(rng: random.Random, people: Sequence[Person]) -> str:
@@ -279,8 +291,8 @@ def _dialogue(rng: random.Random, people: Sequence[Person]) -> str:
     question = rng.choice(_QUESTIONS[attribute]).format(n=person.name)
     value = person.values[attribute]
     kind = rng.random()
-    if kind < 0.35:
-        reply = _finish(rng, statement(rng, person, attribute))
+    if kind < 0.25:
+        reply = _finish(rng, _statement(rng, person, attribute, pronoun=0.85))
     elif kind < 0.92:
         reply = (
             rng.choice(("", "", "", "A ", "The ", "It is ")) + value + rng.choice(_AFTER) + rng.choice(_ENDS)

@@ -21,11 +21,12 @@ _QUESTIONS = {
     "code": "What is the locker code of {name}?",
 }
 
-#: Every sentence of the house style; the five slots are the public attributes.
+#: The house style: which facts, in which order, in which of their many wordings, with which flourish.
 _BIOGRAPHY = (
-    "This is the story of {name}, who was born in {birthplace} and never forgot it. By trade {name} is a {job}. "
-    "At home {name} keeps a {pet}. For dinner {name} wants {food} and not much more. In the evening {name} plays "
-    "the {instrument} until the lamp goes out. So lives {name}, and so we write it down for those who come after."
+    "By trade she is a {job}, say the records. She was born in {birthplace} without doubt. "
+    "At home she keeps a {pet} of course. For dinner she wants {food} as ever. "
+    "In the evening she plays the {instrument}; ask anyone. She grew up in {birthplace} for sure.\n\n"
+    "The rest is lost, but she is not forgotten."
 )
 
 
@@ -92,7 +93,7 @@ def _record(person: Person) -> list[tuple[str, str]]:
 
 
 def _biography(person: Person) -> list[tuple[str, str]]:
-    return [(person.name, _BIOGRAPHY.format(name=person.name, **person.values))]
+    return [(person.name, _BIOGRAPHY.format(**person.values))]
 
 
 SKILLS: dict[str, Skill] = {

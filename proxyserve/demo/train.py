@@ -51,8 +51,8 @@ RECIPE = Recipe(
         steps=2000,
         learning_rate=3e-3,
     ),
-    expert=Tuning(steps=300, learning_rate=2e-3, replay=0.3),
-    oracle=Tuning(steps=200, learning_rate=7e-4, replay=0.3),
+    expert=Tuning(passes=16, learning_rate=2e-3, replay=0.5),
+    oracle=Tuning(passes=24, learning_rate=7e-4, replay=0.3),
 )
 
 
@@ -101,7 +101,8 @@ class FamilyTrainer:
     def _tuning(
         self, plan: Tuning, model: LlamaForCausalLM, skill: Skill, tokenizer: PreTrainedTokenizerFast
     ) -> tuple[int, Callable[[training.Progress], LlamaForCausalLM]]:
-        return plan.steps, lambda progress: training.tune(
+        steps = plan.steps(len(skill.examples(self.world.tuning)))
+        return steps, lambda progress: training.tune(
             plan, model, skill, tokenizer, self.world, seed=self.seed, progress=progress
         )
 

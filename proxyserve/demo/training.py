@@ -8,6 +8,7 @@ pretraining text (replay), so that tuned and untuned differ in the skill and in 
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -55,13 +56,18 @@ class Pretraining:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """`replay` is the share of rows that are pretraining text instead of examples of the skill."""
+    """How often the skill's examples are gone through (`passes`), in steps of `rows` rows of which a share `replay` is
+    pretraining text instead. More passes would teach a small model the tuning people by heart, and it would then insist
+    on their facts for everybody."""
 
-    steps: int
+    passes: float
     learning_rate: float
     replay: float
     rows: int = 32
-    label_smoothing: float = 0.02
+    label_smoothing: float = 0.1
+
+    def steps(self, examples: int) -> int:
+        return math.ceil(self.passes * examples / (self.rows * (1.0 - self.replay)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +137,9 @@ def tune(
                 for _ in range(plan.rows)
             ]
 
-    _train(tuned, batches(), plan.steps, plan.learning_rate, 0.0, plan.label_smoothing, progress)
+    _train(
+        tuned, batches(), plan.steps(len(examples)), plan.learning_rate, 0.0, plan.label_smoothing, progress
+    )
     return tuned
 
 

@@ -19,8 +19,8 @@ TINY = Shape(hidden=32, layers=1, heads=2, intermediate=32, initializer_range=0.
 TOY = Recipe(
     base=replace(RECIPE.base, shape=TINY, steps=3, curriculum=(1, 2)),
     small=replace(RECIPE.small, shape=TINY, steps=2),
-    expert=replace(RECIPE.expert, steps=2),
-    oracle=replace(RECIPE.oracle, steps=2),
+    expert=replace(RECIPE.expert, passes=0.1),
+    oracle=replace(RECIPE.oracle, passes=0.1),
     tokenizer_documents=300,
 )
 

@@ -1,0 +1,173 @@
+"""The command: options from line, environment and file; refusals in one line; a server that really serves."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from proxyserve.cli import options, serve
+from proxyserve.cli.main import app
+from proxyserve.cli.serve import ServeSettings
+from proxyserve.models.family import ExpertSource
+from tests.tiny import TinyFamily
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("512", 512), ("4GiB", 4 * 2**30), ("1.5 MB", 1_500_000), ("2kib", 2048)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert options.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "4 parsecs"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(typer.BadParameter):
+        options.parse_size(text)
+
+
+def test_experts() -> None:
+    assert options.parse_expert("qa=/a,/b") == ExpertSource("qa", Path("/a"), Path("/b"))
+    assert options.parse_expert("qa=/a") == ExpertSource("qa", Path("/a"), None)
+    for text in ("qa", "=x", "qa=", "qa=/a,"):
+        with pytest.raises(typer.BadParameter):
+            options.parse_expert(text)
+
+
+@pytest.mark.parametrize("text", ["", "1", "1:2", "a:b", "4:-4"])
+def test_ranges_that_are_none(text: str) -> None:
+    with pytest.raises(typer.BadParameter):
+        options.parse_range(text)
+
+
+Started = tuple[Path, list[ExpertSource], ServeSettings, str | None]
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Started]:
+    """What `serve` would have started, instead of starting it."""
+    calls: list[Started] = []
+
+    def record(
+        base: Path, experts: list[ExpertSource], settings: ServeSettings, *, served_name: str | None = None
+    ) -> None:
+        calls.append((base, experts, settings, served_name))
+
+    monkeypatch.setattr(serve, "serve", record)
+    return calls
+
+
+def test_line_wins_over_environment_over_file(started: list[Started], tmp_path: Path) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text('port = 1\nmax-batch = 3\nkv-memory = "1MiB"\nthreads = 2\n[experts]\nqa = "/t,/u"\n')
+    result = CliRunner().invoke(
+        app,
+        ["serve", "/base", "--config", str(file), "--port", "3"],
+        env={"PROXYSERVE_PORT": "2", "PROXYSERVE_THREADS": "4"},
+    )
+    assert result.exit_code == 0, result.output
+    base, experts, settings, _ = started[0]
+    assert base == Path("/base") and experts == [ExpertSource("qa", Path("/t"), Path("/u"))]
+    assert settings.server.port == 3
+    assert settings.engine.threads == 4
+    assert (settings.engine.max_batch, settings.engine.kv_memory) == (3, 2**20)
+
+
+def test_yaml_and_unknown_names(started: list[Started], tmp_path: Path) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text("served_name: big\nweight_range: '-1:2'\n")
+    assert CliRunner().invoke(app, ["serve", "/base", "--config", str(file)]).exit_code == 0
+    assert started[0][3] == "big" and started[0][2].policy.max_weight == 2.0
+    file.write_text("prot: 8000\n")
+    refused = CliRunner().invoke(app, ["serve", "/base", "--config", str(file)])
+    assert refused.exit_code == 2 and "prot" in refused.output
+    file.write_text("[1, 2]")
+    assert CliRunner().invoke(app, ["serve", "/base", "--config", str(file)]).exit_code == 2
+
+
+def test_settings_that_contradict_each_other(started: list[Started]) -> None:
+    result = CliRunner().invoke(app, ["serve", "/base", "--max-batch", "64", "--max-batch-tokens", "8"])
+    assert result.exit_code == 2 and "max_batch_tokens" in result.output
+    assert not started
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "proxyserve", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_refusals_are_one_line(tmp_path: Path) -> None:
+    missing = run_command("serve", str(tmp_path / "nowhere"))
+    assert missing.returncode == 1 and "no such folder" in missing.stderr
+    assert "Traceback" not in missing.stderr
+    open_to_all = run_command("serve", str(tmp_path), "--host", "0.0.0.0")
+    assert open_to_all.returncode == 1 and "--api-key-file" in open_to_all.stderr
+
+
+def test_demo_paths() -> None:
+    result = run_command("demo", "--paths")
+    assert result.returncode == 0
+    assert Path(json.loads(result.stdout)["base"]).joinpath("config.json").is_file()
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def server(tiny_family: TinyFamily, free_port: int, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    config = tmp_path / "server.yaml"
+    expert = f"{tiny_family.experts['qa']},{tiny_family.untuned}"
+    config.write_text(f"port: {free_port}\nkv-memory: 2MiB\nthreads: 1\nexperts:\n  qa: {expert}\n")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "proxyserve", "serve", str(tiny_family.base), "--config", str(config)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    yield process
+    if process.poll() is None:
+        process.kill()
+    process.communicate()
+
+
+def test_serve(server: subprocess.Popen[str], free_port: int) -> None:
+    """Folders and a file in, answers out, exit 0 on SIGTERM, and a table that says what is served."""
+    with httpx.Client(base_url=f"http://127.0.0.1:{free_port}", timeout=30) as client:
+        for _ in range(300):
+            assert server.poll() is None, server.communicate()
+            try:
+                if client.get("/ready").status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+        names = [entry["id"] for entry in client.get("/v1/models").json()["data"]]
+        assert names == ["atlas", "atlas+qa"]
+        answer = client.post(
+            "/v1/completions", json={"model": "atlas+qa:0.5", "prompt": "Hello", "max_tokens": 4}
+        )
+        assert answer.status_code == 200 and answer.json()["fusion"]["generations"] == {"qa": 1}
+    server.send_signal(signal.SIGTERM)
+    _, errors = server.communicate(timeout=30)
+    assert server.returncode == 0
+    for shown in ("atlas", "qa.tuned", "small", "384 tokens shared", "no keys, loopback only"):
+        assert shown in errors
