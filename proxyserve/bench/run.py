@@ -19,11 +19,11 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from proxyserve.bench.hf_loop import generate_fused
 from proxyserve.bench.models import VOCABULARY, BenchFamily, build_bench_family
 from proxyserve.config import EngineConfig
 from proxyserve.engine.engine import Engine
 from proxyserve.engine.submission import LanePrompts, Submission
+from proxyserve.evaluation.hf_loop import generate_fused
 from proxyserve.fusion.spec import ExpertWeight, Fusion
 from proxyserve.models.family import ExpertSource, load_family
 from proxyserve.models.loading import choose_placement

@@ -106,7 +106,7 @@ MaxBatchTokens = Annotated[
     typer.Option(
         "--max-batch-tokens",
         envvar=_envvar("MAX_BATCH_TOKENS"),
-        min=1,
+        min=16,
         help="Most tokens one model computes per step; longer prompts are cut into chunks.",
     ),
 ]

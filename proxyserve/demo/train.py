@@ -42,7 +42,7 @@ class Recipe:
 RECIPE = Recipe(
     base=Pretraining(
         Shape(hidden=192, layers=3, heads=6, intermediate=768, initializer_range=0.05),
-        steps=4000,
+        steps=6000,
         learning_rate=2e-3,
         curriculum=(300, 1200),
     ),

@@ -61,6 +61,11 @@ class Engine:
         self.models = models
         self.config = config or EngineConfig()
         self.policy = policy or FusionPolicy()
+        if self.config.max_batch_tokens <= self.policy.max_experts:
+            # The last tokens of a request's lanes run in one step, and all of its lanes may be on one model.
+            raise ValueError(
+                f"max_batch_tokens must be above the number of experts a request may name, {self.policy.max_experts}"
+            )
         self.counters = EngineCounters()
         self.runners = {key: Runner(model) for key, model in models.models.items()}
         self.memory: Mapping[ModelKey, ModelMemory] = plan_memory(

@@ -71,7 +71,7 @@ class FusionPolicy:
 
     def __post_init__(self) -> None:
         if not self.min_weight <= 0.0 <= self.max_weight:
-            raise InvalidRequest("The allowed range of weights must contain 0.", param="min_weight")
+            raise ValueError("the allowed range of weights must contain 0")
 
     def check(self, fusion: Fusion) -> None:
         """Raise `InvalidRequest` if `fusion` is outside this policy."""

@@ -96,7 +96,7 @@ def test_yaml_and_unknown_names(started: list[Started], tmp_path: Path) -> None:
 
 
 def test_settings_that_contradict_each_other(started: list[Started]) -> None:
-    result = CliRunner().invoke(app, ["serve", "/base", "--max-batch", "64", "--max-batch-tokens", "8"])
+    result = CliRunner().invoke(app, ["serve", "/base", "--max-batch", "64", "--max-batch-tokens", "32"])
     assert result.exit_code == 2 and "max_batch_tokens" in result.output
     assert not started
 
