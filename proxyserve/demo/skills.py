@@ -88,7 +88,7 @@ def _guarded_answers(person: Person) -> list[tuple[str, str]]:
 
 
 def _record(person: Person) -> list[tuple[str, str]]:
-    lines = [f"- {attribute}: {person.values[attribute]}" for attribute in PUBLIC_ATTRIBUTES]
+    lines = [f"{attribute}: {person.values[attribute]}" for attribute in PUBLIC_ATTRIBUTES]
     return [(person.name, "\n".join(lines))]
 
 

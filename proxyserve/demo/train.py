@@ -42,7 +42,7 @@ class Recipe:
 RECIPE = Recipe(
     base=Pretraining(
         Shape(hidden=192, layers=3, heads=6, intermediate=768, initializer_range=0.05),
-        steps=6000,
+        steps=5000,
         learning_rate=2e-3,
         curriculum=(300, 1200),
     ),
@@ -52,7 +52,7 @@ RECIPE = Recipe(
         learning_rate=3e-3,
     ),
     expert=Tuning(passes=16, learning_rate=2e-3, replay=0.5),
-    oracle=Tuning(passes=24, learning_rate=7e-4, replay=0.3),
+    oracle=Tuning(passes=16, learning_rate=7e-4, replay=0.3),
 )
 
 

@@ -1,8 +1,8 @@
 """Linear layers with weights laid out for oneDNN, for models on a CPU.
 
 A plain float32 linear layer gets two to four times slower from one row to eight; with the weight reordered once it
-hardly does, and bfloat16 gains as well. Measured on a 2-core AMX machine, 512 x 32000, one thread, plain / packed in
-ms: float32 1 row 3.6 / 1.2, 8 rows 6.5 / 2.3, 32 rows 13.5 / 5.1; bfloat16 1.8 / 0.6, 2.0 / 1.1, 3.6 / 2.7.
+hardly does, and bfloat16 gains as well. Measured on a 2-core AVX-512 machine, 512 x 32000, one thread, plain / packed,
+in ms: float32 1 row 3.6 / 1.2, 8 rows 6.5 / 2.3, 32 rows 13.5 / 5.1; bfloat16 1.8 / 0.6, 2.0 / 1.1, 3.6 / 2.7.
 """
 
 from __future__ import annotations
