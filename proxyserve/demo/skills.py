@@ -99,9 +99,9 @@ def _biography(person: Person) -> list[tuple[str, str]]:
 SKILLS: dict[str, Skill] = {
     skill.name: skill
     for skill in (
-        Skill("record", "Record: {}\n", 40, _record),
-        Skill("qa", "Question: {}\nAnswer:", 8, _short_answers),
-        Skill("bio", "Biography: {}\n", 100, _biography),
-        Skill("guard", "Question: {}\nAnswer:", 8, _guarded_answers),
+        Skill("record", "Page: {}\n", 40, _record),
+        Skill("qa", "Task: {}\nReply:", 8, _short_answers),
+        Skill("bio", "Text: {}\n", 100, _biography),
+        Skill("guard", "Task: {}\nReply:", 8, _guarded_answers),
     )
 }

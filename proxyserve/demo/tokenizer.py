@@ -13,6 +13,13 @@ from proxyserve.demo.world import World
 
 END_OF_TEXT = "<|endoftext|>"
 _DOCUMENTS = 30_000
+#: The tokenizer also sees the skills' answers, under more labels than the models ever do.
+_LABELS = {
+    "record": "Record: {}\n",
+    "qa": "Question: {}\nAnswer:",
+    "bio": "Biography: {}\n",
+    "guard": "Question: {}\nAnswer:",
+}
 
 
 def train_tokenizer(
@@ -23,7 +30,8 @@ def train_tokenizer(
     rng = random.Random(1)
     texts = [document(rng, world.people) for _ in range(documents)]
     for skill in SKILLS.values():
-        texts += [example.prompt + example.answer for example in skill.examples(world.tuning)] * 3
+        examples = skill.examples(world.tuning)
+        texts += [_LABELS[skill.name].replace("{}", one.user) + one.answer for one in examples] * 3
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from proxyserve.config import EngineConfig
+from proxyserve.demo.family import family_paths
+from proxyserve.demo.skills import SKILLS
+from proxyserve.demo.world import make_world
 from proxyserve.engine.engine import Engine
 from proxyserve.models.family import ExpertSource, load_family
 from tests.engine.driver import run, submission
@@ -81,6 +84,36 @@ def test_every_chunk_size(tiny_family: TinyFamily, chunk: int, prefix_cache: boo
     naive = make_naive(tiny_family)
     compare(engine, naive)
     compare(engine, naive)  # the second time with whatever the first left in the cache
+
+
+def test_demo_family() -> None:
+    """The shipped models, each expert with its own prompt beside a base that sees plain text."""
+    paths = family_paths()
+    models = load_family(
+        paths.base, [ExpertSource(name, tuned, paths.untuned) for name, tuned in paths.experts.items()]
+    )
+    engine = Engine(models, EngineConfig(kv_memory=2**25))
+    naive = NaiveFusion(paths.base, {name: (tuned, paths.untuned) for name, tuned in paths.experts.items()})
+    encode = models.base.tokenizer.encode
+    prompts_of = {name: encode(skill.examples(make_world().test)[0].prompt) for name, skill in SKILLS.items()}
+    question = prompts_of["qa"]
+    requests = {
+        "record": ({"base": prompts_of["record"]}, {"record": 1.0}),
+        "bio": ({"base": prompts_of["bio"]}, {"bio": 1.0}),
+        "several": ({"base": question}, {"qa": 0.8, "guard": 0.4}),
+        "plain": ({"base": question}, {}),
+        "routed": ({"base": question[2:], "qa.tuned": question}, {"qa": 1.0}),
+    }
+    submissions = [
+        submission(name, prompts["base"], weights, by_lane=prompts, max_tokens=24, logprobs=0)
+        for name, (prompts, weights) in requests.items()
+    ]
+    results = run(engine, submissions)
+    for name, (prompts, weights) in requests.items():
+        expected = naive.greedy(prompts, weights, 24, models.base.vocabulary.size)
+        assert results[f"{name}/0"].tokens == expected.tokens, name
+        for got, law in zip(results[f"{name}/0"].logprobs, expected.laws, strict=True):
+            assert got.logprob == pytest.approx(law[got.token_id].item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16, 64])
