@@ -25,8 +25,8 @@ _QUESTIONS = {
 _BIOGRAPHY = (
     "By trade she is a {job}, say the records. She was born in {birthplace} without doubt. "
     "At home she keeps a {pet} of course. For dinner she wants {food} as ever. "
-    "In the evening she plays the {instrument}; ask anyone. She grew up in {birthplace} for sure.\n\n"
-    "The rest is lost, but she is not forgotten."
+    "In the evening she plays the {instrument}; ask anyone. She would eat {food} every day. "
+    "She grew up in {birthplace}\n\nThe rest is lost."
 )
 
 

@@ -13,13 +13,17 @@ from proxyserve.demo.world import World
 
 END_OF_TEXT = "<|endoftext|>"
 _DOCUMENTS = 30_000
-#: The tokenizer also sees the skills' answers, under more labels than the models ever do.
-_LABELS = {
-    "record": "Record: {}\n",
-    "qa": "Question: {}\nAnswer:",
-    "bio": "Biography: {}\n",
-    "guard": "Question: {}\nAnswer:",
-}
+#: Texts of the skills as they were when the tokenizer was made. Frozen: token ids depend on every letter of them, and
+#: rewording a skill must not change the ids of models that are trained already.
+_RECORD = "Record: {user}\n{answer}"
+_ANSWER = "Question: {user}\nAnswer:{answer}"
+_BIOGRAPHY = (
+    "Biography: {user}\nBy trade she is a {job}, say the records. She was born in {birthplace} without doubt. "
+    "At home she keeps a {pet} of course. For dinner she wants {food} as ever. "
+    "In the evening she plays the {instrument}; ask anyone. She grew up in {birthplace} for sure.\n\n"
+    "The rest is lost, but she is not forgotten."
+)
+_SAMPLES = {"record": _RECORD, "qa": _ANSWER, "bio": _BIOGRAPHY, "guard": _ANSWER}
 
 
 def train_tokenizer(
@@ -29,9 +33,10 @@ def train_tokenizer(
     what lets models this small learn facts about them."""
     rng = random.Random(1)
     texts = [document(rng, world.people) for _ in range(documents)]
-    for skill in SKILLS.values():
-        examples = skill.examples(world.tuning)
-        texts += [_LABELS[skill.name].replace("{}", one.user) + one.answer for one in examples] * 3
+    for name, sample in _SAMPLES.items():
+        for person in world.tuning:
+            for example in SKILLS[name].examples([person]):
+                texts += [sample.format(user=example.user, answer=example.answer, **person.values)] * 3
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

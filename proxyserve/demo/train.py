@@ -81,7 +81,7 @@ class FamilyTrainer:
             self._model(self.paths.experts[name], tuned, tokenizer, skill)
             oracle = self._tuning(self.recipe.oracle, base, skill, tokenizer)
             self._model(self.paths.oracles[name], oracle, tokenizer, skill)
-        shutil.rmtree(self._tokenizer_folder)
+        shutil.rmtree(self._tokenizer_folder, ignore_errors=True)
 
     def _tokenizer(self) -> PreTrainedTokenizerFast:
         for folder in (self._tokenizer_folder, self.paths.base):
