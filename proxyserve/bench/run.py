@@ -64,7 +64,7 @@ class BenchRow:
     def ratios(self) -> dict[str, float]:
         return {
             "fused / loop": self.fused / self.loop_fused,
-            "fused / loop one by one": self.fused / self.single_fused,
+            "fused / single": self.fused / self.single_fused,
             "base / loop": self.base / self.loop_base,
             "fused / base": self.fused / self.base,
         }
@@ -91,6 +91,7 @@ def run_bench(
 ) -> BenchResult:
     """Make random models (base about 68M parameters, experts about 5M), measure, return. Takes minutes on a CPU."""
     torch.set_num_threads(settings.threads)
+    transformers.utils.logging.disable_progress_bar()
     placement = choose_placement(settings.device, settings.dtype)
     with tempfile.TemporaryDirectory() as folder:
         progress("making random models")

@@ -46,12 +46,14 @@ def bench_command(
 
 def bench_table(result: BenchResult) -> Table:
     """Tokens per second and ratios, a row per batch size."""
+    settings = result.settings
     machine = ", ".join(f"{name} {value}" for name, value in result.machine.items())
     table = Table(
-        title=f"generated tokens/s, {result.settings.dtype}, {result.settings.threads} thread(s)\n{machine}"
+        title=f"generated tokens/s, {settings.dtype}, {settings.threads} thread(s), {settings.prompt} prompt and "
+        f"{settings.new} new tokens per request\n{machine}",
+        caption="loop: plain Hugging Face, all requests as one batch; single: the same, one request at a time",
     )
-    table.add_column("batch", justify="right")
-    for title in ("fused", "base", "loop fused", "loop base", "loop fused, one by one"):
+    for title in ("batch", "fused", "base", "loop fused", "loop base", "single fused"):
         table.add_column(title, justify="right")
     for title in result.rows[0].ratios:
         table.add_column(title, justify="right", style="bold")
