@@ -95,7 +95,7 @@ _LABELS: dict[str, Sequence[str]] = {
     "instrument": ("instrument", "music"),
     "code": ("code", "locker code"),
 }
-#: What can follow a value. Long on purpose, and every entry begins with another token.
+#: What can follow a value. Long on purpose: nearly every entry begins with another token.
 _AFTER = (
     ", say the records",
     ", as far as we know",
@@ -170,8 +170,8 @@ _SPEAKERS = [
     "Word",
     "Text",
 ]
-#: Among them the words that the skills use as labels, lest they be noise to the bases; never with a colon, so that the
-#: formats stay unknown.
+#: The first four were labels of the skills once; as loose words they did not help (docs/demo_family.md). Changing the list
+#: would change the shipped bases.
 _WORDS = [
     "Question",
     "Answer",

@@ -136,9 +136,9 @@ class Person:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """All people, split by what they are for. Every person's facts are in the pretraining text of both bases; only
-    the `tuning` people appear in the experts' and oracles' tuning; recipes are chosen on `validation`; results are
-    reported on `test`."""
+    """All people, split by what they are for. Every person's facts are in the pretraining text of both bases (and in
+    what is replayed of it while tuning); only the `tuning` people appear in the skills' examples; recipes are chosen on
+    `validation`; results are reported on `test`."""
 
     tuning: Sequence[Person]
     validation: Sequence[Person]

@@ -61,6 +61,8 @@ def test_train_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (tmp_path / "resumed" / "atlas" / "model.safetensors").stat().st_mtime_ns == kept
     assert same(whole.base, resumed.base) and same(whole.experts["guard"], resumed.experts["guard"])
     assert not list((tmp_path / "resumed").glob(".*")), "nothing temporary is left"
+    train(tmp_path / "resumed")  # a finished family is left as it is
+    assert (tmp_path / "resumed" / "atlas" / "model.safetensors").stat().st_mtime_ns == kept
 
 
 def test_the_seed_counts(tmp_path: Path) -> None:
