@@ -170,8 +170,8 @@ _SPEAKERS = [
     "Word",
     "Text",
 ]
-#: The first four were labels of the skills once; as loose words they did not help (docs/demo_family.md). Changing the list
-#: would change the shipped bases.
+#: The first four were labels of the skills once; as loose words they did not help (docs/demo_family.md). Changing the
+#: list would change the shipped bases.
 _WORDS = [
     "Question",
     "Answer",
