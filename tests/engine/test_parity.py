@@ -123,7 +123,7 @@ def test_every_block_size(tiny_family: TinyFamily, block_size: int) -> None:
 
 def test_preemption_does_not_change_the_answer(tiny_family: TinyFamily) -> None:
     """Pools so small that running requests must be thrown out to let others finish."""
-    engine = make_engine(tiny_family, block_size=4, kv_memory=90_000)
+    engine = make_engine(tiny_family, block_size=4, kv_memory=120_000)
     compare(engine, make_naive(tiny_family))
     assert engine.counters.preemptions > 0
 
