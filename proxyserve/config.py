@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
+
+KernelChoice = Literal["auto", "torch", "triton"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +17,8 @@ class EngineConfig:
     `dtype` "auto" is float32 on a CPU and bfloat16 on a GPU. `max_batch` is the most requests that run at once,
     `max_batch_tokens` the most tokens one model computes per step (long prompts are cut into chunks of at most
     that many). `kv_memory` is in bytes for the KV caches of all models together; None lets the memory plan choose.
-    `threads` None leaves torch's own choice.
+    `threads` None leaves torch's own choice. `kernels` names the backend of the logit arithmetic: "torch", "triton", or
+    "auto", which is triton on a CUDA device.
     """
 
     device: str = "auto"
@@ -25,11 +29,14 @@ class EngineConfig:
     block_size: int = 16
     prefix_cache: bool = True
     threads: int | None = None
+    kernels: KernelChoice = "auto"
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_batch_tokens", "block_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.kernels not in ("auto", "torch", "triton"):
+            raise ValueError(f"kernels must be auto, torch or triton, not '{self.kernels}'")
         if self.max_batch_tokens < self.max_batch:
             raise ValueError(
                 f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_batch ({self.max_batch}), "

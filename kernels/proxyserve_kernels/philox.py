@@ -14,8 +14,9 @@ _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
 _ROUNDS = 10
 
-#: Streams keep the levels of a draw independent of each other.
-STREAM_BLOCK, STREAM_TOKEN = 0, 1
+#: Streams keep the draws of one position independent of each other: the two levels of a token's draw, the coin that
+#: accepts a drafted token, and the two levels of the draw from a residual.
+STREAM_BLOCK, STREAM_TOKEN, STREAM_ACCEPT, STREAM_RESIDUAL_BLOCK, STREAM_RESIDUAL_TOKEN = range(5)
 
 
 def philox4x32(
@@ -34,12 +35,12 @@ def philox4x32(
     return c0, c1, c2, c3
 
 
-def gumbel(seeds: Tensor, positions: Tensor, stream: int, first: Tensor, count: int) -> Tensor:
-    """Standard Gumbel noise, float32 [n, count]: entry (r, j) belongs to index `first[r] + j`.
+def uniform(seeds: Tensor, positions: Tensor, stream: int, first: Tensor, count: int) -> Tensor:
+    """Uniforms in (0, 1), float64 [n, count]: entry (r, j) belongs to index `first[r] + j`.
 
     `seeds` int64 [n] (64 bits, any sign), `positions` int64 [n] below 2**32, `first` int64 [n], a multiple of 4.
-    Index i uses word i % 4 of the counter (i // 4, position, stream, 0) under the seed as key. The uniform is
-    (word + 0.5) / 2**32, never 0 or 1, so the noise is finite: between -3.2 and 22.9.
+    Index i uses word i % 4 of the counter (i // 4, position, stream, 0) under the seed as key; the value is
+    (word + 0.5) / 2**32, never 0 or 1.
     """
     groups = -(-count // 4)
     index = (first // 4)[:, None] + torch.arange(groups, device=seeds.device)
@@ -49,5 +50,9 @@ def gumbel(seeds: Tensor, positions: Tensor, stream: int, first: Tensor, count: 
         ((seeds & _LOW)[:, None], ((seeds >> 32) & _LOW)[:, None]),
     )
     integers = torch.stack(words, dim=-1).flatten(1)[:, :count]
-    uniform = (integers.double() + 0.5) * 2.0**-32
-    return -torch.log(-torch.log(uniform)).float()
+    return (integers.double() + 0.5) * 2.0**-32
+
+
+def gumbel(seeds: Tensor, positions: Tensor, stream: int, first: Tensor, count: int) -> Tensor:
+    """Standard Gumbel noise, float32 [n, count], from `uniform` of the same arguments; between -3.2 and 22.9."""
+    return -torch.log(-torch.log(uniform(seeds, positions, stream, first, count))).float()

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from proxyserve.config import KernelChoice
 from proxyserve.models.family import ExpertSource
 
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -96,6 +97,14 @@ Dtype = Annotated[
         "--dtype",
         envvar=_envvar("DTYPE"),
         help="auto (float32 on a CPU, bfloat16 on a GPU), float32, bfloat16 or float16.",
+    ),
+]
+Kernels = Annotated[
+    KernelChoice,
+    typer.Option(
+        "--kernels",
+        envvar=_envvar("KERNELS"),
+        help="Backend of the logit arithmetic; auto is triton on a GPU and torch elsewhere.",
     ),
 ]
 MaxBatch = Annotated[

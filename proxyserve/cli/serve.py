@@ -14,12 +14,13 @@ from rich.console import Console
 from proxyserve.api.server import check_binding, run_server
 from proxyserve.cli import options
 from proxyserve.cli.startup import startup_table
-from proxyserve.config import EngineConfig, Limits, ServerConfig
+from proxyserve.config import EngineConfig, KernelChoice, Limits, ServerConfig
 from proxyserve.engine.engine import Engine
 from proxyserve.engine.loop import AsyncEngine
 from proxyserve.fusion.spec import FusionPolicy
 from proxyserve.models.family import ExpertSource, load_family
 from proxyserve.models.loading import choose_placement
+from proxyserve_kernels import backend_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ def serve_command(
     port: options.Port = 8000,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    kernels: options.Kernels = "auto",
     max_batch: options.MaxBatch = 64,
     max_batch_tokens: options.MaxBatchTokens = 512,
     kv_memory: options.KVMemory = None,
@@ -58,6 +60,7 @@ def serve_command(
         port=port,
         device=device,
         dtype=dtype,
+        kernels=kernels,
         max_batch=max_batch,
         max_batch_tokens=max_batch_tokens,
         kv_memory=kv_memory,
@@ -77,6 +80,7 @@ def make_settings(
     port: int,
     device: str,
     dtype: str,
+    kernels: KernelChoice,
     max_batch: int,
     max_batch_tokens: int,
     kv_memory: str | None,
@@ -93,6 +97,7 @@ def make_settings(
         engine = EngineConfig(
             device=device,
             dtype=dtype,
+            kernels=kernels,
             max_batch=max_batch,
             max_batch_tokens=max_batch_tokens,
             kv_memory=None if kv_memory is None else options.parse_size(kv_memory),
@@ -117,6 +122,10 @@ def serve(
     if settings.engine.threads is not None:
         torch.set_num_threads(settings.engine.threads)
     placement = choose_placement(settings.engine.device, settings.engine.dtype)
+    try:
+        backend_for(placement.device, settings.engine.kernels)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--kernels") from error
     with console.status("loading") as status:
         models = load_family(
             base, experts, base_name=served_name, placement=placement, progress=status.update

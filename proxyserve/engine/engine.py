@@ -1,7 +1,7 @@
 """The engine: one plain `step()` that advances every running request.
 
     submission ─prepare─▶ choices ─enqueue─▶ scheduler.schedule() ─▶ per model: runner.run(packed tokens)
-        events ◀─accept─ tokens ◀─ fuse_and_pick (one call for the whole batch) ◀─ logits rows
+        events ◀─accept─ tokens ◀─ backend.pick (one call for the whole batch) ◀─ logits rows
 
 No thread and no clock live here; `engine.loop` owns the thread that calls `step`.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from proxyserve.config import EngineConfig
-from proxyserve.engine.batch import build_batch, token_logprob
+from proxyserve.engine.batch import build_batch, token_logprobs
 from proxyserve.engine.choice import Choice
 from proxyserve.engine.kv_storage import KVStorage
 from proxyserve.engine.memory import ModelMemory, plan_memory
@@ -31,7 +31,7 @@ from proxyserve.models.model_set import ModelSet
 from proxyserve.scheduler.request import RequestState
 from proxyserve.scheduler.scheduler import Plan, Scheduler
 from proxyserve.types import FinishReason, ModelKey, OutputEvent
-from proxyserve_kernels import Picks, fuse_and_pick
+from proxyserve_kernels import Picks, backend_for
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,8 @@ class EngineCounters:
 
 class Engine:
     """Holds the models, their KV blocks and the requests. Not thread-safe: `prepare` may be called from anywhere,
-    everything else from one thread. Raises LoadError if a model cannot be served or memory does not suffice."""
+    everything else from one thread. Raises LoadError if a model cannot be served or memory does not suffice,
+    and ValueError for settings that do not fit together or the device."""
 
     def __init__(
         self, models: ModelSet, config: EngineConfig | None = None, policy: FusionPolicy | None = None
@@ -67,6 +68,7 @@ class Engine:
                 f"max_batch_tokens must be above the number of experts a request may name, {self.policy.max_experts}"
             )
         self.counters = EngineCounters()
+        self.backend = backend_for(models.base.device, self.config.kernels)
         self.runners = {key: Runner(model) for key, model in models.models.items()}
         self.memory: Mapping[ModelKey, ModelMemory] = plan_memory(
             {key: runner.shapes for key, runner in self.runners.items()},
@@ -173,20 +175,19 @@ class Engine:
     def _pick(self, sampling: list[Choice], plan: Plan, logits: Mapping[ModelKey, Tensor]) -> Picks | None:
         if not sampling:
             return None
-        batch, controls = build_batch(sampling, plan.work, logits, self.models.base.key)
-        return fuse_and_pick(batch, controls)
+        batch, controls = build_batch(sampling, plan.work, logits)
+        return self.backend.pick(batch, controls)
 
     def _accept(self, sampling: list[Choice], picks: Picks) -> list[OutputEvent]:
         events = []
         tokens, valid = picks.tokens.tolist(), picks.valid.tolist()
         kl, flips = picks.kl.tolist(), picks.flips.tolist()
+        logprobs = token_logprobs(sampling, tokens, picks.raw)
         for row, choice in enumerate(sampling):
             if not valid[row]:
                 events.append(self._fail_numerically(choice))
                 continue
-            event = choice.accept(
-                tokens[row], token_logprob(tokens[row], picks.logprobs[row]), kl[row], flips[row]
-            )
+            event = choice.accept(tokens[row], logprobs[row], kl[row], flips[row])
             self._count(choice, kl[row], flips[row])
             events.append(event if event.finish_reason is None else self._finish(choice, event))
         return events

@@ -12,22 +12,19 @@ from torch import Tensor
 
 from proxyserve_kernels.philox import STREAM_BLOCK, STREAM_TOKEN, gumbel
 from proxyserve_kernels.rows import BLOCK
+from proxyserve_kernels.torch_backend.blocks import block_log_mass, in_blocks
 
 
-def block_log_mass(scores: Tensor) -> Tensor:
-    """Log of the sum of exp(score) in each block. [n, V] float32, V a multiple of 256 -> [n, V / 256]; -inf where a
-    block is empty."""
-    return torch.logsumexp(scores.unflatten(1, (-1, BLOCK)), dim=-1)
-
-
-def draw(scores: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+def draw(
+    scores: Tensor, seeds: Tensor, positions: Tensor, streams: tuple[int, int] = (STREAM_BLOCK, STREAM_TOKEN)
+) -> Tensor:
     """One token per row from softmax(scores). [n, V] float32, V a multiple of 256; int64 [n] each -> int64 [n].
 
     The noise depends on (seed, position, block or token id) only. Tokens at -inf are never drawn from a row that
     has any other; the caller handles rows that have none."""
     mass = block_log_mass(scores)
     zero = torch.zeros_like(seeds)
-    block = (mass + gumbel(seeds, positions, STREAM_BLOCK, zero, mass.shape[1])).argmax(dim=1)
-    inside = scores.unflatten(1, (-1, BLOCK))[torch.arange(scores.shape[0], device=scores.device), block]
-    noise = gumbel(seeds, positions, STREAM_TOKEN, block * BLOCK, BLOCK)
+    block = (mass + gumbel(seeds, positions, streams[0], zero, mass.shape[1])).argmax(dim=1)
+    inside = in_blocks(scores)[torch.arange(scores.shape[0], device=scores.device), block]
+    noise = gumbel(seeds, positions, streams[1], block * BLOCK, BLOCK)
     return block * BLOCK + (inside + noise).argmax(dim=1)

@@ -1,0 +1,159 @@
+"""Fuse a mixed batch, adjust, filter, draw, and say how likely the tokens were."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from proxyserve_kernels.controls import MIN_TEMPERATURE, Logprobs, PickControls, Picks
+from proxyserve_kernels.rows import RowBatch
+from proxyserve_kernels.torch_backend.adjust import adjust
+from proxyserve_kernels.torch_backend.blocks import log_partition, row_sum
+from proxyserve_kernels.torch_backend.draw import draw
+from proxyserve_kernels.torch_backend.filters import Last, before, keeps, top
+from proxyserve_kernels.torch_backend.scores import Fused, fuse
+
+
+def pick(batch: RowBatch, controls: PickControls) -> Picks:
+    """See `Backend.pick`."""
+    fused = fuse(batch)
+    kl, flips = _compare(fused)
+    asked = wanted(controls.raw)
+    unadjusted = fused.scores[asked.to(batch.device)] if asked.numel() else None
+    scores = fused.scores
+    if controls.adjustments is not None:
+        adjust(scores, controls.adjustments)
+    best = scores.argmax(dim=1)
+    peak = scores.gather(1, best[:, None])[:, 0]
+    # A NaN anywhere makes the sum NaN; max and argmax alone may step over it on some devices.
+    valid = torch.isfinite(peak) & ~torch.isnan(row_sum(scores))
+    told = wanted(controls.processed)
+    tokens, processed_scores = _choose(scores, best, controls, told)
+    tokens = torch.where(valid, tokens, -1)
+    subject = tokens
+    if controls.forced is not None:
+        forced = controls.forced.to(batch.device)
+        subject = torch.where(forced >= 0, forced, tokens)
+    raw = processed = None
+    if unadjusted is not None:
+        raw = logprobs(unadjusted, asked, subject, most(controls.raw))
+    if processed_scores is not None:
+        processed = logprobs(processed_scores, told, subject, most(controls.processed))
+    return Picks(tokens, valid, kl, flips, raw, processed)
+
+
+def processed(batch: RowBatch, controls: PickControls, rows: Tensor) -> Tensor:
+    """Log-probs of the processed laws of `rows` int64 [n] (host), float32 [n, V]."""
+    scores = fuse(batch).scores
+    if controls.adjustments is not None:
+        adjust(scores, controls.adjustments)
+    at = rows.to(scores.device)
+    law = _law(scores[at], scores[at].argmax(dim=1), controls, rows)
+    return law - log_partition(law)[:, None]
+
+
+def _law(scores: Tensor, best: Tensor, controls: PickControls, rows: Tensor) -> Tensor:
+    """Scores whose softmax is the processed law, float32 [n, V]. `scores` [n, V] and `best` [n] belong to `rows`."""
+    device = scores.device
+    sampled = controls.temperature[rows] >= MIN_TEMPERATURE
+    greedy = ~sampled.to(device)
+    scale = 1.0 / torch.where(sampled, controls.temperature[rows], 1.0)
+    law = scores * scale.to(device)[:, None]
+    top_k, top_p, min_p = controls.top_k[rows], controls.top_p[rows], controls.min_p[rows]
+    filters = ((top_k > 0) | (top_p < 1.0) | (min_p > 0.0)) & sampled
+    filtered = filters.nonzero()[:, 0]
+    if filtered.numel():
+        at = filtered.to(device)
+        kept = keeps(law[at], top_k[filtered], top_p[filtered], min_p[filtered])
+        law[at] = law[at].masked_fill_(~kept, -math.inf)
+    if bool(greedy.any()):
+        ids = torch.arange(law.shape[1], device=device)
+        law = torch.where(greedy[:, None], torch.where(ids == best[:, None], 0.0, -math.inf), law)
+    return law
+
+
+def _choose(
+    scores: Tensor, best: Tensor, controls: PickControls, told: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Tokens int64 [B], and the processed scores of the rows `told`. Greedy rows take `best`, the others are drawn."""
+    needed = controls.temperature >= MIN_TEMPERATURE
+    needed[told] = True
+    rows = needed.nonzero()[:, 0]
+    if not rows.numel():
+        return best, None
+    device = scores.device
+    at = rows.to(device)
+    law = _law(scores[at], best[at], controls, rows)
+    sampled = (controls.temperature[rows] >= MIN_TEMPERATURE).nonzero()[:, 0]
+    tokens = best.clone()
+    if sampled.numel():
+        own = rows[sampled]
+        drawn = draw(
+            law[sampled.to(device)], controls.seeds[own].to(device), controls.positions[own].to(device)
+        )
+        tokens[own.to(device)] = drawn
+    if not told.numel():
+        return tokens, None
+    return tokens, law[torch.searchsorted(rows, told).to(device)]
+
+
+def _compare(fused: Fused) -> tuple[Tensor, Tensor]:
+    """KL(fused || reference) and flips: 0 and False for rows that are their reference."""
+    kl = torch.zeros(fused.scores.shape[0], dtype=torch.float32, device=fused.scores.device)
+    flips = torch.zeros_like(kl, dtype=torch.bool)
+    if not fused.changed.numel():
+        return kl, flips
+    rows = fused.changed.to(kl.device)
+    scores = fused.scores if rows.shape[0] == kl.shape[0] else fused.scores[rows]
+    reference = fused.reference
+    peak, best = scores.max(dim=1)
+    other_peak, other_best = reference.max(dim=1)
+    # KL = E_fused[fused - reference] - log Z_fused + log Z_reference, with every exp taken once.
+    p = (scores - peak[:, None]).exp_()
+    mass = row_sum(p)
+    gap = (scores - reference).masked_fill_(p == 0, 0.0)
+    moved = row_sum(gap.mul_(p)) / mass
+    other_mass = row_sum((reference - other_peak[:, None]).exp_())
+    # Rounding may leave a KL of nearly nothing below zero.
+    kl[rows] = (moved - peak - mass.log() + other_peak + other_mass.log()).clamp_(min=0.0)
+    flips[rows] = best != other_best
+    return kl, flips
+
+
+def wanted(wishes: Sequence[int | None] | None) -> Tensor:
+    """Rows that asked, int64 [m] on the host."""
+    rows = [row for row, wish in enumerate(wishes or ()) if wish is not None]
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def most(wishes: Sequence[int | None] | None) -> int:
+    """The longest list that was asked for."""
+    return max((wish for wish in wishes or () if wish is not None), default=0)
+
+
+def logprobs(scores: Tensor, rows: Tensor, tokens: Tensor, count: int) -> Logprobs:
+    """Report on `tokens` int64 [B] under softmax(scores), float32 [m, V] belonging to `rows` int64 [m]; list `count`.
+
+    The chosen value and the listed ones are the same subtraction, so that a chosen token that is also listed has the
+    identical float in both places."""
+    B, device = tokens.shape[0], scores.device
+    at = rows.to(device)
+    own = tokens[at].clamp(min=0)
+    total = log_partition(scores)[:, None]
+    score = scores.gather(1, own[:, None])
+    chosen = torch.full((B,), math.nan, device=device)
+    chosen[at] = (score - total)[:, 0]
+    ranks = torch.full((B,), -1, dtype=torch.int64, device=device)
+    rank = before(scores, Last(score[:, 0], own)).sum(dim=1)
+    ranks[at] = torch.where(torch.isneginf(score[:, 0]), -1, rank)
+    ids = torch.full((B, count), -1, dtype=torch.int64, device=device)
+    values = torch.full((B, count), -math.inf, device=device)
+    if count:
+        best, best_ids = top(scores, min(count, scores.shape[1]))
+        possible = best > -math.inf
+        ids[at, : best.shape[1]] = torch.where(possible, best_ids, -1)
+        values[at, : best.shape[1]] = best - total
+    return Logprobs(chosen, ranks, ids, values)

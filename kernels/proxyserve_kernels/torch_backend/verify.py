@@ -1,0 +1,95 @@
+"""Speculative verification; see `proxyserve_kernels.speculation`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from proxyserve_kernels.controls import PickControls
+from proxyserve_kernels.philox import STREAM_ACCEPT, STREAM_RESIDUAL_BLOCK, STREAM_RESIDUAL_TOKEN, uniform
+from proxyserve_kernels.rows import RowBatch
+from proxyserve_kernels.speculation import Drafts, Verdicts, VerifyRule
+from proxyserve_kernels.torch_backend.blocks import block_log_mass
+from proxyserve_kernels.torch_backend.draw import draw
+from proxyserve_kernels.torch_backend.pick import pick, processed
+
+
+def verify(
+    batch: RowBatch, controls: PickControls, drafts: Drafts, rule: VerifyRule = "rejection"
+) -> Verdicts:
+    """See `Backend.verify`."""
+    silent = replace(controls, raw=(None,) * batch.size, processed=None, forced=None)
+    picks = pick(batch, silent)
+    rows = drafts.rows.to(batch.device)
+    tokens = drafts.tokens.to(batch.device)
+    drawn = picks.tokens[rows.clamp(min=0)]
+    drafted = tokens >= 0
+    if rule == "shared_noise":
+        accepted = leading(drafted & (drawn[:, :-1] == tokens))
+        return _verdicts(batch, controls, drafts, accepted, drawn, picks.valid)
+    if drafts.laws is None or drafts.law_controls is None or drafts.law_rows is None:
+        raise ValueError("rejection needs laws, law_controls and law_rows of the drafts")
+    n, k = tokens.shape
+    at = drafted.cpu().nonzero()
+    target = processed(batch, controls, drafts.rows[:, :-1][at[:, 0], at[:, 1]])
+    draft = processed(drafts.laws, drafts.law_controls, drafts.law_rows[at[:, 0], at[:, 1]])
+    width = min(target.shape[1], draft.shape[1])
+    proposed = tokens[drafted][:, None]
+    ratio = torch.full((n, k), -math.inf, dtype=torch.float64, device=batch.device)
+    ratio[drafted] = (target.gather(1, proposed) - draft.gather(1, proposed))[:, 0].double()
+    stands = drafted & (coins(controls, rows[:, :-1]).log() < ratio)
+    accepted = leading(stands)
+    stopped = accepted < drafted.sum(dim=1)
+    if bool(stopped.any()):
+        place = torch.zeros(n, k, dtype=torch.int64, device=batch.device)
+        place[drafted] = torch.arange(at.shape[0], device=batch.device)
+        request = stopped.nonzero()[:, 0]
+        index = place[request, accepted[request]]
+        left = target[index].exp()
+        left[:, :width] -= draft[index, :width].exp()
+        residual = left.clamp_(min=0.0).log()
+        row = rows[request, accepted[request]].cpu()
+        corrected = draw(
+            residual,
+            controls.seeds[row].to(batch.device),
+            controls.positions[row].to(batch.device),
+            (STREAM_RESIDUAL_BLOCK, STREAM_RESIDUAL_TOKEN),
+        )
+        # Rounding alone can reject a draft from the target's own law and leave nothing; then the target draws.
+        some = torch.isfinite(block_log_mass(residual).amax(dim=1))
+        drawn[request, accepted[request]] = torch.where(some, corrected, drawn[request, accepted[request]])
+    return _verdicts(batch, controls, drafts, accepted, drawn, picks.valid)
+
+
+def coins(controls: PickControls, rows: Tensor) -> Tensor:
+    """The acceptance uniform of every row, float64, shaped as `rows` int64 (-1 entries are undefined)."""
+    flat = rows.flatten().clamp(min=0).cpu()
+    seeds, positions = controls.seeds[flat].to(rows.device), controls.positions[flat].to(rows.device)
+    drawn = uniform(seeds, positions, STREAM_ACCEPT, torch.zeros_like(seeds), 1)
+    return drawn[:, 0].view(rows.shape)
+
+
+def leading(stands: Tensor) -> Tensor:
+    """How many True come first in each row of bool [n, k], int64 [n]."""
+    return stands.long().cumprod(dim=1).sum(dim=1)
+
+
+def _verdicts(
+    batch: RowBatch, controls: PickControls, drafts: Drafts, accepted: Tensor, drawn: Tensor, valid: Tensor
+) -> Verdicts:
+    """Put together what stands and what follows; `drawn` int64 [n, k + 1] holds the token after j accepted drafts in
+    column j, `valid` bool [B]."""
+    rows = drafts.rows.to(batch.device)
+    column = torch.arange(rows.shape[1], device=batch.device)
+    kept = torch.nn.functional.pad(drafts.tokens.to(batch.device), (0, 1), value=-1)
+    tokens = torch.where(column < accepted[:, None], kept, -1)
+    tokens = torch.where(column == accepted[:, None], drawn, tokens)
+    good = (valid[rows.clamp(min=0)] | (column > accepted[:, None])).all(dim=1)
+    tokens = torch.where(good[:, None], tokens, -1)
+    accepted = torch.where(good, accepted, 0)
+    forced = torch.full((batch.size,), -1, dtype=torch.int64, device=batch.device)
+    forced[rows[rows >= 0]] = tokens[rows >= 0]
+    return Verdicts(accepted, tokens, good, pick(batch, replace(controls, forced=forced.cpu())))

@@ -1,0 +1,176 @@
+"""The sequence of launches that makes one pick. No allocation, no host value read back: it can be captured in a graph.
+
+fuse_stats -> [best_tokens -> search -> filter_blocks, if a row filters or lists] -> pick -> [count_before]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from proxyserve_kernels.triton_backend.device import layout, pick, select, stats
+from proxyserve_kernels.triton_backend.table import RowTable
+from proxyserve_kernels.triton_backend.tuning import GROUP, ROOM, ROW_WARPS, Tile, tile_for
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a batch needs beside tokens, fixed for a captured graph. `filters`: some row filters; `adjusts`: some row
+    has bias, penalties or a mask; `raw`, `processed`: how many best tokens to list, None if no row asks at all."""
+
+    filters: bool = False
+    adjusts: bool = False
+    raw: int | None = None
+    processed: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Buffers:
+    """Everything the kernels write, for `bucket` rows of at most `blocks` blocks. `reports` float32 [6, bucket] holds
+    score and log-prob of the reported token under the raw and the processed law, and the two log-partitions."""
+
+    stats: Tensor
+    orders: Tensor
+    candidates: Tensor
+    thresholds: Tensor
+    lasts: Tensor
+    unsure: Tensor
+    tokens: Tensor
+    subjects: Tensor
+    valid: Tensor
+    flips: Tensor
+    kl: Tensor
+    reports: Tensor
+    raw_ids: Tensor
+    raw_values: Tensor
+    processed_ids: Tensor
+    processed_values: Tensor
+    raw_counts: Tensor
+    processed_counts: Tensor
+
+    @classmethod
+    def allocate(cls, bucket: int, blocks: int, wishes: Wishes, device: torch.device) -> Buffers:
+        """Uninitialised: every kernel writes what a later one reads."""
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        int64, int32 = torch.int64, torch.int32
+        selecting = wishes.filters or bool(wishes.raw) or bool(wishes.processed)
+        listed_raw, listed = list_size(wishes.raw), list_size(wishes.processed)
+        tiles = -(-blocks // tile_for(bucket, blocks).blocks)
+        return cls(
+            stats=empty(layout.PLANES, bucket, blocks),
+            orders=empty(bucket if selecting else 0, padded(blocks), dtype=int64),
+            candidates=empty(bucket if selecting else 0, ROOM, dtype=int64),
+            thresholds=empty(bucket),
+            lasts=empty(bucket, dtype=int64),
+            unsure=empty(bucket, dtype=int32),
+            tokens=empty(bucket, dtype=int64),
+            subjects=empty(bucket, dtype=int64),
+            valid=empty(bucket, dtype=torch.bool),
+            flips=empty(bucket, dtype=torch.bool),
+            kl=empty(bucket),
+            reports=empty(6, bucket),
+            raw_ids=empty(bucket, listed_raw, dtype=int64),
+            raw_values=empty(bucket, listed_raw),
+            processed_ids=empty(bucket, listed, dtype=int64),
+            processed_values=empty(bucket, listed),
+            raw_counts=empty(bucket if wishes.raw is not None else 0, tiles, dtype=int32),
+            processed_counts=empty(bucket if wishes.processed is not None else 0, tiles, dtype=int32),
+        )
+
+
+def padded(blocks: int) -> int:
+    """Blocks of a row as the kernels' row programs see them: a power of two."""
+    return max(8, 1 << (blocks - 1).bit_length())
+
+
+def list_size(wanted: int | None) -> int:
+    """Columns of a list of `wanted` tokens: a power of two, so that few variants are compiled; 0 for none.
+    Raises ValueError if more are wanted than a row's buffer holds."""
+    if not wanted:
+        return 0
+    if wanted > ROOM:
+        raise ValueError(f"at most {ROOM} of the likeliest tokens can be listed, not {wanted}")
+    return 1 << (wanted - 1).bit_length()
+
+
+def launch_stats(table: RowTable, stats_out: Tensor, adjusts: bool, tile: Tile | None = None) -> None:
+    """K1 over the table."""
+    tile = tile or tile_for(table.bucket, table.blocks)
+    grid = (table.bucket, -(-table.blocks // tile.blocks))
+    stats.fuse_stats[grid](
+        table.ints, table.floats, stats_out, table.ints.stride(0), table.floats.stride(0),
+        table.blocks, stats_out.stride(0),
+        TILE=tile.blocks, ADJUST=adjusts, num_warps=tile.warps, **table.variant.constants(),
+    )  # fmt: skip
+
+
+def launch_pick(table: RowTable, buffers: Buffers, wishes: Wishes, tile: Tile | None = None) -> None:
+    """All kernels of one pick, in order."""
+    tile = tile or tile_for(table.bucket, table.blocks)
+    grid = (table.bucket, -(-table.blocks // tile.blocks))
+    strides = (table.ints.stride(0), table.floats.stride(0))
+    plane = buffers.stats.stride(0)
+    constants = {**table.variant.constants(), "ADJUST": wishes.adjusts}
+    launch_stats(table, buffers.stats, wishes.adjusts, tile)
+    if wishes.raw:
+        _select(table, buffers, layout.RAW.value, list_size(wishes.raw), constants)
+    if wishes.filters or wishes.processed:
+        _select(table, buffers, layout.PROCESSED.value, list_size(wishes.processed), constants)
+    if wishes.filters:
+        stats.filter_blocks[grid](
+            table.ints, table.floats, buffers.stats, buffers.thresholds, buffers.lasts, *strides,
+            table.blocks, plane, TILE=tile.blocks, num_warps=tile.warps, **constants,
+        )  # fmt: skip
+    pick.pick[(table.bucket,)](
+        table.ints, table.floats, buffers.stats, buffers.thresholds, buffers.lasts, buffers.tokens,
+        buffers.valid, buffers.kl, buffers.flips, buffers.subjects, *buffers.reports.unbind(0), *strides,
+        table.blocks, plane, BLOCKS=padded(table.blocks), num_warps=ROW_WARPS, **constants,
+    )  # fmt: skip
+    for law, wanted, scores, counts in (
+        (layout.RAW.value, wishes.raw, buffers.reports[0], buffers.raw_counts),
+        (layout.PROCESSED.value, wishes.processed, buffers.reports[2], buffers.processed_counts),
+    ):
+        if wanted is not None:
+            stats.count_before[grid](
+                table.ints, table.floats, buffers.subjects, scores, counts, *strides, grid[1],
+                LAW=law, TILE=tile.blocks, num_warps=tile.warps, **constants,
+            )  # fmt: skip
+
+
+def _select(
+    table: RowTable, buffers: Buffers, law: int, listed: int, constants: dict[str, int | bool]
+) -> None:
+    raw = law == layout.RAW.value
+    ids, values = (
+        (buffers.raw_ids, buffers.raw_values) if raw else (buffers.processed_ids, buffers.processed_values)
+    )
+    for kernel in (select.best_tokens, select.search):
+        kernel[(table.bucket,)](
+            table.ints, table.floats, buffers.stats, buffers.orders, buffers.candidates, buffers.thresholds,
+            buffers.lasts, buffers.unsure, ids, values, table.ints.stride(0), table.floats.stride(0),
+            table.blocks, buffers.stats.stride(0),
+            LAW=law, BLOCKS=padded(table.blocks), ROOM=ROOM, LIST=listed, GROUP=GROUP, num_warps=ROW_WARPS,
+            **constants,
+        )  # fmt: skip
+
+
+def write_scores(table: RowTable) -> Tensor:
+    """Fused scores written out, float32 [rows, width]."""
+    tile = tile_for(table.bucket, table.blocks)
+    out = torch.empty(table.bucket, table.width, dtype=torch.float32, device=table.ints.device)
+    stats.write_scores[(table.bucket, -(-table.blocks // tile.blocks))](
+        table.ints, table.floats, out, table.ints.stride(0), table.floats.stride(0), out.stride(0),
+        TILE=tile.blocks, num_warps=tile.warps, **table.variant.constants(),
+    )  # fmt: skip
+    return out[: table.rows]
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter."""
+    return bool(triton.knobs.runtime.interpret)
