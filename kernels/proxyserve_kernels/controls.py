@@ -70,6 +70,7 @@ class PickControls:
 
     `raw` and `processed` ask for log-probs: one entry per row, None for no, else how many of the likeliest tokens to
     list. `forced` int64 gives the token to report on instead of the drawn one (-1: the drawn one).
+    `compare` False leaves out KL and flips, which are then 0 and False.
     """
 
     temperature: Tensor
@@ -82,6 +83,12 @@ class PickControls:
     processed: Sequence[int | None] | None = None
     adjustments: Adjustments | None = None
     forced: Tensor | None = None
+    compare: bool = True
+
+    @property
+    def reports(self) -> bool:
+        """Whether any row asks for log-probs."""
+        return any(wish is not None for wish in (*self.raw, *(self.processed or ())))
 
     @classmethod
     def greedy(cls, rows: int) -> PickControls:

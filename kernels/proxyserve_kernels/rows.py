@@ -232,6 +232,30 @@ class RowBatch:
     def device(self) -> torch.device:
         return self.sources[0].device
 
+    def linear(self, rows: Tensor | None = None) -> RowBatch:
+        """The same rows, or only `rows` int64 [n] of them, as plain sums on top of their base: no rule but the clip."""
+        every = torch.arange(self.size) if rows is None else rows
+        clip = None if self.rules is None else self.rules.clip[every]
+        n, base = every.shape[0], self.base[every]
+        return RowBatch(
+            sources=self.sources,
+            base=base,
+            widths=self.widths[every],
+            positive=self.positive[every],
+            negative=self.negative[every],
+            weights=self.weights[every.to(self.weights.device)],
+            rules=None
+            if clip is None or bool((clip == CLIP).all())
+            else Rules(
+                base_weight=torch.ones(n),
+                power=torch.full((n,), math.nan),
+                one_sided=torch.zeros(n, dtype=torch.bool),
+                normalise=torch.zeros(n, dtype=torch.bool),
+                clip=clip,
+                reference=base,
+            ),
+        )
+
     def with_weights(self, weights: Tensor) -> RowBatch:
         """The same rows with other weights, float32 [B, T]."""
         return replace(self, weights=weights)

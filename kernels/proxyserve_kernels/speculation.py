@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from proxyserve_kernels.controls import PickControls, Picks
@@ -68,3 +69,29 @@ class Verdicts:
     tokens: Tensor
     valid: Tensor
     picks: Picks
+
+
+def leading(stands: Tensor) -> Tensor:
+    """How many True come first in each row of bool [n, k], int64 [n]."""
+    return stands.long().cumprod(dim=1).sum(dim=1)
+
+
+def settle(drafts: Drafts, accepted: Tensor, drawn: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(accepted, tokens, valid) of `Verdicts`, from how many drafts stand, int64 [n], the token that would follow j of
+    them in column j of `drawn` int64 [n, k + 1], and which target rows are good, `valid` bool [B]."""
+    device = drawn.device
+    rows = drafts.rows.to(device)
+    column = torch.arange(rows.shape[1], device=device)
+    kept = torch.nn.functional.pad(drafts.tokens.to(device), (0, 1), value=-1)
+    tokens = torch.where(column < accepted[:, None], kept, -1)
+    tokens = torch.where(column == accepted[:, None], drawn, tokens)
+    good = (valid[rows.clamp(min=0)] | (column > accepted[:, None])).all(dim=1)
+    return torch.where(good, accepted, 0), torch.where(good[:, None], tokens, -1), good
+
+
+def emitted(drafts: Drafts, tokens: Tensor, rows: int) -> Tensor:
+    """`PickControls.forced` int64 [rows] (host) that reports on `tokens` int64 [n, k + 1]."""
+    forced = torch.full((rows,), -1, dtype=torch.int64)
+    here = drafts.rows >= 0
+    forced[drafts.rows[here]] = tokens.cpu()[here]
+    return forced

@@ -101,7 +101,7 @@ def assert_alone_as_together(backend: Backend, case: Case) -> None:
 def test_a_row_alone_is_the_row_in_the_batch(backend: Backend) -> None:
     """Whatever its neighbours have: more terms, other rules and filters, greater widths."""
 
-    @examples(backend, 60, 4)
+    @examples(backend, 60, 2)
     @given(case=cases(widths_for(backend), 4))
     def check(case: Case) -> None:
         assert_alone_as_together(backend, case)
@@ -139,6 +139,27 @@ def test_a_row_alone_is_the_row_in_the_batch_at_many_blocks(backend: Backend) ->
     assert_alone_as_together(backend, Case(RowBatch.of(sources, rows), asked))
 
 
+def test_a_wider_neighbour_changes_no_bit(backend: Backend) -> None:
+    """A row of 3000 tokens next to one of 4099: more columns, so more blocks to add up, all of them empty for it."""
+    for seed in range(1 if interpreted(backend) else 20):
+        generator = torch.Generator().manual_seed(seed)
+        held = spread(
+            [3 * torch.randn(4099, generator=generator) for _ in range(3)], torch.float32, 0, 0, 0.0
+        )
+        row = Row(Ref(0, 1), 3000, (Term(Ref(0, 2)),))
+        together = RowBatch.of([held], [Row(Ref(0, 0), 4099), row])
+        asked = replace(
+            PickControls.greedy(2),
+            temperature=torch.ones(2),
+            top_p=floats([1.0, 0.9]),
+            raw=(0, 3),
+            processed=(0, 3),
+        )
+        one = take_rows(asked, [1])
+        alone = backend.pick(RowBatch.of([held], [row]), one)
+        assert_same_picks(alone, 0, backend.pick(together, asked), 1, one)
+
+
 def test_solutions_and_statistics_alone_are_those_in_the_batch(backend: Backend) -> None:
     width = 700
     generator = torch.Generator().manual_seed(4)
@@ -173,7 +194,7 @@ def test_solutions_and_statistics_alone_are_those_in_the_batch(backend: Backend)
 
 
 def test_permuting_the_batch_permutes_the_result(backend: Backend) -> None:
-    @examples(backend, 40, 4)
+    @examples(backend, 40, 1)
     @given(case=cases(widths_for(backend), 5))
     def check(case: Case) -> None:
         batch, asked = case
@@ -264,4 +285,3 @@ def test_weights_may_be_replaced(backend: Backend) -> None:
     for number in range(2):
         expected = slow.fused_scores(batch, number)
         assert float((scores[number, :40].cpu() - expected).abs().max()) < rounding(batch, number)
-    assert interpreted(backend) or backend.compilations >= 0

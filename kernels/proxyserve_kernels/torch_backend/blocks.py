@@ -12,15 +12,28 @@ from torch import Tensor
 
 from proxyserve_kernels.rows import BLOCK
 
+_GROUP = 32
+
 
 def in_blocks(scores: Tensor) -> Tensor:
     """[n, V] -> [n, V / 256, 256], a view."""
     return scores.unflatten(1, (-1, BLOCK))
 
 
+def across(values: Tensor) -> Tensor:
+    """Sum over the blocks of each row: [n, blocks] -> [n]. In groups of 32, then groups of groups, filled up with zeros:
+    so a row's sum does not depend on how many empty blocks a wider neighbour puts behind it either."""
+    while values.shape[1] > 1:
+        missing = -values.shape[1] % _GROUP
+        if missing:
+            values = torch.nn.functional.pad(values, (0, missing))
+        values = values.unflatten(1, (-1, _GROUP)).sum(dim=-1)
+    return values[:, 0]
+
+
 def row_sum(values: Tensor) -> Tensor:
     """[n, V] -> [n]."""
-    return in_blocks(values).sum(dim=-1).sum(dim=-1)
+    return across(in_blocks(values).sum(dim=-1))
 
 
 def block_log_mass(scores: Tensor) -> Tensor:
@@ -30,4 +43,7 @@ def block_log_mass(scores: Tensor) -> Tensor:
 
 def log_partition(scores: Tensor) -> Tensor:
     """Log of the sum of exp(score) of each row: [n, V] -> [n]."""
-    return torch.logsumexp(block_log_mass(scores), dim=-1)
+    mass = block_log_mass(scores)
+    peak = mass.amax(dim=1, keepdim=True)
+    peak = torch.where(torch.isneginf(peak), 0.0, peak)
+    return peak[:, 0] + across((mass - peak).exp()).log()

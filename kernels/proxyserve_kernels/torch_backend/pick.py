@@ -20,7 +20,7 @@ from proxyserve_kernels.torch_backend.scores import Fused, fuse
 def pick(batch: RowBatch, controls: PickControls) -> Picks:
     """See `Backend.pick`."""
     fused = fuse(batch)
-    kl, flips = _compare(fused)
+    kl, flips = _compare(fused, controls.compare)
     asked = wanted(controls.raw)
     unadjusted = fused.scores[asked.to(batch.device)] if asked.numel() else None
     scores = fused.scores
@@ -100,11 +100,11 @@ def _choose(
     return tokens, law[torch.searchsorted(rows, told).to(device)]
 
 
-def _compare(fused: Fused) -> tuple[Tensor, Tensor]:
-    """KL(fused || reference) and flips: 0 and False for rows that are their reference."""
+def _compare(fused: Fused, compare: bool) -> tuple[Tensor, Tensor]:
+    """KL(fused || reference) and flips: 0 and False for rows that are their reference, or without `compare`."""
     kl = torch.zeros(fused.scores.shape[0], dtype=torch.float32, device=fused.scores.device)
     flips = torch.zeros_like(kl, dtype=torch.bool)
-    if not fused.changed.numel():
+    if not compare or not fused.changed.numel():
         return kl, flips
     rows = fused.changed.to(kl.device)
     scores = fused.scores if rows.shape[0] == kl.shape[0] else fused.scores[rows]

@@ -35,11 +35,11 @@ def solve(batch: RowBatch, controls: SolveControls) -> Solution:
     rooted = ((controls.match != Match.NONE) & (controls.match != Match.PAPER)).nonzero()[:, 0]
     if paper.numel():
         at = paper.to(device)
-        weights[at], multiplier[at], forward[at], reverse[at], converged[at] = _paper(subset(batch, paper))
+        weights[at], multiplier[at], forward[at], reverse[at], converged[at] = _paper(batch.linear(paper))
     if rooted.numel():
         at = rooted.to(device)
         found, forward[at], reverse[at], converged[at] = _roots(
-            subset(batch, rooted),
+            batch.linear(rooted),
             controls.match[rooted].to(device),
             controls.max_weight[rooted].to(device).double(),
             controls.budget[rooted].to(device).double(),
@@ -47,19 +47,6 @@ def solve(batch: RowBatch, controls: SolveControls) -> Solution:
         multiplier[at] = found
         weights[at] *= found[:, None]
     return Solution(weights, multiplier, forward, reverse, converged)
-
-
-def subset(batch: RowBatch, rows: Tensor) -> RowBatch:
-    """Only `rows` int64 [n] (host) of a batch, as plain sums: the statistics are of the linear law."""
-    weights = batch.weights[rows.to(batch.weights.device)]
-    return RowBatch(
-        batch.sources,
-        batch.base[rows],
-        batch.widths[rows],
-        batch.positive[rows],
-        batch.negative[rows],
-        weights,
-    )
 
 
 def _targets(batch: RowBatch) -> tuple[Tensor, Tensor]:
@@ -82,7 +69,7 @@ def _roots(
 
     low, high = torch.zeros_like(limit), limit.clone()
     _, _, variance, third = curve.at(low)
-    a = _start(target, variance, third, backward).clamp(max=limit)
+    a = start(target, variance, third, backward).clamp(max=limit)
     if bool(both.any()):
         cell_low, best, cell_high = _cell(curve, limit, forward_target, reverse_target)
         low, high = torch.where(both, cell_low, low), torch.where(both, cell_high, high)
@@ -132,7 +119,7 @@ def _roots(
     return a.float(), forward.float(), reverse.float(), done & ~clamped
 
 
-def _start(target: Tensor, variance: Tensor, third: Tensor, backward: Tensor) -> Tensor:
+def start(target: Tensor, variance: Tensor, third: Tensor, backward: Tensor) -> Tensor:
     """First guess from the series forward = k2 a^2 / 2 + k3 a^3 / 3, reverse = k2 a^2 / 2 + k3 a^3 / 6."""
     variance = variance.clamp(min=1e-30)
     a = (2 * target / variance).sqrt()

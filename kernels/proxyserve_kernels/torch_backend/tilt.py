@@ -9,7 +9,7 @@ from torch import Tensor
 
 from proxyserve_kernels.rows import ABSENT, CLIP, RowBatch
 from proxyserve_kernels.tilt import Moments, PairDivergences, Tilt
-from proxyserve_kernels.torch_backend.blocks import in_blocks, log_partition
+from proxyserve_kernels.torch_backend.blocks import across, in_blocks, log_partition
 from proxyserve_kernels.torch_backend.scores import add_terms, pairs, take
 
 #: `moments` of more terms than this would need more registers than a Triton program has.
@@ -18,7 +18,7 @@ MOST_TERMS = 4
 
 def exact_sum(values: Tensor) -> Tensor:
     """Row sums in float64 of float32 [n, V]: the KL divergences are small differences of large sums."""
-    return in_blocks(values).sum(dim=-1).double().sum(dim=-1)
+    return across(in_blocks(values).sum(dim=-1).double())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,7 +65,7 @@ def total_delta(batch: RowBatch, base: Tensor) -> Tensor:
 
 def tilt(batch: RowBatch, multipliers: Tensor) -> Tilt:
     """See `Backend.tilt`."""
-    curve = Curve.of(batch)
+    curve = Curve.of(batch.linear())
     columns = []
     for multiplier in multipliers.to(batch.device).unbind(dim=1):
         log_partition_, mean, variance, third = curve.at(multiplier)
@@ -91,7 +91,8 @@ def pair_divergences(batch: RowBatch) -> PairDivergences:
             if batch.rules is not None:
                 clip = batch.rules.clip[rows].to(above.device)[:, None]
             # A token that one of the two rules out counts as far, not as infinitely far.
-            delta = (above - below).clamp(min=-clip, max=clip)
+            delta = torch.where(torch.isneginf(below), clip, above - below)
+            delta = torch.where(torch.isneginf(above), -clip, delta)
             at = rows.to(batch.device)
             forward[at, term] = _expectation(above.exp_(), delta)
             reverse[at, term] = -_expectation(below.exp_(), delta)
@@ -108,6 +109,7 @@ def moments(batch: RowBatch) -> Moments:
     B, T = batch.size, batch.terms
     if T > MOST_TERMS:
         raise ValueError(f"moments are for at most {MOST_TERMS} terms, not {T}")
+    batch = batch.linear()
     base = take(batch, batch.base, batch.widths)
     weights = batch.weights.to(batch.device)
     log_p = base - log_partition(base)[:, None]

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from proxyserve_kernels.controls import PickControls
+from proxyserve_kernels.controls import PickControls, Picks
 from proxyserve_kernels.philox import STREAM_ACCEPT, STREAM_RESIDUAL_BLOCK, STREAM_RESIDUAL_TOKEN, uniform
 from proxyserve_kernels.rows import RowBatch
-from proxyserve_kernels.speculation import Drafts, Verdicts, VerifyRule
+from proxyserve_kernels.speculation import Drafts, Verdicts, VerifyRule, emitted, leading, settle
 from proxyserve_kernels.torch_backend.blocks import block_log_mass
 from proxyserve_kernels.torch_backend.draw import draw
 from proxyserve_kernels.torch_backend.pick import pick, processed
@@ -29,7 +29,7 @@ def verify(
     drafted = tokens >= 0
     if rule == "shared_noise":
         accepted = leading(drafted & (drawn[:, :-1] == tokens))
-        return _verdicts(batch, controls, drafts, accepted, drawn, picks.valid)
+        return _verdicts(batch, controls, drafts, accepted, drawn, picks)
     if drafts.laws is None or drafts.law_controls is None or drafts.law_rows is None:
         raise ValueError("rejection needs laws, law_controls and law_rows of the drafts")
     n, k = tokens.shape
@@ -39,7 +39,7 @@ def verify(
     width = min(target.shape[1], draft.shape[1])
     proposed = tokens[drafted][:, None]
     ratio = torch.full((n, k), -math.inf, dtype=torch.float64, device=batch.device)
-    ratio[drafted] = (target.gather(1, proposed) - draft.gather(1, proposed))[:, 0].double()
+    ratio[drafted] = (_at(target, proposed) - _at(draft, proposed)).double()
     stands = drafted & (coins(controls, rows[:, :-1]).log() < ratio)
     accepted = leading(stands)
     stopped = accepted < drafted.sum(dim=1)
@@ -61,7 +61,13 @@ def verify(
         # Rounding alone can reject a draft from the target's own law and leave nothing; then the target draws.
         some = torch.isfinite(block_log_mass(residual).amax(dim=1))
         drawn[request, accepted[request]] = torch.where(some, corrected, drawn[request, accepted[request]])
-    return _verdicts(batch, controls, drafts, accepted, drawn, picks.valid)
+    return _verdicts(batch, controls, drafts, accepted, drawn, picks)
+
+
+def _at(law: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probs [n] of `tokens` int64 [n, 1]; -inf for a token beyond the law's width."""
+    found = law.gather(1, tokens.clamp(max=law.shape[1] - 1))
+    return torch.where(tokens < law.shape[1], found, -math.inf)[:, 0]
 
 
 def coins(controls: PickControls, rows: Tensor) -> Tensor:
@@ -72,24 +78,10 @@ def coins(controls: PickControls, rows: Tensor) -> Tensor:
     return drawn[:, 0].view(rows.shape)
 
 
-def leading(stands: Tensor) -> Tensor:
-    """How many True come first in each row of bool [n, k], int64 [n]."""
-    return stands.long().cumprod(dim=1).sum(dim=1)
-
-
 def _verdicts(
-    batch: RowBatch, controls: PickControls, drafts: Drafts, accepted: Tensor, drawn: Tensor, valid: Tensor
+    batch: RowBatch, controls: PickControls, drafts: Drafts, accepted: Tensor, drawn: Tensor, picks: Picks
 ) -> Verdicts:
-    """Put together what stands and what follows; `drawn` int64 [n, k + 1] holds the token after j accepted drafts in
-    column j, `valid` bool [B]."""
-    rows = drafts.rows.to(batch.device)
-    column = torch.arange(rows.shape[1], device=batch.device)
-    kept = torch.nn.functional.pad(drafts.tokens.to(batch.device), (0, 1), value=-1)
-    tokens = torch.where(column < accepted[:, None], kept, -1)
-    tokens = torch.where(column == accepted[:, None], drawn, tokens)
-    good = (valid[rows.clamp(min=0)] | (column > accepted[:, None])).all(dim=1)
-    tokens = torch.where(good[:, None], tokens, -1)
-    accepted = torch.where(good, accepted, 0)
-    forced = torch.full((batch.size,), -1, dtype=torch.int64, device=batch.device)
-    forced[rows[rows >= 0]] = tokens[rows >= 0]
-    return Verdicts(accepted, tokens, good, pick(batch, replace(controls, forced=forced.cpu())))
+    accepted, tokens, good = settle(drafts, accepted, drawn, picks.valid)
+    if controls.reports:
+        picks = pick(batch, replace(controls, forced=emitted(drafts, tokens, batch.size)))
+    return Verdicts(accepted, tokens, good, picks)

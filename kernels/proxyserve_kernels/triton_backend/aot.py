@@ -14,7 +14,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from proxyserve_kernels.triton_backend.device import layout, pick, select, stats
-from proxyserve_kernels.triton_backend.tuning import GROUP, ROOM, ROW_WARPS, TILES
+from proxyserve_kernels.triton_backend.device import layout
 
 #: NVIDIA Hopper (H100, H200).
 HOPPER = GPUTarget("cuda", 90, 32)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from triton.runtime.jit import JITFunction
+
+from proxyserve_kernels.triton_backend.device import pick, residual, select, stats, tilt
 
 
-def compiled_variants(kernels: Iterable[Any]) -> int:
-    """Compiled variants that `kernels` hold, over all devices. In the interpreter nothing is compiled: 0."""
+def compiled_variants() -> int:
+    """Compiled variants of all kernels of this package, over all devices. In the interpreter nothing is compiled: 0."""
     total = 0
-    for kernel in kernels:
-        for cache in getattr(kernel, "device_caches", {}).values():
-            total += len(cache[0])
+    for module in (pick, residual, select, stats, tilt):
+        for value in vars(module).values():
+            if isinstance(value, JITFunction):
+                total += sum(len(cache[0]) for cache in value.device_caches.values())
     return total

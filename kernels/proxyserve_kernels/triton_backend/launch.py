@@ -19,10 +19,13 @@ from proxyserve_kernels.triton_backend.tuning import GROUP, ROOM, ROW_WARPS, Til
 @dataclass(frozen=True, slots=True)
 class Wishes:
     """What a batch needs beside tokens, fixed for a captured graph. `filters`: some row filters; `adjusts`: some row
-    has bias, penalties or a mask; `raw`, `processed`: how many best tokens to list, None if no row asks at all."""
+    has bias, penalties or a mask; `scales`: some row has a temperature other than 1; `compares`: KL and flips are
+    wanted; `raw`, `processed`: how many best tokens to list, None if no row asks at all."""
 
     filters: bool = False
     adjusts: bool = False
+    scales: bool = False
+    compares: bool = True
     raw: int | None = None
     processed: int | None = None
 
@@ -52,8 +55,13 @@ class Buffers:
     processed_counts: Tensor
 
     @classmethod
-    def allocate(cls, bucket: int, blocks: int, wishes: Wishes, device: torch.device) -> Buffers:
-        """Uninitialised: every kernel writes what a later one reads."""
+    def allocate(
+        cls, bucket: int, blocks: int, wishes: Wishes, device: torch.device, room: int = ROOM
+    ) -> Buffers:
+        """Uninitialised: every kernel writes what a later one reads. `room`: places for best tokens, a power of two.
+        Raises ValueError if a longer list is wished for."""
+        if max(wishes.raw or 0, wishes.processed or 0) > room:
+            raise ValueError(f"at most {room} of the likeliest tokens can be listed")
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -64,8 +72,8 @@ class Buffers:
         tiles = -(-blocks // tile_for(bucket, blocks).blocks)
         return cls(
             stats=empty(layout.PLANES, bucket, blocks),
-            orders=empty(bucket if selecting else 0, padded(blocks), dtype=int64),
-            candidates=empty(bucket if selecting else 0, ROOM, dtype=int64),
+            orders=empty(bucket if selecting else 0, power_of_two(blocks), dtype=int64),
+            candidates=empty(bucket if selecting else 0, room, dtype=int64),
             thresholds=empty(bucket),
             lasts=empty(bucket, dtype=int64),
             unsure=empty(bucket, dtype=int32),
@@ -85,28 +93,32 @@ class Buffers:
 
 
 def padded(blocks: int) -> int:
-    """Blocks of a row as the kernels' row programs see them: a power of two."""
-    return max(8, 1 << (blocks - 1).bit_length())
+    """Blocks of a row as the row programs see them: one number for all vocabularies up to 262,144, so that the order of
+    their sums, and so a row's bits, do not depend on how wide its neighbours are; beyond, the next power of two."""
+    return max(1024, power_of_two(blocks))
+
+
+def power_of_two(count: int) -> int:
+    """The least power of two that is at least `count`, and at least 8."""
+    return max(8, 1 << (count - 1).bit_length())
 
 
 def list_size(wanted: int | None) -> int:
-    """Columns of a list of `wanted` tokens: a power of two, so that few variants are compiled; 0 for none.
-    Raises ValueError if more are wanted than a row's buffer holds."""
+    """Columns of a list of `wanted` tokens: a power of two, so that few variants are compiled; 0 for none."""
     if not wanted:
         return 0
-    if wanted > ROOM:
-        raise ValueError(f"at most {ROOM} of the likeliest tokens can be listed, not {wanted}")
     return 1 << (wanted - 1).bit_length()
 
 
-def launch_stats(table: RowTable, stats_out: Tensor, adjusts: bool, tile: Tile | None = None) -> None:
+def launch_stats(table: RowTable, stats_out: Tensor, wishes: Wishes, tile: Tile | None = None) -> None:
     """K1 over the table."""
     tile = tile or tile_for(table.bucket, table.blocks)
     grid = (table.bucket, -(-table.blocks // tile.blocks))
     stats.fuse_stats[grid](
         table.ints, table.floats, stats_out, table.ints.stride(0), table.floats.stride(0),
         table.blocks, stats_out.stride(0),
-        TILE=tile.blocks, ADJUST=adjusts, num_warps=tile.warps, **table.variant.constants(),
+        TILE=tile.blocks, ADJUST=wishes.adjusts, SCALED=wishes.scales, COMPARE=wishes.compares,
+        num_warps=tile.warps, **table.variant.constants(),
     )  # fmt: skip
 
 
@@ -117,7 +129,7 @@ def launch_pick(table: RowTable, buffers: Buffers, wishes: Wishes, tile: Tile | 
     strides = (table.ints.stride(0), table.floats.stride(0))
     plane = buffers.stats.stride(0)
     constants = {**table.variant.constants(), "ADJUST": wishes.adjusts}
-    launch_stats(table, buffers.stats, wishes.adjusts, tile)
+    launch_stats(table, buffers.stats, wishes, tile)
     if wishes.raw:
         _select(table, buffers, layout.RAW.value, list_size(wishes.raw), constants)
     if wishes.filters or wishes.processed:
@@ -130,7 +142,8 @@ def launch_pick(table: RowTable, buffers: Buffers, wishes: Wishes, tile: Tile | 
     pick.pick[(table.bucket,)](
         table.ints, table.floats, buffers.stats, buffers.thresholds, buffers.lasts, buffers.tokens,
         buffers.valid, buffers.kl, buffers.flips, buffers.subjects, *buffers.reports.unbind(0), *strides,
-        table.blocks, plane, BLOCKS=padded(table.blocks), num_warps=ROW_WARPS, **constants,
+        table.blocks, plane, BLOCKS=padded(table.blocks), COMPARE=wishes.compares,
+        num_warps=ROW_WARPS, **constants,
     )  # fmt: skip
     for law, wanted, scores, counts in (
         (layout.RAW.value, wishes.raw, buffers.reports[0], buffers.raw_counts),
@@ -155,7 +168,8 @@ def _select(
             table.ints, table.floats, buffers.stats, buffers.orders, buffers.candidates, buffers.thresholds,
             buffers.lasts, buffers.unsure, ids, values, table.ints.stride(0), table.floats.stride(0),
             table.blocks, buffers.stats.stride(0),
-            LAW=law, BLOCKS=padded(table.blocks), ROOM=ROOM, LIST=listed, GROUP=GROUP, num_warps=ROW_WARPS,
+            LAW=law, BLOCKS=padded(table.blocks), SORTED=power_of_two(table.blocks), ROOM=buffers.candidates.shape[1],
+            LIST=listed, GROUP=GROUP, num_warps=ROW_WARPS,
             **constants,
         )  # fmt: skip
 

@@ -1,8 +1,4 @@
-"""Launch shapes: a static table, so that nothing is tuned, and nothing synchronises, while serving.
-
-A tile is a number of blocks of 256 tokens, one warp each: with fewer tokens per warp than a block, a block's sum would
-be made by two warps, in another order. The results are the same bits for every tile.
-"""
+"""Launch shapes: a static table, so that nothing is tuned, and nothing synchronises, while serving."""
 
 from __future__ import annotations
 
@@ -11,17 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """`blocks` of 256 tokens per program, with as many warps."""
+    """`blocks` of 256 tokens per program, and its warps.
+
+    Never more warps than blocks: then a block belongs to one warp, its sum is made in one order, and the results are
+    the same bits for every tile. Two blocks a warp spread the fixed cost of a program over more tokens."""
 
     blocks: int
-
-    @property
-    def warps(self) -> int:
-        return self.blocks
+    warps: int
 
 
 #: Every tile that is compiled, largest first.
-TILES = (Tile(8), Tile(4), Tile(2), Tile(1))
+TILES = (Tile(8, 4), Tile(4, 4), Tile(2, 2), Tile(1, 1))
 
 #: Programs wanted at least, about two for each of the processors of an H100 or H200.
 PROGRAMS = 264
@@ -39,5 +35,5 @@ def tile_for(rows: int, blocks: int) -> Tile:
 ROW_WARPS = 8
 GROUP = 8
 
-#: Places in the buffer of best tokens.
+#: Places in the buffer of best tokens of a row, and so the longest list.
 ROOM = 1024

@@ -83,6 +83,7 @@ def pick(
     LAWS: tl.constexpr,
     GENERAL: tl.constexpr,
     ADJUST: tl.constexpr,
+    COMPARE: tl.constexpr,
 ):
     """Grid (rows). Writes the token (-1 for a bad row), and of the reported token (`subjects`) score and log-prob under
     both laws; the partitions are in nats. BLOCKS is a power of two, at least the number of `blocks`."""
@@ -100,7 +101,7 @@ def pick(
 
     raw_maxima = tl.load(stats + RAW_MAX * plane + block, mask=here, other=float("-inf"))
     raw_sums = tl.load(stats + (RAW_MAX + 1) * plane + block, mask=here, other=0.0)
-    raw_peak, raw_partition = row_partition(raw_maxima, raw_sums)
+    _, raw_partition = row_partition(raw_maxima, raw_sums)
     plane_of = tl.where(filtered, KEPT_MAX, PROCESSED_MAX)
     maxima = tl.load(stats + plane_of * plane + block, mask=here, other=float("-inf"))
     sums = tl.load(stats + (plane_of + 1) * plane + block, mask=here, other=0.0)
@@ -147,19 +148,23 @@ def pick(
     tl.store(raw_partitions + row, raw_partition)
     tl.store(processed_partitions + row, partition)
 
-    reference_maxima = tl.load(stats + REFERENCE_MAX * plane + block, mask=here, other=float("-inf"))
-    reference_sums = tl.load(stats + (REFERENCE_MAX + 1) * plane + block, mask=here, other=0.0)
-    _, reference_partition = row_partition(reference_maxima, reference_sums)
-    gaps = tl.load(stats + GAP_SUM * plane + block, mask=here, other=0.0)
-    # KL = E_fused[fused - reference] - log Z_fused + log Z_reference
-    scale = tl.where(raw_maxima == float("-inf"), 0.0, tl.exp2((raw_maxima - raw_partition) * LOG2E))
-    moved = tl.sum((gaps * scale).to(tl.float64), axis=0).to(tl.float32)
-    divergence = moved - raw_partition + reference_partition
-    tl.store(kl + row, tl.where(divergence < 0.0, 0.0, divergence))
+    if COMPARE:
+        reference_maxima = tl.load(stats + REFERENCE_MAX * plane + block, mask=here, other=float("-inf"))
+        reference_sums = tl.load(stats + (REFERENCE_MAX + 1) * plane + block, mask=here, other=0.0)
+        _, reference_partition = row_partition(reference_maxima, reference_sums)
+        gaps = tl.load(stats + GAP_SUM * plane + block, mask=here, other=0.0)
+        # KL = E_fused[fused - reference] - log Z_fused + log Z_reference
+        scale = tl.where(raw_maxima == float("-inf"), 0.0, tl.exp2((raw_maxima - raw_partition) * LOG2E))
+        moved = tl.sum((gaps * scale).to(tl.float64), axis=0).to(tl.float32)
+        divergence = moved - raw_partition + reference_partition
+        tl.store(kl + row, tl.where(divergence < 0.0, 0.0, divergence))
 
-    offsets = best_block(raw_maxima, BLOCKS) * TOKENS + inside
-    score, _ = fused_tile(ints, floats, offsets[None, :], KIND, TERMS, LAWS, GENERAL)
-    fused_best = best_of(tl.sum(score, axis=0), offsets)
-    offsets = best_block(reference_maxima, BLOCKS) * TOKENS + inside
-    _, reference = fused_tile(ints, floats, offsets[None, :], KIND, TERMS, LAWS, GENERAL)
-    tl.store(flips + row, fused_best != best_of(tl.sum(reference, axis=0), offsets))
+        offsets = best_block(raw_maxima, BLOCKS) * TOKENS + inside
+        score, _ = fused_tile(ints, floats, offsets[None, :], KIND, TERMS, LAWS, GENERAL)
+        fused_best = best_of(tl.sum(score, axis=0), offsets)
+        offsets = best_block(reference_maxima, BLOCKS) * TOKENS + inside
+        _, reference = fused_tile(ints, floats, offsets[None, :], KIND, TERMS, LAWS, GENERAL)
+        tl.store(flips + row, fused_best != best_of(tl.sum(reference, axis=0), offsets))
+    else:
+        tl.store(kl + row, 0.0)
+        tl.store(flips + row, False)

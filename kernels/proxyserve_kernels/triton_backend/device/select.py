@@ -28,6 +28,7 @@ from proxyserve_kernels.triton_backend.device.layout import (
     TOP_P,
     WIDTH,
 )
+from proxyserve_kernels.triton_backend.device.sorting import sort_descending
 from proxyserve_kernels.triton_backend.device.tiles import (
     block_offsets,
     law_tile,
@@ -118,6 +119,7 @@ def best_tokens(
     plane,
     LAW: tl.constexpr,
     BLOCKS: tl.constexpr,
+    SORTED: tl.constexpr,
     ROOM: tl.constexpr,
     LIST: tl.constexpr,
     GROUP: tl.constexpr,
@@ -130,7 +132,8 @@ def best_tokens(
     """Grid (rows). Writes (thresholds float32, lasts int64): the last token that the filters keep (PROCESSED only);
     the list of best tokens; and unsure int32: bit 0 if the last kept token, bit 1 if the list is left to `search`.
 
-    `orders` int64 [rows, BLOCKS] and `buffers` int64 [rows, ROOM] are scratch; BLOCKS is a power of two."""
+    `orders` int64 [rows, SORTED] and `buffers` int64 [rows, ROOM] are scratch. SORTED is a power of two that the blocks
+    fit in; sums over them are made as over BLOCKS, as everywhere."""
     row = tl.program_id(0).to(tl.int64)
     ints += row * int_stride
     floats += row * float_stride
@@ -154,7 +157,7 @@ def best_tokens(
         )
     if (tl.load(ints + WIDTH) == 0) | ((filtered == 0) & (wanted == 0)):
         return
-    orders += row * BLOCKS
+    orders += row * SORTED
     buffers += row * ROOM
 
     block = tl.arange(0, BLOCKS)
@@ -166,7 +169,9 @@ def best_tokens(
     if (total != total) | (peak == float("-inf")):
         return  # a bad row; `pick` flags it
     possible = tl.sum((maxima > float("-inf")).to(tl.int32), axis=0)
-    tl.store(orders + block, tl.sort(packed(maxima, block), descending=True))
+    block = tl.arange(0, SORTED)
+    maxima = tl.load(stats + block, mask=block < blocks, other=float("-inf"))
+    tl.store(orders + block, sort_descending(packed(maxima, block)))
     tl.debug_barrier()  # the order is read back by other threads
 
     top_k = tl.where(filtered, tl.load(ints + TOP_K), 0).to(tl.int32)
@@ -203,10 +208,10 @@ def best_tokens(
     # A token that is not in the buffer is worse than all that are, unless it ties with the worst of them in a block
     # that was not opened.
     beyond = tl.where(
-        opened < possible, packed_score(tl.load(orders + tl.minimum(opened, BLOCKS - 1))), float("-inf")
+        opened < possible, packed_score(tl.load(orders + tl.minimum(opened, SORTED - 1))), float("-inf")
     )
     place = tl.arange(0, ROOM)
-    keys = tl.sort(tl.load(buffers + place, mask=place < count, other=EMPTY), descending=True)
+    keys = sort_descending(tl.load(buffers + place, mask=place < count, other=EMPTY))
     scores = packed_score(keys)
     missing = tl.zeros([], tl.int32)
     if LIST > 0:
@@ -325,7 +330,7 @@ def reach(
 def search(
     ints, floats, stats, orders, buffers, thresholds, lasts, unsure, list_ids, list_values,
     int_stride, float_stride, blocks, plane,
-    LAW: tl.constexpr, BLOCKS: tl.constexpr, ROOM: tl.constexpr, LIST: tl.constexpr, GROUP: tl.constexpr,
+    LAW: tl.constexpr, BLOCKS: tl.constexpr, SORTED: tl.constexpr, ROOM: tl.constexpr, LIST: tl.constexpr, GROUP: tl.constexpr,
     KIND: tl.constexpr, TERMS: tl.constexpr, LAWS: tl.constexpr, GENERAL: tl.constexpr, ADJUST: tl.constexpr,
 ):  # fmt: skip
     """K3, grid (rows): what `best_tokens` left, exactly, by bisection. Always launched, so that the sequence of
@@ -336,7 +341,7 @@ def search(
         return
     ints += row * int_stride
     floats += row * float_stride
-    orders += row * BLOCKS
+    orders += row * SORTED
     buffers += row * ROOM
     if LAW == RAW:
         stats += RAW_MAX * plane + row * blocks
@@ -397,5 +402,5 @@ def search(
             )  # fmt: skip
             tl.debug_barrier()
             place = tl.arange(0, ROOM)
-            keys = tl.sort(tl.load(buffers + place, mask=place < found, other=EMPTY), descending=True)
+            keys = sort_descending(tl.load(buffers + place, mask=place < found, other=EMPTY))
             store_list(keys, found, wanted, list_ids + row * LIST, list_values + row * LIST, ROOM, LIST)

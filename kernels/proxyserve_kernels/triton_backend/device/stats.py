@@ -11,6 +11,7 @@ from proxyserve_kernels.triton_backend.device.layout import (
     GAP_SUM,
     KEPT_MAX,
     KEPT_SUM,
+    LOG2E,
     PROCESSED,
     PROCESSED_MAX,
     PROCESSED_SUM,
@@ -44,6 +45,8 @@ def fuse_stats(
     LAWS: tl.constexpr,
     GENERAL: tl.constexpr,
     ADJUST: tl.constexpr,
+    SCALED: tl.constexpr,
+    COMPARE: tl.constexpr,
 ):
     """Grid (rows, tiles of TILE blocks). Writes, per block, maximum and sum of exp(score - maximum) of the raw, the
     processed (before filters) and the reference law, and the moment for KL(raw || reference).
@@ -55,24 +58,29 @@ def fuse_stats(
     block = tl.program_id(1) * TILE + tl.arange(0, TILE)
     offsets = block_offsets(block)
     score, reference = fused_tile(ints, floats, offsets, KIND, TERMS, LAWS, GENERAL)
-    peak = tl.max(score, axis=1)
-    safe = tl.where(peak == float("-inf"), 0.0, peak)
-    weight = tl.exp2((score - safe[:, None]) * 1.4426950408889634)
     out = stats + row * blocks + block
     here = block < blocks
+    peak = tl.max(score, axis=1)
+    safe = tl.where(peak == float("-inf"), 0.0, peak)
+    weight = tl.exp2((score - safe[:, None]) * LOG2E)
+    mass = tl.sum(weight, axis=1)
     tl.store(out + RAW_MAX * plane, peak, mask=here)
-    tl.store(out + RAW_SUM * plane, tl.sum(weight, axis=1), mask=here)
-    gap = tl.where(weight == 0.0, 0.0, weight * (score - reference))
-    tl.store(out + GAP_SUM * plane, tl.sum(gap, axis=1), mask=here)
-    reference_peak = tl.max(reference, axis=1)
-    tl.store(out + REFERENCE_MAX * plane, reference_peak, mask=here)
-    tl.store(out + REFERENCE_SUM * plane, block_mass(reference, reference_peak), mask=here)
+    tl.store(out + RAW_SUM * plane, mass, mask=here)
+    if COMPARE:
+        gap = tl.where(weight == 0.0, 0.0, weight * (score - reference))
+        tl.store(out + GAP_SUM * plane, tl.sum(gap, axis=1), mask=here)
+        reference_peak = tl.max(reference, axis=1)
+        tl.store(out + REFERENCE_MAX * plane, reference_peak, mask=here)
+        tl.store(out + REFERENCE_SUM * plane, block_mass(reference, reference_peak), mask=here)
     if ADJUST:
         score = adjusted_tile(ints, floats, offsets, score)
-    score = score * tl.load(floats + SCALE)
-    peak = tl.max(score, axis=1)
+    if SCALED:
+        score = score * tl.load(floats + SCALE)
+    if ADJUST or SCALED:
+        peak = tl.max(score, axis=1)
+        mass = block_mass(score, peak)
     tl.store(out + PROCESSED_MAX * plane, peak, mask=here)
-    tl.store(out + PROCESSED_SUM * plane, block_mass(score, peak), mask=here)
+    tl.store(out + PROCESSED_SUM * plane, mass, mask=here)
 
 
 @triton.jit(do_not_specialize=["int_stride", "float_stride", "blocks", "plane"])

@@ -131,6 +131,9 @@ def power_mean_tile(ints, floats, offsets, base, width, KIND: tl.constexpr, TERM
             largest = tl.maximum(largest, law)
             smallest = tl.minimum(smallest, law)
     mean = (peak + tl.log(mass)) / exponent
+    # With a negative power one law that rules a token out decides; the sum above met inf - inf there.
+    decisive = tl.where(exponent < 0.0, float("-inf"), float("nan"))
+    mean = tl.where(smallest == decisive, float("-inf"), mean)
     # A maximum may step over a NaN, the product does not.
     mean = tl.where(product == product, mean, product)
     mean = tl.where(r == 0.0, product, mean)
@@ -156,8 +159,8 @@ def fused_tile(
     width = tl.load(ints + WIDTH).to(tl.int32)
     inside = offsets < width
     base = load_lane(tl.load(ints + BASE), tl.load(ints + BASE + 1), offsets, width, float("-inf"), KIND)
-    base = tl.where(inside, base, float("-inf"))
     if GENERAL:
+        base = tl.where(inside, base, float("-inf"))
         # An id with no score stays one: -inf times a weight of 0 or less would be NaN or +inf.
         unfused = tl.where(base == float("-inf"), base, base * tl.load(floats + BASE_WEIGHT))
     else:
@@ -179,13 +182,13 @@ def fused_tile(
                     pointer = tl.load(law_ints + INTS_PER_LAW * slot)
                     kind = tl.load(law_ints + INTS_PER_LAW * slot + 1)
                     last = tl.load(law_ints + INTS_PER_LAW * slot + 2).to(tl.int32)
-                    threshold = tl.load(law_floats + slot)
+                    threshold = tl.load(law_floats + slot) + tl.zeros(score.shape, tl.float32)
                     lane = tl.where(pointer == FUSED_LAW, 0, pointer)
                     law = load_lane(lane, kind, offsets, width, float("-inf"), KIND)
                     law = tl.where(pointer == FUSED_LAW, score, law)
                     above = (law > threshold) | ((law == threshold) & (offsets <= last))
-                    above = above & (law > float("-inf"))
-                    kept = kept | (above & (pointer != 0))
+                    reach = tl.where(pointer == 0, 0, width)
+                    kept = kept | (above & (law > float("-inf")) & (offsets < reach))
                 removes = (flags & REMOVES) != 0
                 score = tl.where(kept, score, tl.where(removes, float("-inf"), unfused))
         reference = load_lane(
@@ -193,7 +196,7 @@ def fused_tile(
         )
         reference = tl.where(inside, reference, float("-inf"))
     else:
-        reference = base
+        reference = tl.where(inside, base, float("-inf"))
     # Between the width and the loads' bound there may be anything, NaN too.
     return tl.where(inside, score, float("-inf")), reference
 
