@@ -19,8 +19,11 @@ def adjust(scores: Tensor, adjustments: Adjustments) -> None:
     if adjustments.seen_rows.numel():
         at = adjustments.seen_rows.to(device), adjustments.seen_ids.to(device)
         counts, repetition = adjustments.counts.to(device), adjustments.repetition.to(device)
+        inverse = adjustments.repetition.reciprocal().to(
+            device
+        )  # the kernels multiply, and both give the same bits
         seen = scores[at]
-        seen = torch.where(seen > 0, seen / repetition, seen * repetition)
+        seen = seen * torch.where(seen > 0, inverse, repetition)
         seen -= adjustments.frequency.to(device) * counts + adjustments.presence.to(device) * (counts > 0)
         scores[at] = seen
     if adjustments.masks is not None and adjustments.mask_of is not None:

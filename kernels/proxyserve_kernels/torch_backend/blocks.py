@@ -21,8 +21,8 @@ def in_blocks(scores: Tensor) -> Tensor:
 
 
 def across(values: Tensor) -> Tensor:
-    """Sum over the blocks of each row: [n, blocks] -> [n]. In groups of 32, then groups of groups, filled up with zeros:
-    so a row's sum does not depend on how many empty blocks a wider neighbour puts behind it either."""
+    """Sum over the blocks of each row: [n, blocks] -> [n]. In groups of 32, then groups of groups, filled up with
+    zeros: so a row's sum does not depend on how many empty blocks a wider neighbour puts behind it either."""
     while values.shape[1] > 1:
         missing = -values.shape[1] % _GROUP
         if missing:

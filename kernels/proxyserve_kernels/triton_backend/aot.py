@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,56 +27,58 @@ from proxyserve_kernels.triton_backend.device import layout
 #: NVIDIA Hopper (H100, H200).
 HOPPER = GPUTarget("cuda", 90, 32)
 
-#: Pointer arguments by name; every other run-time argument is an int32 stride or size.
+#: Pointer arguments by name; `*_stride`, counts and the like are int32.
 POINTERS = {
-    "ints": "*i64",
-    "floats": "*fp32",
-    "stats": "*fp32",
-    "out": "*fp32",
-    "orders": "*i64",
-    "buffers": "*i64",
-    "thresholds": "*fp32",
-    "lasts": "*i64",
-    "unsure": "*i32",
-    "list_ids": "*i64",
-    "list_values": "*fp32",
-    "tokens": "*i64",
-    "subjects": "*i64",
-    "valid": "*i1",
-    "flips": "*i1",
-    "scores": "*fp32",
-    "counts": "*i32",
+    "*i1": "valid flips",
+    "*i32": "unsure counts",
+    "*i64": (
+        "ints p_ints q_ints orders buffers lasts list_ids tokens subjects matches target_rows draft_rows"
+    ),
+    "*fp32": (
+        "floats p_floats q_floats stats out planes thresholds list_values scores kl raw_scores raw_logprobs "
+        "processed_scores processed_logprobs raw_partitions processed_partitions masses forward reverse"
+    ),
+    "*fp64": (
+        "multipliers centres done partitions state limits forward_targets reverse_targets p_values q_values"
+    ),
 }
+TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a variant may cost at most. `instructions` is per token of a tile, 0 where a kernel has no fixed tile."""
+    """What a variant may cost at most. `instructions` is per token of a tile, 0 where a kernel has no fixed tile.
+    `narrow`: loads of 16 bits, which a tile must not have; a program that reads single tokens may."""
 
     registers: int
     instructions: float = 0.0
+    narrow: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One variant: a kernel, its compile-time values, its warps, and its budget."""
+    """One variant: a kernel, its compile-time values, its warps, and its budget. `types` are those of arguments that
+    are not what `POINTERS` says."""
 
     name: str
     kernel: Any
     constants: dict[str, int | bool]
     warps: int
     budget: Budget
+    types: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What the compiler made. `loads` counts global loads of logits by width in bits; `instructions` as in Budget."""
+    """What the compiler made. `loads` counts global loads by width in bits; `instructions` as in Budget; `layout` says
+    how a tile is spread over a program: entries per thread, threads and warps along tokens."""
 
     name: str
     registers: int
     spilled: int
     loads: dict[int, int]
     instructions: float
+    layout: str
     over: tuple[str, ...]
 
 
@@ -85,10 +87,8 @@ def compile_case(case: Case, target: GPUTarget = HOPPER) -> Report:
     if not hasattr(case.kernel, "arg_names") or triton.knobs.runtime.interpret:
         raise RuntimeError("unset TRITON_INTERPRET: an interpreted kernel cannot be compiled")
     names = case.kernel.arg_names
-    signature = {name: "constexpr" if name in case.constants else POINTERS.get(name, "i32") for name in names}
-    for name in names:
-        if name not in case.constants and re.search("_(scores|logprobs|partitions)$|^kl$", name):
-            signature[name] = "*fp32"
+    types = {**TYPES, **case.types, **dict.fromkeys(case.constants, "constexpr")}
+    signature = {name: types.get(name, "i32") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
     constants = {(names.index(name),): value for name, value in case.constants.items()}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=aligned)
@@ -102,16 +102,26 @@ def compile_case(case: Case, target: GPUTarget = HOPPER) -> Report:
     instructions = len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", sass, flags=re.MULTILINE))
     tile = case.constants.get("TILE")
     per_token = instructions * case.warps * 32 / (tile * layout.TOKENS.value) if tile else 0.0
+    spread = _layout(compiled.asm["ttgir"])
     over = []
     if spilled:
         over.append(f"{spilled} bytes spilled")
     if registers > case.budget.registers:
         over.append(f"{registers} registers, budget {case.budget.registers}")
-    if loads.get(16):
-        over.append(f"{loads[16]} loads of 16 bits")
+    if case.budget.narrow < loads.get(16, 0):
+        over.append(f"{loads[16]} loads of 16 bits, budget {case.budget.narrow}")
     if case.budget.instructions and per_token > case.budget.instructions:
         over.append(f"{per_token:.1f} instructions per token, budget {case.budget.instructions:g}")
-    return Report(case.name, registers, spilled, loads, round(per_token, 1), tuple(over))
+    return Report(case.name, registers, spilled, loads, round(per_token, 1), spread, tuple(over))
+
+
+def _layout(ttgir: str) -> str:
+    """The two-dimensional layouts of a kernel, as `threads x entries of a token row, warps`, sorted."""
+    found = re.findall(
+        r"sizePerThread = \[\d+, (\d+)\], threadsPerWarp = \[\d+, (\d+)\], warpsPerCTA = \[\d+, (\d+)\]",
+        ttgir,
+    )
+    return ", ".join(sorted({f"{threads}x{entries}/{warps}" for entries, threads, warps in found}))
 
 
 def _tool(name: str) -> str:

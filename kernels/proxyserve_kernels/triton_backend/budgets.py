@@ -1,8 +1,8 @@
 """The variants that are compiled ahead of time, and what each may cost on sm_90.
 
 The numbers are what the compiler gives today with a little room; a regression shows as a failed test. Registers decide
-how many programs share a multiprocessor (65536 registers each), instructions per token whether K1 can keep up with the
-memory (an H200 has about 4.4 TB/s and 132 x 128 lanes: some 45 instructions per token at three 2-byte inputs).
+how many programs share a multiprocessor (65536 registers each). An H200 has lanes for some 41 instructions per token
+while three 2-byte inputs stream in at 4.3 TB/s, so K1 without comparison and temperature has to stay below that.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from proxyserve_kernels.triton_backend.aot import Budget, Case
-from proxyserve_kernels.triton_backend.device import layout, pick, select, stats
-from proxyserve_kernels.triton_backend.tuning import GROUP, ROOM, ROW_WARPS, TILES
+from proxyserve_kernels.triton_backend.device import layout, pick, residual, select, stats, tilt
+from proxyserve_kernels.triton_backend.tuning import GROUP, ROOM, ROW_WARPS, SEARCH_GROUP, TILES
 
 KINDS = {
     "fp32": layout.FP32.value,
@@ -20,103 +20,105 @@ KINDS = {
     "mixed": layout.MIXED.value,
 }
 
+#: Blocks of a row program at every vocabulary up to 262,144, and those that are sorted at 128k.
+ROW = {"BLOCKS": 1024}
+SORT = {**ROW, "SORTED": 512, "ROOM": ROOM}
 
-def variant(kind: str, terms: int, laws: int = 0, general: bool = False, adjust: bool | None = None) -> dict[str, int | bool]:
+
+def variant(
+    kind: str, terms: int, laws: int = 0, general: bool = False, adjust: bool | None = None
+) -> dict[str, int | bool]:
     """Compile-time values of a variant."""
-    values = {"KIND": KINDS[kind], "TERMS": terms, "LAWS": laws, "GENERAL": general}
+    values: dict[str, int | bool] = {
+        "KIND": KINDS[kind],
+        "TERMS": terms,
+        "LAWS": laws,
+        "GENERAL": general,
+    }
     return values if adjust is None else {**values, "ADJUST": adjust}
+
+
+PLAIN = variant("bf16", 1, adjust=False)
+FULL = variant("bf16", 2, 2, True, True)
 
 
 def cases() -> Iterator[Case]:
     """Every case of the table."""
+    yield from fuse_cases()
+    yield from pick_cases()
+    yield from tilt_cases()
+    yield from residual_cases()
+
+
+def fuse_cases() -> Iterator[Case]:
+    """K1 in all tiles, dtypes and numbers of terms; with and without its extras."""
+    bare, extras = {"SCALED": False, "COMPARE": False}, {"SCALED": True, "COMPARE": True}
+
+    def case(name: str, tile: int, values: dict[str, int | bool], budget: Budget) -> Case:
+        return Case(f"fuse_stats {name} tile{tile}", stats.fuse_stats, {"TILE": tile, **values}, 1, budget)
+
+    registers = {4: 104, 2: 72, 1: 48}
     for tile in TILES:
-        yield Case(
-            f"fuse_stats bf16 T1 tile{tile.blocks}",
-            stats.fuse_stats,
-            {"TILE": tile.blocks, **variant("bf16", 1, adjust=False)},
-            tile.warps,
-            Budget(255, 100),
-        )
-    for kind in ("fp32", "fp16", "mixed"):
-        yield Case(
-            f"fuse_stats {kind} T1 tile8",
-            stats.fuse_stats,
-            {"TILE": 8, **variant(kind, 1, adjust=False)},
-            8,
-            Budget(255, 100),
-        )
-    for terms in (2, 4, 8):
-        yield Case(
-            f"fuse_stats bf16 T{terms} tile8",
-            stats.fuse_stats,
-            {"TILE": 8, **variant("bf16", terms, adjust=False)},
-            8,
-            Budget(255, 200),
-        )
-    yield Case(
-        "fuse_stats bf16 T1 adjust tile8",
-        stats.fuse_stats,
-        {"TILE": 8, **variant("bf16", 1, adjust=True)},
-        8,
-        Budget(255, 200),
-    )
-    yield Case(
-        "fuse_stats bf16 T2 general L2 adjust tile8",
-        stats.fuse_stats,
-        {"TILE": 8, **variant("bf16", 2, 2, True, True)},
-        8,
-        Budget(255, 300),
-    )
-    shape = {"BLOCKS": 1024, "SORTED": 512, "ROOM": ROOM, "GROUP": GROUP}
-    for name, kernel in (("best_tokens", select.best_tokens), ("search", select.search)):
+        budget = Budget(registers[tile.blocks], 36)
+        yield case("bf16 T1 bare", tile.blocks, {**PLAIN, **bare}, budget)
+        yield case("fp32 T1 bare", tile.blocks, {**variant("fp32", 1, adjust=False), **bare}, budget)
+        budget = Budget(registers[tile.blocks] + 8, 60)
+        yield case("bf16 T1", tile.blocks, {**PLAIN, **extras}, budget)
+        yield case("fp32 T1", tile.blocks, {**variant("fp32", 1, adjust=False), **extras}, budget)
+    yield case("fp16 T1", 2, {**variant("fp16", 1, adjust=False), **extras}, Budget(72, 60))
+    yield case("mixed T1", 2, {**variant("mixed", 1, adjust=False), **extras}, Budget(128, 80))
+    for terms, most, instructions in ((2, 96, 80), (4, 128, 110), (8, 168, 170)):
+        yield case(f"bf16 T{terms}", 2, {**variant("bf16", terms, adjust=False), **extras},
+                   Budget(most, instructions))  # fmt: skip
+    yield case("bf16 T1 adjust", 2, {**variant("bf16", 1, adjust=True), **extras}, Budget(128, 130))
+    yield case("bf16 T2 L2 general adjust", 1, {**FULL, **extras}, Budget(160, 300))
+
+
+def pick_cases() -> Iterator[Case]:
+    """K2, K3 and what stands between them."""
+    for name, kernel, group, most in (
+        ("best_tokens", select.best_tokens, GROUP, 240),
+        ("search", select.search, SEARCH_GROUP, 200),
+    ):
         for law, listed in ((1, 0), (1, 32), (0, 32)):
-            yield Case(
-                f"{name} bf16 T1 law{law} list{listed}",
-                kernel,
-                {"LAW": law, "LIST": listed, **shape, **variant("bf16", 1, adjust=False)},
-                ROW_WARPS,
-                Budget(255),
-            )
-    yield Case(
-        "best_tokens bf16 T2 general L2 adjust list32",
-        select.best_tokens,
-        {"LAW": 1, "LIST": 32, **shape, **variant("bf16", 2, 2, True, True)},
-        ROW_WARPS,
-        Budget(255),
-    )
-    yield Case(
-        "filter_blocks bf16 T1 tile8",
-        stats.filter_blocks,
-        {"TILE": 8, **variant("bf16", 1, adjust=False)},
-        8,
-        Budget(255, 200),
-    )
-    yield Case(
-        "count_before bf16 T1 tile8",
-        stats.count_before,
-        {"TILE": 8, "LAW": 0, **variant("bf16", 1, adjust=False)},
-        8,
-        Budget(255, 200),
-    )
-    yield Case(
-        "write_scores bf16 T1 tile8",
-        stats.write_scores,
-        {"TILE": 8, **variant("bf16", 1)},
-        8,
-        Budget(255, 200),
-    )
-    for blocks in (128, 512, 1024):
-        yield Case(
-            f"pick bf16 T1 blocks{blocks}",
-            pick.pick,
-            {"BLOCKS": blocks, **variant("bf16", 1, adjust=False)},
-            ROW_WARPS,
-            Budget(255),
-        )
-    yield Case(
-        "pick bf16 T2 general L2 adjust",
-        pick.pick,
-        {"BLOCKS": 512, **variant("bf16", 2, 2, True, True)},
-        ROW_WARPS,
-        Budget(255),
-    )
+            values = {"LAW": law, "LIST": listed, "GROUP": group, **SORT, **PLAIN}
+            yield Case(f"{name} law{law} list{listed}", kernel, values, ROW_WARPS, Budget(most))
+    values = {"LAW": 1, "LIST": 32, **SORT, **FULL}
+    yield Case("best_tokens general adjust list32", select.best_tokens, {**values, "GROUP": GROUP}, ROW_WARPS,
+               Budget(240))  # fmt: skip
+    yield Case("search general adjust list32", select.search, {**values, "GROUP": SEARCH_GROUP}, ROW_WARPS,
+               Budget(255))  # fmt: skip
+    yield Case("filter_blocks tile2", stats.filter_blocks, {"TILE": 2, **PLAIN}, 1, Budget(80, 70))
+    yield Case("count_before tile2", stats.count_before, {"TILE": 2, "LAW": 0, **PLAIN}, 1, Budget(80, 40))
+    values = {"TILE": 2, **variant("bf16", 1)}
+    yield Case("write_scores tile2", stats.write_scores, values, 1, Budget(72, 40))
+    for compare in (False, True):
+        values = {**ROW, "COMPARE": compare, **PLAIN}
+        yield Case(f"pick compare{int(compare)}", pick.pick, values, ROW_WARPS, Budget(80, narrow=12))
+    values = {**ROW, "COMPARE": True, **FULL}
+    yield Case("pick general adjust", pick.pick, values, ROW_WARPS, Budget(96, narrow=40))
+
+
+def tilt_cases() -> Iterator[Case]:
+    """The solver's passes and steps."""
+    lanes = {"KIND": KINDS["bf16"], "TERMS": 1}
+    double = {"out": "*fp64"}
+    for points, moments, most in ((1, 3, 96), (16, 1, 96), (21, 1, 96)):
+        values = {"TILE": 2, "POINTS": points, "MOMENTS": moments, **lanes}
+        yield Case(f"tilt_stats points{points} tile2", tilt.tilt_stats, values, 1, Budget(most))
+    yield Case("pair_stats tile2", tilt.pair_stats, {"TILE": 2, **lanes}, 1, Budget(96))
+    values = {"TILE": 1, "KIND": KINDS["bf16"], "TERMS": 4}
+    yield Case("moment_stats T4 tile1", tilt.moment_stats, values, 1, Budget(160))
+    yield Case("gather_moments", tilt.gather_moments, ROW, ROW_WARPS, Budget(64), double)
+    yield Case("gather_grid", tilt.gather_grid, ROW, ROW_WARPS, Budget(64), double)
+    yield Case("gather_sums", tilt.gather_sums, ROW, ROW_WARPS, Budget(64), double)
+    yield Case("gather_pairs", tilt.gather_pairs, ROW, ROW_WARPS, Budget(64))
+    yield Case("solve_step", tilt.solve_step, ROW, ROW_WARPS, Budget(80))
+
+
+def residual_cases() -> Iterator[Case]:
+    """Draws from what is left of a rejected draft's target."""
+    values = {**PLAIN, **{f"Q_{name}": value for name, value in PLAIN.items()}}
+    yield Case("residual_stats tile2", residual.residual_stats, {"TILE": 2, **values}, 1, Budget(96, 80))
+    values = {**ROW, **values}
+    yield Case("residual_pick", residual.residual_pick, values, ROW_WARPS, Budget(80, narrow=12))

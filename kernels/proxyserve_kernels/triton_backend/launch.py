@@ -13,7 +13,7 @@ from torch import Tensor
 
 from proxyserve_kernels.triton_backend.device import layout, pick, select, stats
 from proxyserve_kernels.triton_backend.table import RowTable
-from proxyserve_kernels.triton_backend.tuning import GROUP, ROOM, ROW_WARPS, Tile, tile_for
+from proxyserve_kernels.triton_backend.tuning import GROUP, ROOM, ROW_WARPS, SEARCH_GROUP, Tile, tile_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,13 +163,13 @@ def _select(
     ids, values = (
         (buffers.raw_ids, buffers.raw_values) if raw else (buffers.processed_ids, buffers.processed_values)
     )
-    for kernel in (select.best_tokens, select.search):
+    for kernel, group in ((select.best_tokens, GROUP), (select.search, SEARCH_GROUP)):
         kernel[(table.bucket,)](
             table.ints, table.floats, buffers.stats, buffers.orders, buffers.candidates, buffers.thresholds,
             buffers.lasts, buffers.unsure, ids, values, table.ints.stride(0), table.floats.stride(0),
             table.blocks, buffers.stats.stride(0),
             LAW=law, BLOCKS=padded(table.blocks), SORTED=power_of_two(table.blocks), ROOM=buffers.candidates.shape[1],
-            LIST=listed, GROUP=GROUP, num_warps=ROW_WARPS,
+            LIST=listed, GROUP=group, num_warps=ROW_WARPS,
             **constants,
         )  # fmt: skip
 

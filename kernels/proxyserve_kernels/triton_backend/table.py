@@ -249,6 +249,7 @@ def _write_adjustments(
     dense(adjustments.seen_rows, adjustments.seen_ids, counts, layout.COUNTS.value)
     rows = adjustments.seen_rows.numpy()
     floats[rows, layout.REPETITION.value] = adjustments.repetition.numpy()
+    floats[rows, layout.REPETITION_INVERSE.value] = adjustments.repetition.reciprocal().numpy()
     floats[rows, layout.PRESENCE.value] = adjustments.presence.numpy()
     floats[rows, layout.FREQUENCY.value] = adjustments.frequency.numpy()
     if adjustments.masks is not None and adjustments.mask_of is not None:

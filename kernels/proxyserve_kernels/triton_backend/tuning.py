@@ -7,20 +7,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """`blocks` of 256 tokens per program, and its warps.
+    """`blocks` of 256 tokens per program of one warp.
 
-    Never more warps than blocks: then a block belongs to one warp, its sum is made in one order, and the results are
-    the same bits for every tile. Two blocks a warp spread the fixed cost of a program over more tokens."""
+    With more warps the compiler spreads a block of float32 over two of them, but not one of bfloat16, and not in a
+    small tile: the sum of a block would be made in another order. One warp makes it in one order in every tile, with
+    fewer instructions per token besides (`aot`)."""
 
     blocks: int
-    warps: int
+
+    @property
+    def warps(self) -> int:
+        return 1
 
 
 #: Every tile that is compiled, largest first.
-TILES = (Tile(8, 4), Tile(4, 4), Tile(2, 2), Tile(1, 1))
+TILES = (Tile(4), Tile(2), Tile(1))
 
-#: Programs wanted at least, about two for each of the processors of an H100 or H200.
-PROGRAMS = 264
+#: Programs wanted at least: 16 warps for each of the 132 multiprocessors of an H100 or H200.
+PROGRAMS = 16 * 132
 
 
 def tile_for(rows: int, blocks: int) -> Tile:
@@ -31,9 +35,11 @@ def tile_for(rows: int, blocks: int) -> Tile:
     return TILES[-1]
 
 
-#: Warps of the kernels that have one program per row, and the blocks they open at once.
+#: Warps of the kernels that have one program per row, and the blocks that `best_tokens` and `search` open at once. The
+#: latter mostly reads whole rows; with 8 the compiler trades registers for spills.
 ROW_WARPS = 8
 GROUP = 8
+SEARCH_GROUP = 16
 
 #: Places in the buffer of best tokens of a row, and so the longest list.
 ROOM = 1024

@@ -41,7 +41,8 @@ BASE_SHIFT = tl.constexpr(6)  # log-partition of the base, for power means
 REPETITION = tl.constexpr(7)
 PRESENCE = tl.constexpr(8)
 FREQUENCY = tl.constexpr(9)
-TERM_FLOATS = tl.constexpr(10)  # per term: weight, shift (what to subtract from the delta to normalise it)
+REPETITION_INVERSE = tl.constexpr(10)
+TERM_FLOATS = tl.constexpr(11)  # per term: weight, shift (what to subtract from the delta to normalise it)
 FLOATS_PER_TERM = tl.constexpr(2)
 
 # flags

@@ -308,7 +308,12 @@ def reach(
     each = tl.full([], 1.0, tl.float64)
     if MASS:
         each = tl.exp2((score - peak) * LOG2E).to(tl.float64)
-    needed = tl.maximum(tl.ceil((target - above) / each), 1.0).to(tl.int32)
+    # The quotient from a division in float32, put right in float64; one in float64 would be a call that spills.
+    rest = target - above
+    quotient = tl.ceil(rest.to(tl.float32) / each.to(tl.float32)).to(tl.float64) - 1.0
+    for _ in tl.static_range(3):
+        quotient += tl.where(quotient * each < rest, 1.0, 0.0)
+    needed = tl.maximum(quotient, 1.0).to(tl.int32)
     seen = tl.zeros([], tl.int32)
     last = tl.full([], -1, tl.int32)
     start = tl.zeros([], tl.int32)
@@ -330,7 +335,8 @@ def reach(
 def search(
     ints, floats, stats, orders, buffers, thresholds, lasts, unsure, list_ids, list_values,
     int_stride, float_stride, blocks, plane,
-    LAW: tl.constexpr, BLOCKS: tl.constexpr, SORTED: tl.constexpr, ROOM: tl.constexpr, LIST: tl.constexpr, GROUP: tl.constexpr,
+    LAW: tl.constexpr, BLOCKS: tl.constexpr, SORTED: tl.constexpr, ROOM: tl.constexpr, LIST: tl.constexpr,
+    GROUP: tl.constexpr,
     KIND: tl.constexpr, TERMS: tl.constexpr, LAWS: tl.constexpr, GENERAL: tl.constexpr, ADJUST: tl.constexpr,
 ):  # fmt: skip
     """K3, grid (rows): what `best_tokens` left, exactly, by bisection. Always launched, so that the sequence of

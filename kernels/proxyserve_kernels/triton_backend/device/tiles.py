@@ -36,6 +36,7 @@ from proxyserve_kernels.triton_backend.device.layout import (
     REFERENCE,
     REMOVES,
     REPETITION,
+    REPETITION_INVERSE,
     SCALE,
     SUPPORTED,
     TERM_FLOATS,
@@ -214,8 +215,8 @@ def adjusted_tile(ints, floats, offsets, score):
         counts = tl.multiple_of(count_pointer.to(tl.pointer_type(tl.int32)), 16)
         count = tl.load(counts + offsets, mask=offsets < ((width + 15) // 16) * 16, other=0)
         times = (count - 1).to(tl.float32)
-        repetition = tl.load(floats + REPETITION) + tl.zeros(score.shape, tl.float32)
-        penalised = tl.where(score > 0.0, tl.div_rn(score, repetition), score * repetition)
+        factor = tl.where(score > 0.0, tl.load(floats + REPETITION_INVERSE), tl.load(floats + REPETITION))
+        penalised = score * factor
         present = tl.where(times > 0.0, tl.load(floats + PRESENCE), 0.0)
         penalised -= tl.load(floats + FREQUENCY) * times + present
         score = tl.where(count > 0, penalised, score)
