@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -21,6 +22,19 @@ class Backend(Protocol):
     device; a row that holds a NaN or +inf is flagged or NaN in its own results and touches no other."""
 
     name: BackendName
+
+    def warm_up(
+        self,
+        dtypes: Sequence[torch.dtype],
+        vocabulary: int,
+        *,
+        max_batch: int,
+        max_terms: int,
+        max_laws: int = 0,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        """Compile what batches can need: sources of `dtypes` alone and mixed, ids below `vocabulary`, up to `max_batch`
+        rows with up to `max_terms` terms and `max_laws` support laws. `progress` gets a line of text now and then."""
 
     @property
     def compilations(self) -> int:

@@ -111,6 +111,11 @@ class _EngineCollector(Collector):
         yield _counter(
             "num_preemptions", "Choices whose blocks were taken back for a while.", stats.preemptions
         )
+        yield _counter(
+            "kernel_compilations",
+            "Kernels compiled after the warm-up; should stay 0.",
+            stats.kernel_compilations,
+        )
         yield from _finished(stats.finished)
         yield from _models(stats.models)
 

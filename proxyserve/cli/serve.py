@@ -130,7 +130,6 @@ def serve(
         models = load_family(
             base, experts, base_name=served_name, placement=placement, progress=status.update
         )
-        status.update("planning memory and checking the models in paged mode")
-        engine = Engine(models, settings.engine, settings.policy)
+        engine = Engine(models, settings.engine, settings.policy, progress=status.update)
     console.print(startup_table(engine, settings.server))
     run_server(AsyncEngine(engine, settings.server.limits), settings.server)

@@ -9,7 +9,7 @@ No thread and no clock live here; `engine.loop` owns the thread that calls `step
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -57,7 +57,11 @@ class Engine:
     and ValueError for settings that do not fit together or the device."""
 
     def __init__(
-        self, models: ModelSet, config: EngineConfig | None = None, policy: FusionPolicy | None = None
+        self,
+        models: ModelSet,
+        config: EngineConfig | None = None,
+        policy: FusionPolicy | None = None,
+        progress: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.models = models
         self.config = config or EngineConfig()
@@ -69,6 +73,14 @@ class Engine:
             )
         self.counters = EngineCounters()
         self.backend = backend_for(models.base.device, self.config.kernels)
+        self.backend.warm_up(
+            [model.dtype for model in models.models.values()],
+            models.base.vocabulary.size,
+            max_batch=self.config.max_batch,
+            max_terms=max(1, min(self.policy.max_experts, len(models.experts))),
+            progress=progress,
+        )
+        progress("planning memory and checking the models in paged mode")
         self.runners = {key: Runner(model) for key, model in models.models.items()}
         self.memory: Mapping[ModelKey, ModelMemory] = plan_memory(
             {key: runner.shapes for key, runner in self.runners.items()},

@@ -44,6 +44,7 @@ class EngineStats:
     prompt_tokens: int
     cached_tokens: int
     preemptions: int
+    kernel_compilations: int
     finished: Mapping[str, int]
     fused_tokens: int
     flips: int
@@ -215,6 +216,7 @@ class AsyncEngine:
             prompt_tokens=counters.prompt_tokens,
             cached_tokens=counters.cached_tokens,
             preemptions=counters.preemptions,
+            kernel_compilations=engine.backend.compilations,
             finished=dict(counters.finished),
             fused_tokens=counters.fused_tokens,
             flips=counters.flips,

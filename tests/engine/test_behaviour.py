@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from proxyserve.config import EngineConfig
+from proxyserve.config import EngineConfig, KernelChoice
 from proxyserve.engine.engine import Engine
 from proxyserve.engine.runner import Runner
 from proxyserve.errors import InvalidRequest
@@ -246,3 +246,44 @@ def test_policy() -> None:
         Fusion(twice)
     with pytest.raises(InvalidRequest, match="allows 1"):
         FusionPolicy(max_experts=1).check(Fusion((ExpertWeight("a"), ExpertWeight("b"))))
+
+
+@pytest.mark.slow
+def test_triton_kernels_give_the_same_answers(tiny_models: ModelSet) -> None:
+    """Interpreted on a CPU: the engine's batches through the kernels of a GPU server."""
+    pytest.importorskip("triton")
+    wishes: list[dict[str, object]] = [
+        {"logprobs": 3},
+        {"temperature": 1.0, "seed": 5, "logprobs": 0},
+        {"temperature": 0.8, "seed": 6, "top_p": 0.9, "top_k": 40, "min_p": 0.01},
+        {
+            "temperature": 1.0,
+            "seed": -1,
+            "repetition_penalty": 1.3,
+            "presence_penalty": 0.5,
+            "logit_bias": {7: 2.0},
+        },
+    ]
+    weights = [{"qa": 0.8, "record": -0.4}, {"qa": 1.5}, {}, {"record": 1.0}]
+
+    def answers(kernels: KernelChoice) -> dict[str, Collected]:
+        config = EngineConfig(max_batch=4, max_batch_tokens=64, kv_memory=2**23, kernels=kernels)
+        asked = [
+            submission(f"r{number}", PROMPT[number:], weights[number], max_tokens=4, **wish)
+            for number, wish in enumerate(wishes)
+        ]
+        engine = Engine(tiny_models, config)
+        assert engine.backend.name == kernels
+        return run(engine, asked)
+
+    expected, got = answers("torch"), answers("triton")
+    for key, answer in expected.items():
+        assert got[key].tokens == answer.tokens
+        for one, other in zip(got[key].logprobs, answer.logprobs, strict=True):
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
+            assert [token for token, _ in one.top] == [token for token, _ in other.top]
+        assert got[key].last is not None and answer.last is not None
+        mine, theirs = got[key].last.fusion, answer.last.fusion
+        assert (mine is None) == (theirs is None)
+        if mine is not None and theirs is not None:
+            assert mine.mean_kl == pytest.approx(theirs.mean_kl, abs=1e-5) and mine.flips == theirs.flips

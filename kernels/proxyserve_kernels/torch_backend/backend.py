@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+import torch
 from torch import Tensor
 
 from proxyserve_kernels.backend import BackendName
@@ -21,6 +24,18 @@ class TorchBackend:
 
     name: BackendName = "torch"
     compilations = 0
+
+    def warm_up(
+        self,
+        dtypes: Sequence[torch.dtype],
+        vocabulary: int,
+        *,
+        max_batch: int,
+        max_terms: int,
+        max_laws: int = 0,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        """Nothing to do; see `Backend`."""
 
     def fused_scores(self, batch: RowBatch) -> Tensor:
         """See `Backend`."""

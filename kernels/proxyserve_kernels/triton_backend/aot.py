@@ -156,11 +156,11 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the reports there")
-    parser.add_argument("--only", default="", help="only variants whose name contains this")
+    parser.add_argument("--only", default="", help="only variants whose name this regular expression finds")
     arguments = parser.parse_args()
     reports = []
     for case in cases():
-        if arguments.only in case.name:
+        if re.search(arguments.only, case.name):
             report = compile_case(case)
             reports.append(report)
             loads = " ".join(f"{width}b:{count}" for width, count in sorted(report.loads.items()))

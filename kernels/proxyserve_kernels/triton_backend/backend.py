@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,6 +19,7 @@ from proxyserve_kernels.triton_backend.results import read_picks
 from proxyserve_kernels.triton_backend.run import prepared_table, run
 from proxyserve_kernels.triton_backend.solve import moments, pair_divergences, solve, tilt
 from proxyserve_kernels.triton_backend.verify import judge
+from proxyserve_kernels.triton_backend.warmup import warm_up
 
 
 class TritonBackend:
@@ -33,6 +35,22 @@ class TritonBackend:
             raise ValueError(f"Kernel backend 'triton' needs a CUDA device, not {device}; use 'torch'.")
         self.device = device
         self._warm = 0
+
+    def warm_up(
+        self,
+        dtypes: Sequence[torch.dtype],
+        vocabulary: int,
+        *,
+        max_batch: int,
+        max_terms: int,
+        max_laws: int = 0,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        """See `Backend`. In the interpreter there is nothing to compile."""
+        if interpreted():
+            return
+        warm_up(self.device, dtypes, vocabulary, max_batch, max_terms, max_laws, progress or (lambda _: None))
+        self._warm = compiled_variants()
 
     @property
     def compilations(self) -> int:

@@ -20,9 +20,8 @@ KINDS = {
     "mixed": layout.MIXED.value,
 }
 
-#: Blocks of a row program at every vocabulary up to 262,144, and those that are sorted at 128k.
+#: Blocks of a row program at every vocabulary up to 262,144.
 ROW = {"BLOCKS": 1024}
-SORT = {**ROW, "SORTED": 512, "ROOM": ROOM}
 
 
 def variant(
@@ -76,18 +75,17 @@ def fuse_cases() -> Iterator[Case]:
 
 def pick_cases() -> Iterator[Case]:
     """K2, K3 and what stands between them."""
-    for name, kernel, group, most in (
-        ("best_tokens", select.best_tokens, GROUP, 240),
-        ("search", select.search, SEARCH_GROUP, 200),
-    ):
-        for law, listed in ((1, 0), (1, 32), (0, 32)):
-            values = {"LAW": law, "LIST": listed, "GROUP": group, **SORT, **PLAIN}
-            yield Case(f"{name} law{law} list{listed}", kernel, values, ROW_WARPS, Budget(most))
-    values = {"LAW": 1, "LIST": 32, **SORT, **FULL}
-    yield Case("best_tokens general adjust list32", select.best_tokens, {**values, "GROUP": GROUP}, ROW_WARPS,
-               Budget(240))  # fmt: skip
-    yield Case("search general adjust list32", select.search, {**values, "GROUP": SEARCH_GROUP}, ROW_WARPS,
-               Budget(255))  # fmt: skip
+    for law, listed in ((1, 0), (1, 32), (0, 32)):
+        values = {"LAW": law, "LIST": listed, "ROOM": ROOM, "GROUP": GROUP, **ROW, **PLAIN}
+        yield Case(f"best_tokens law{law} list{listed}", select.best_tokens, values, ROW_WARPS, Budget(240))
+    values = {"LAW": 1, "LIST": 32, "ROOM": ROOM, "GROUP": GROUP, **ROW, **FULL}
+    yield Case("best_tokens general adjust list32", select.best_tokens, values, ROW_WARPS, Budget(240))
+    for name, lanes in (("", PLAIN), (" general adjust", FULL)):
+        values = {"GROUP": SEARCH_GROUP, **ROW, **lanes}
+        yield Case(f"search_last{name}", select.search_last, values, ROW_WARPS, Budget(255))
+        for law in (0, 1):
+            listing = {**values, "LAW": law, "LIST": 32, "ROOM": ROOM}
+            yield Case(f"search_list law{law}{name}", select.search_list, listing, ROW_WARPS, Budget(255))
     yield Case("filter_blocks tile2", stats.filter_blocks, {"TILE": 2, **PLAIN}, 1, Budget(80, 70))
     yield Case("count_before tile2", stats.count_before, {"TILE": 2, "LAW": 0, **PLAIN}, 1, Budget(80, 40))
     values = {"TILE": 2, **variant("bf16", 1)}

@@ -1,6 +1,8 @@
 """The sequence of launches that makes one pick. No allocation, no host value read back: it can be captured in a graph.
 
-fuse_stats -> [best_tokens -> search -> filter_blocks, if a row filters or lists] -> pick -> [count_before]
+fuse_stats -> pick                                                           without filters and reports
+    fuse_stats -> best_tokens -> search_last -> filter_blocks -> pick            with filters
+    and best_tokens -> search_list, count_before for each law that is reported on
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ from torch import Tensor
 from proxyserve_kernels.triton_backend.device import layout, pick, select, stats
 from proxyserve_kernels.triton_backend.table import RowTable
 from proxyserve_kernels.triton_backend.tuning import GROUP, ROOM, ROW_WARPS, SEARCH_GROUP, Tile, tile_for
+
+#: Lengths that lists of best tokens are rounded up to.
+LISTS = (32, ROOM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,7 @@ class Buffers:
         tiles = -(-blocks // tile_for(bucket, blocks).blocks)
         return cls(
             stats=empty(layout.PLANES, bucket, blocks),
-            orders=empty(bucket if selecting else 0, power_of_two(blocks), dtype=int64),
+            orders=empty(bucket if selecting else 0, padded(blocks), dtype=int64),
             candidates=empty(bucket if selecting else 0, room, dtype=int64),
             thresholds=empty(bucket),
             lasts=empty(bucket, dtype=int64),
@@ -82,7 +87,8 @@ class Buffers:
             valid=empty(bucket, dtype=torch.bool),
             flips=empty(bucket, dtype=torch.bool),
             kl=empty(bucket),
-            reports=empty(6, bucket),
+            # Whole multiples of 16 bytes, so that every row of it is aligned alike in every bucket.
+            reports=empty(6, max(4, bucket))[:, :bucket],
             raw_ids=empty(bucket, listed_raw, dtype=int64),
             raw_values=empty(bucket, listed_raw),
             processed_ids=empty(bucket, listed, dtype=int64),
@@ -94,20 +100,14 @@ class Buffers:
 
 def padded(blocks: int) -> int:
     """Blocks of a row as the row programs see them: one number for all vocabularies up to 262,144, so that the order of
-    their sums, and so a row's bits, do not depend on how wide its neighbours are; beyond, the next power of two."""
-    return max(1024, power_of_two(blocks))
-
-
-def power_of_two(count: int) -> int:
-    """The least power of two that is at least `count`, and at least 8."""
-    return max(8, 1 << (count - 1).bit_length())
+    their sums, and so a row's bits, do not depend on how wide its neighbours are, and one variant serves all batches;
+    beyond, the next power of two."""
+    return max(1024, 1 << (blocks - 1).bit_length())
 
 
 def list_size(wanted: int | None) -> int:
-    """Columns of a list of `wanted` tokens: a power of two, so that few variants are compiled; 0 for none."""
-    if not wanted:
-        return 0
-    return 1 << (wanted - 1).bit_length()
+    """Columns of a list of `wanted` tokens: one of `LISTS`, so that few variants are compiled; 0 for none."""
+    return next(size for size in (0, *LISTS) if size >= (wanted or 0))
 
 
 def launch_stats(table: RowTable, stats_out: Tensor, wishes: Wishes, tile: Tile | None = None) -> None:
@@ -159,18 +159,36 @@ def launch_pick(table: RowTable, buffers: Buffers, wishes: Wishes, tile: Tile | 
 def _select(
     table: RowTable, buffers: Buffers, law: int, listed: int, constants: dict[str, int | bool]
 ) -> None:
+    """Find the last kept tokens (of the processed law) and the lists of one law."""
     raw = law == layout.RAW.value
-    ids, values = (
-        (buffers.raw_ids, buffers.raw_values) if raw else (buffers.processed_ids, buffers.processed_values)
-    )
-    for kernel, group in ((select.best_tokens, GROUP), (select.search, SEARCH_GROUP)):
-        kernel[(table.bucket,)](
-            table.ints, table.floats, buffers.stats, buffers.orders, buffers.candidates, buffers.thresholds,
-            buffers.lasts, buffers.unsure, ids, values, table.ints.stride(0), table.floats.stride(0),
-            table.blocks, buffers.stats.stride(0),
-            LAW=law, BLOCKS=padded(table.blocks), SORTED=power_of_two(table.blocks), ROOM=buffers.candidates.shape[1],
-            LIST=listed, GROUP=group, num_warps=ROW_WARPS,
+    ids = buffers.raw_ids if raw else buffers.processed_ids
+    values = buffers.raw_values if raw else buffers.processed_values
+    inputs = (table.ints, table.floats, buffers.stats, buffers.orders)
+    sizes = (table.ints.stride(0), table.floats.stride(0), table.blocks, buffers.stats.stride(0))
+    constants = {
+        **constants,
+        "BLOCKS": padded(table.blocks),
+        "num_warps": ROW_WARPS,
+    }
+    room = buffers.candidates.shape[1]
+    select.best_tokens[(table.bucket,)](
+        *inputs, buffers.candidates, buffers.thresholds, buffers.lasts, buffers.unsure, ids, values, *sizes,
+        LAW=law, ROOM=room, LIST=listed, GROUP=GROUP, **constants,
+    )  # fmt: skip
+    if not raw:
+        select.search_last[(table.bucket,)](
+            *inputs,
+            buffers.thresholds,
+            buffers.lasts,
+            buffers.unsure,
+            *sizes,
+            GROUP=SEARCH_GROUP,
             **constants,
+        )
+    if listed:
+        select.search_list[(table.bucket,)](
+            *inputs, buffers.candidates, buffers.unsure, ids, values, *sizes,
+            LAW=law, ROOM=room, LIST=listed, GROUP=SEARCH_GROUP, **constants,
         )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ class Curves:
         self.running = torch.zeros(table.bucket, dtype=torch.float64, device=device)
         self.centre = torch.zeros(table.bucket, dtype=torch.float64, device=device)
         at_zero = self.moments(torch.zeros(table.bucket, 1, dtype=torch.float64, device=device))
-        self.partition, self.centre = at_zero[0], at_zero[1]
+        self.partition, self.centre = at_zero[0].clone(), at_zero[1].clone()
 
     def stats(
         self, multipliers: Tensor, done: Tensor, planes: Tensor, *, points: int = 1, moments: int = 3
@@ -194,7 +194,8 @@ def _roots(batch: RowBatch, controls: SolveControls, rows: Tensor) -> tuple[Tens
     reverse_target = (share * pair_reverse).sum(dim=1)
     target = torch.where(match == Match.REVERSE, reverse_target, forward_target)
 
-    state = torch.zeros(kernels.STATE, bucket, dtype=torch.float64, device=device)
+    # An even pitch: every row of it is aligned to 16 bytes, in every bucket alike.
+    state = torch.zeros(kernels.STATE, max(2, bucket), dtype=torch.float64, device=device)[:, :bucket]
     state[kernels.HIGH.value] = limit
     _, _, variance, third = curves.moments(torch.zeros(bucket, 1, dtype=torch.float64, device=device))
     a = start(target, variance, third, match == Match.REVERSE)
@@ -217,7 +218,7 @@ def _roots(batch: RowBatch, controls: SolveControls, rows: Tensor) -> tuple[Tens
         curves.stats(state[kernels.AT.value][:, None], done, curves.planes)
         kernels.solve_step[(bucket,)](
             curves.planes, curves.partition, state, match, limit, forward_target, reverse_target,
-            table.blocks, bucket * table.blocks, bucket, BLOCKS=padded(table.blocks), num_warps=ROW_WARPS,
+            table.blocks, bucket * table.blocks, state.stride(0), BLOCKS=padded(table.blocks), num_warps=ROW_WARPS,
         )  # fmt: skip
     found = state[:, :B]
     converged = (found[kernels.DONE.value] != 0) & (found[kernels.CLAMPED.value] == 0)

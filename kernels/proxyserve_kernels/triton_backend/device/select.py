@@ -3,8 +3,8 @@
 `best_tokens` sorts the blocks by their maxima and opens them best first: what it has not opened is known to be no
 better than the next maximum. The tokens at least as good as the worst opened maximum go to a buffer, which is sorted.
 With them it finds the last kept token as `torch_backend.filters` does. A row whose last token is not among them for
-certain (a flat law with a large nucleus, or ties across the edge) is flagged, and `search` finds it by bisection over
-the 2**32 possible scores. Nothing is approximate, so the two give the same token whichever a row goes through.
+certain (a flat law with a large nucleus, or ties across the edge) is flagged, and found by bisection over the 2**32
+possible scores. Nothing is approximate, so the two give the same token whichever a row goes through.
 """
 
 from __future__ import annotations
@@ -119,7 +119,6 @@ def best_tokens(
     plane,
     LAW: tl.constexpr,
     BLOCKS: tl.constexpr,
-    SORTED: tl.constexpr,
     ROOM: tl.constexpr,
     LIST: tl.constexpr,
     GROUP: tl.constexpr,
@@ -130,10 +129,10 @@ def best_tokens(
     ADJUST: tl.constexpr,
 ):
     """Grid (rows). Writes (thresholds float32, lasts int64): the last token that the filters keep (PROCESSED only);
-    the list of best tokens; and unsure int32: bit 0 if the last kept token, bit 1 if the list is left to `search`.
+    the list of best tokens; and unsure int32: bit 0 if the last kept token is left to `search_last`, bit 1 if the list
+    is left to `search_list`.
 
-    `orders` int64 [rows, SORTED] and `buffers` int64 [rows, ROOM] are scratch. SORTED is a power of two that the blocks
-    fit in; sums over them are made as over BLOCKS, as everywhere."""
+    `orders` int64 [rows, BLOCKS] and `buffers` int64 [rows, ROOM] are scratch."""
     row = tl.program_id(0).to(tl.int64)
     ints += row * int_stride
     floats += row * float_stride
@@ -157,7 +156,7 @@ def best_tokens(
         )
     if (tl.load(ints + WIDTH) == 0) | ((filtered == 0) & (wanted == 0)):
         return
-    orders += row * SORTED
+    orders += row * BLOCKS
     buffers += row * ROOM
 
     block = tl.arange(0, BLOCKS)
@@ -169,8 +168,6 @@ def best_tokens(
     if (total != total) | (peak == float("-inf")):
         return  # a bad row; `pick` flags it
     possible = tl.sum((maxima > float("-inf")).to(tl.int32), axis=0)
-    block = tl.arange(0, SORTED)
-    maxima = tl.load(stats + block, mask=block < blocks, other=float("-inf"))
     tl.store(orders + block, sort_descending(packed(maxima, block)))
     tl.debug_barrier()  # the order is read back by other threads
 
@@ -208,7 +205,7 @@ def best_tokens(
     # A token that is not in the buffer is worse than all that are, unless it ties with the worst of them in a block
     # that was not opened.
     beyond = tl.where(
-        opened < possible, packed_score(tl.load(orders + tl.minimum(opened, SORTED - 1))), float("-inf")
+        opened < possible, packed_score(tl.load(orders + tl.minimum(opened, BLOCKS - 1))), float("-inf")
     )
     place = tl.arange(0, ROOM)
     keys = sort_descending(tl.load(buffers + place, mask=place < count, other=EMPTY))
@@ -331,82 +328,93 @@ def reach(
     return score, last
 
 
+@triton.jit
+def block_peaks(stats, blocks, BLOCKS: tl.constexpr):
+    """(highest maximum, number of blocks that have any token, ordered keys of the maxima int32 [BLOCKS]) of a row."""
+    block = tl.arange(0, BLOCKS)
+    maxima = tl.load(stats + block, mask=block < blocks, other=float("-inf"))
+    possible = tl.sum((maxima > float("-inf")).to(tl.int32), axis=0)
+    return tl.max(maxima, axis=0), possible, ordered(maxima)
+
+
 @triton.jit(do_not_specialize=["int_stride", "float_stride", "blocks", "plane"])
-def search(
-    ints, floats, stats, orders, buffers, thresholds, lasts, unsure, list_ids, list_values,
-    int_stride, float_stride, blocks, plane,
-    LAW: tl.constexpr, BLOCKS: tl.constexpr, SORTED: tl.constexpr, ROOM: tl.constexpr, LIST: tl.constexpr,
-    GROUP: tl.constexpr,
-    KIND: tl.constexpr, TERMS: tl.constexpr, LAWS: tl.constexpr, GENERAL: tl.constexpr, ADJUST: tl.constexpr,
+def search_last(
+    ints, floats, stats, orders, thresholds, lasts, unsure, int_stride, float_stride, blocks, plane,
+    BLOCKS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, TERMS: tl.constexpr,
+    LAWS: tl.constexpr, GENERAL: tl.constexpr, ADJUST: tl.constexpr,
 ):  # fmt: skip
-    """K3, grid (rows): what `best_tokens` left, exactly, by bisection. Always launched, so that the sequence of
-    launches does not depend on the data; rows that are not `unsure` leave at once."""
+    """K3, grid (rows): the last kept token of the rows for which `best_tokens` did not find it, by bisection. Always
+    launched, so that the sequence of launches does not depend on the data; other rows leave at once."""
     row = tl.program_id(0).to(tl.int64)
-    missing = tl.load(unsure + row)
-    if missing == 0:
+    if (tl.load(unsure + row) & 1) == 0:
         return
     ints += row * int_stride
     floats += row * float_stride
-    orders += row * SORTED
+    orders += row * BLOCKS
+    peak, possible, block_keys = block_peaks(stats + PROCESSED_MAX * plane + row * blocks, blocks, BLOCKS)
+    lowest = tl.full([], -(2**31), tl.int64)
+    alive = peak + tl.load(floats + LOG_MIN_P)
+    alive_last = tl.full([], 0x7FFFFFFF, tl.int32)
+    count, _, _ = weigh(
+        ints, floats, orders, possible, lowest, lowest, lowest, alive, alive_last, peak,
+        False, GROUP, PROCESSED, KIND, TERMS, LAWS, GENERAL, ADJUST,
+    )  # fmt: skip
+    top_k = tl.load(ints + TOP_K)
+    limit = tl.where(top_k == 0, count, tl.minimum(top_k.to(tl.float64), count))
+    alive, alive_last = reach(
+        ints, floats, orders, block_keys, blocks, limit, alive, alive_last, peak,
+        False, GROUP, PROCESSED, KIND, TERMS, LAWS, GENERAL, ADJUST,
+    )  # fmt: skip
+    share = tl.load(floats + TOP_P)
+    if share < 1.0:
+        mass, _, _ = weigh(
+            ints, floats, orders, possible, lowest, lowest, lowest, alive, alive_last, peak,
+            True, GROUP, PROCESSED, KIND, TERMS, LAWS, GENERAL, ADJUST,
+        )  # fmt: skip
+        alive, alive_last = reach(
+            ints, floats, orders, block_keys, blocks, share.to(tl.float64) * mass, alive, alive_last, peak,
+            True, GROUP, PROCESSED, KIND, TERMS, LAWS, GENERAL, ADJUST,
+        )  # fmt: skip
+    tl.store(thresholds + row, alive)
+    tl.store(lasts + row, alive_last.to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["int_stride", "float_stride", "blocks", "plane"])
+def search_list(
+    ints, floats, stats, orders, buffers, unsure, list_ids, list_values, int_stride, float_stride, blocks, plane,
+    LAW: tl.constexpr, BLOCKS: tl.constexpr, ROOM: tl.constexpr, LIST: tl.constexpr,
+    GROUP: tl.constexpr, KIND: tl.constexpr, TERMS: tl.constexpr, LAWS: tl.constexpr, GENERAL: tl.constexpr,
+    ADJUST: tl.constexpr,
+):  # fmt: skip
+    """As `search_last`, for the lists of best tokens: finds the last one listed, then collects and sorts."""
+    row = tl.program_id(0).to(tl.int64)
+    if (tl.load(unsure + row) & 2) == 0:
+        return
+    ints += row * int_stride
+    floats += row * float_stride
+    orders += row * BLOCKS
     buffers += row * ROOM
     if LAW == RAW:
-        stats += RAW_MAX * plane + row * blocks
+        stats += RAW_MAX * plane
+        wanted = tl.load(ints + LISTED_RAW).to(tl.int32)
     else:
-        stats += PROCESSED_MAX * plane + row * blocks
-    block = tl.arange(0, BLOCKS)
-    maxima = tl.load(stats + block, mask=block < blocks, other=float("-inf"))
-    peak = tl.max(maxima, axis=0)
-    possible = tl.sum((maxima > float("-inf")).to(tl.int32), axis=0)
-    block_keys = ordered(maxima)
+        stats += PROCESSED_MAX * plane
+        wanted = tl.load(ints + LISTED_PROCESSED).to(tl.int32)
+    peak, possible, block_keys = block_peaks(stats + row * blocks, blocks, BLOCKS)
     lowest = tl.full([], -(2**31), tl.int64)
-    every = 0x7FFFFFFF
-    if LAW == PROCESSED:
-        if (missing & 1) != 0:
-            top_k = tl.load(ints + TOP_K)
-            share = tl.load(floats + TOP_P)
-            # Plus 0.0: the floor of a row without min-p is -inf.
-            alive = peak + tl.load(floats + LOG_MIN_P)
-            alive_last = tl.full([], every, tl.int32)
-            count, _, _ = weigh(
-                ints, floats, orders, possible, lowest, lowest, lowest, alive, alive_last, peak,
-                False, GROUP, LAW, KIND, TERMS, LAWS, GENERAL, ADJUST,
-            )  # fmt: skip
-            limit = tl.where(top_k == 0, count, tl.minimum(top_k.to(tl.float64), count))
-            alive, alive_last = reach(
-                ints, floats, orders, block_keys, blocks, limit, alive, alive_last, peak,
-                False, GROUP, LAW, KIND, TERMS, LAWS, GENERAL, ADJUST,
-            )  # fmt: skip
-            if share < 1.0:
-                mass, _, _ = weigh(
-                    ints, floats, orders, possible, lowest, lowest, lowest, alive, alive_last, peak,
-                    True, GROUP, LAW, KIND, TERMS, LAWS, GENERAL, ADJUST,
-                )  # fmt: skip
-                alive, alive_last = reach(
-                    ints, floats, orders, block_keys, blocks, share.to(tl.float64) * mass, alive, alive_last, peak,
-                    True, GROUP, LAW, KIND, TERMS, LAWS, GENERAL, ADJUST,
-                )  # fmt: skip
-            tl.store(thresholds + row, alive)
-            tl.store(lasts + row, alive_last.to(tl.int64))
-    if LIST > 0:
-        if (missing & 2) != 0:
-            if LAW == RAW:
-                wanted = tl.load(ints + LISTED_RAW).to(tl.int32)
-            else:
-                wanted = tl.load(ints + LISTED_PROCESSED).to(tl.int32)
-            count, _, _ = weigh(
-                ints, floats, orders, possible, lowest, lowest, lowest, float("-inf"), every, peak,
-                False, GROUP, LAW, KIND, TERMS, LAWS, GENERAL, ADJUST,
-            )  # fmt: skip
-            limit = tl.minimum(wanted.to(tl.float64), count)
-            score, last = reach(
-                ints, floats, orders, block_keys, blocks, limit, float("-inf"), every, peak,
-                False, GROUP, LAW, KIND, TERMS, LAWS, GENERAL, ADJUST,
-            )  # fmt: skip
-            found, _ = collect(
-                ints, floats, orders, buffers, possible, score, last, ROOM, peak,
-                GROUP, LAW, KIND, TERMS, LAWS, GENERAL, ADJUST,
-            )  # fmt: skip
-            tl.debug_barrier()
-            place = tl.arange(0, ROOM)
-            keys = sort_descending(tl.load(buffers + place, mask=place < found, other=EMPTY))
-            store_list(keys, found, wanted, list_ids + row * LIST, list_values + row * LIST, ROOM, LIST)
+    count, _, _ = weigh(
+        ints, floats, orders, possible, lowest, lowest, lowest, float("-inf"), 0x7FFFFFFF, peak,
+        False, GROUP, LAW, KIND, TERMS, LAWS, GENERAL, ADJUST,
+    )  # fmt: skip
+    score, last = reach(
+        ints, floats, orders, block_keys, blocks, tl.minimum(wanted.to(tl.float64), count), float("-inf"), 0x7FFFFFFF,
+        peak, False, GROUP, LAW, KIND, TERMS, LAWS, GENERAL, ADJUST,
+    )  # fmt: skip
+    found, _ = collect(
+        ints, floats, orders, buffers, possible, score, last, ROOM, peak,
+        GROUP, LAW, KIND, TERMS, LAWS, GENERAL, ADJUST,
+    )  # fmt: skip
+    tl.debug_barrier()
+    place = tl.arange(0, ROOM)
+    keys = sort_descending(tl.load(buffers + place, mask=place < found, other=EMPTY))
+    store_list(keys, found, wanted, list_ids + row * LIST, list_values + row * LIST, ROOM, LIST)

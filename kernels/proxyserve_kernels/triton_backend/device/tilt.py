@@ -187,7 +187,8 @@ def solve_step(
     BLOCKS: tl.constexpr,
 ):
     """Grid (rows). One safeguarded step from the moments at the state's multiplier; the same arithmetic, line by line,
-    as `torch_backend.solve`. `partitions` float64 [rows] are those of the base; `state` float64 [STATE, rows]."""
+    as `torch_backend.solve`. `partitions` float64 are those of the base; `state` float64 [STATE, pitch], `rows` its
+    pitch."""
     row = tl.program_id(0).to(tl.int64)
     state += row
     if tl.load(state + DONE * rows) != 0.0:

@@ -1,0 +1,130 @@
+"""Compile, before the first request, every variant that requests can need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from proxyserve_kernels.controls import Adjustments, PickControls
+from proxyserve_kernels.rows import BLOCK, Ref, Row, RowBatch, Support, Term
+from proxyserve_kernels.speculation import Drafts
+from proxyserve_kernels.tilt import Match, SolveControls
+from proxyserve_kernels.triton_backend.launch import LISTS
+from proxyserve_kernels.triton_backend.results import read_picks
+from proxyserve_kernels.triton_backend.run import run
+from proxyserve_kernels.triton_backend.solve import pair_divergences, solve
+from proxyserve_kernels.triton_backend.table import LAW_COUNTS, TERM_COUNTS
+from proxyserve_kernels.triton_backend.tuning import Tile, tile_for
+from proxyserve_kernels.triton_backend.verify import judge
+
+
+def warm_up(
+    device: torch.device,
+    dtypes: Sequence[torch.dtype],
+    vocabulary: int,
+    max_batch: int,
+    max_terms: int,
+    max_laws: int,
+    progress: Callable[[str], None],
+) -> None:
+    """Run every kernel once in every variant; parameters as in `Backend.warm_up`."""
+    mixtures: list[tuple[torch.dtype, ...]] = [(dtype,) for dtype in dict.fromkeys(dtypes)]
+    if len(mixtures) > 1:
+        mixtures.append(tuple(dict.fromkeys(dtypes)))
+    for mixture in mixtures:
+        sources = [
+            torch.zeros(1, -(-vocabulary // BLOCK) * BLOCK, dtype=dtype, device=device) for dtype in mixture
+        ]
+        for terms in _upto(TERM_COUNTS, max_terms):
+            for rows in representative_rows(max_batch, vocabulary):
+                what = f"{'+'.join(str(dtype).removeprefix('torch.') for dtype in mixture)}, {terms} terms"
+                progress(f"compiling kernels: {what}, {rows} rows")
+                plain = _row(len(sources), vocabulary, terms)
+                _pick(RowBatch.of(sources, [plain] * rows))
+                _dynamic(RowBatch.of(sources, [plain] * rows))
+                _speculate(plain, sources, rows)
+                for laws in _upto(LAW_COUNTS, max_laws):
+                    support = Support(tuple(Ref(0, 0) for _ in range(laws)), top_p=0.5) if laws else None
+                    ruled = plain._replace(normalise=True, support=support)
+                    _pick(RowBatch.of(sources, [ruled] * rows))
+                    _speculate(ruled, sources, rows)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def representative_rows(max_batch: int, vocabulary: int) -> list[int]:
+    """One batch size for each tile that batches of up to `max_batch` rows are launched with."""
+    sizes: dict[Tile, int] = {}
+    rows = 1
+    while True:
+        sizes.setdefault(tile_for(rows, -(-vocabulary // BLOCK)), rows)
+        if rows >= max_batch:
+            return list(sizes.values())
+        rows *= 2
+
+
+def _upto(sizes: Sequence[int], most: int) -> list[int]:
+    """The `sizes` that batches with at most `most` are rounded up to."""
+    enough = next(size for size in sizes if size >= most)
+    return [size for size in sizes if size <= enough]
+
+
+def _row(sources: int, vocabulary: int, terms: int) -> Row:
+    """A row that reads every source."""
+    refs = [Ref(number % sources, 0) for number in range(2 * terms + 1)]
+    pairs = tuple(Term(refs[2 * term + 1], refs[2 * term + 2]) for term in range(terms))
+    return Row(refs[0], vocabulary, pairs)
+
+
+def controls(rows: int) -> Iterator[PickControls]:
+    """Controls that between them need every variant of the pick's kernels: with and without adjustments, temperature,
+    filters, and lists of each size."""
+    lists: list[tuple[int | None, int | None]] = [(None, None), *((size, size) for size in LISTS)]
+    for adjustments in (None, Adjustments.none()):
+        for temperature in (1.0, 0.5):
+            for top_p in (1.0, 0.5):
+                for raw, processed in lists:
+                    yield replace(
+                        PickControls.greedy(rows),
+                        temperature=torch.full((rows,), temperature),
+                        top_p=torch.full((rows,), top_p),
+                        raw=(raw,) * rows,
+                        processed=(processed,) * rows,
+                        adjustments=adjustments,
+                    )
+
+
+def _pick(batch: RowBatch) -> None:
+    for settings in controls(batch.size):
+        table, buffers, wishes = run(batch, settings)
+        read_picks(table, buffers, settings, wishes)
+
+
+def _dynamic(batch: RowBatch) -> None:
+    B = batch.size
+    for match in (Match.FORWARD, Match.BOTH, Match.PAPER):
+        solve(batch, SolveControls(torch.full((B,), int(match)), torch.full((B,), 2.0), torch.ones(B)))
+    pair_divergences(batch)
+
+
+def _speculate(row: Row, sources: Sequence[Tensor], rows: int) -> None:
+    """One draft per request, drawn from a model's row by itself."""
+    n = max(1, rows // 2)
+    target = RowBatch.of(sources, [row] * (2 * n))
+    law = RowBatch.of(sources, [Row(row.base, row.width)] * n)
+    for adjustments in (None, Adjustments.none()):
+        sampled = [
+            replace(PickControls.greedy(size), temperature=torch.ones(size), adjustments=adjustments)
+            for size in (2 * n, n)
+        ]
+        drafts = Drafts(
+            tokens=torch.zeros(n, 1, dtype=torch.int64),
+            rows=torch.arange(2 * n).view(n, 2),
+            laws=law,
+            law_controls=sampled[1],
+            law_rows=torch.arange(n).view(n, 1),
+        )
+        judge(target, sampled[0], drafts, "rejection")
