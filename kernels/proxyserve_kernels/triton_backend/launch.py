@@ -15,7 +15,7 @@ from torch import Tensor
 
 from proxyserve_kernels.triton_backend.device import layout, pick, select, stats
 from proxyserve_kernels.triton_backend.table import RowTable
-from proxyserve_kernels.triton_backend.tuning import GROUP, ROOM, ROW_WARPS, SEARCH_GROUP, Tile, tile_for
+from proxyserve_kernels.triton_backend.tuning import GROUP, ROOM, ROW_WARPS, Tile, tile_for
 
 #: Lengths that lists of best tokens are rounded up to.
 LISTS = (32, ROOM)
@@ -182,13 +182,13 @@ def _select(
             buffers.lasts,
             buffers.unsure,
             *sizes,
-            GROUP=SEARCH_GROUP,
+            GROUP=GROUP,
             **constants,
         )
     if listed:
         select.search_list[(table.bucket,)](
             *inputs, buffers.candidates, buffers.unsure, ids, values, *sizes,
-            LAW=law, ROOM=room, LIST=listed, GROUP=SEARCH_GROUP, **constants,
+            LAW=law, ROOM=room, LIST=listed, GROUP=GROUP, **constants,
         )  # fmt: skip
 
 

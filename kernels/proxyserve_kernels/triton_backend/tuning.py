@@ -35,11 +35,9 @@ def tile_for(rows: int, blocks: int) -> Tile:
     return TILES[-1]
 
 
-#: Warps of the kernels that have one program per row, and the blocks that `best_tokens` and `search` open at once. The
-#: latter mostly reads whole rows; with 8 the compiler trades registers for spills.
+#: Warps of the kernels that have one program per row, and the blocks that they open at once.
 ROW_WARPS = 8
 GROUP = 8
-SEARCH_GROUP = 16
 
 #: Places in the buffer of best tokens of a row, and so the longest list.
 ROOM = 1024

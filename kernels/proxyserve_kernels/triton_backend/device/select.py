@@ -249,6 +249,7 @@ def weigh(
 ):  # fmt: skip
     """Weight of the tokens with keys from `first`, `second`, `third` upwards, float64 each: their number, or with MASS
     the sum of exp(score - peak). Only tokens from (alive, alive_last) upwards count."""
+    first, second, third = first.to(tl.int32), second.to(tl.int32), third.to(tl.int32)
     one, two, three = tl.zeros([], tl.float64), tl.zeros([], tl.float64), tl.zeros([], tl.float64)
     start = tl.zeros([], tl.int32)
     while start < opened:
@@ -260,7 +261,7 @@ def weigh(
         weight = tl.where(living, 1.0, 0.0)
         if MASS:
             weight = tl.where(living, tl.exp2((score - peak) * LOG2E), 0.0)
-        key = ordered(score).to(tl.int64)
+        key = ordered(score)
         one += tl.sum(tl.sum(tl.where(key >= first, weight, 0.0), axis=1).to(tl.float64), axis=0)
         two += tl.sum(tl.sum(tl.where(key >= second, weight, 0.0), axis=1).to(tl.float64), axis=0)
         three += tl.sum(tl.sum(tl.where(key >= third, weight, 0.0), axis=1).to(tl.float64), axis=0)
