@@ -39,7 +39,7 @@ class TorchBackend:
 
     def fused_scores(self, batch: RowBatch) -> Tensor:
         """See `Backend`."""
-        return fuse(batch).scores
+        return fuse(batch, compare=False).scores
 
     def pick(self, batch: RowBatch, controls: PickControls) -> Picks:
         """See `Backend`."""

@@ -3,7 +3,8 @@
 What a filter keeps is always "the best tokens in the order (score descending, id ascending), down to some last one",
 so a filter only has to find that last token. It is looked for among the best tokens of the blocks with the highest
 maxima; what lies in the other blocks is known to be no better than the next maximum. A row whose last token is not
-found there for certain is searched by bisection. Nothing is approximate.
+found there for certain is divided into bins by score, and only the bin that holds the last token is sorted. Nothing is
+approximate. A token at -inf is never kept.
 
 Scores are float32 [n, V], V a multiple of 256, after temperature; `top_k` int64 [n] (0 = off), `top_p` float32 [n]
 (1 = off), `min_p` float32 [n] (0 = off).
@@ -18,10 +19,13 @@ import torch
 from torch import Tensor
 
 from proxyserve_kernels.rows import BLOCK
-from proxyserve_kernels.torch_backend.blocks import in_blocks, log_partition, row_sum
+from proxyserve_kernels.torch_backend.blocks import in_blocks, log_partition
 
-#: (blocks opened, best tokens looked at) of each attempt before the bisection.
-ATTEMPTS = ((32, 256), (256, 4096))
+#: Blocks opened, and best tokens of them looked at, before a row is divided into bins.
+OPENED, CANDIDATES = 64, 256
+
+#: Bins, and their width in nats; the last one holds everything below.
+BINS, BIN_WIDTH = 4096, 0.01
 
 
 class Last(NamedTuple):
@@ -31,11 +35,27 @@ class Last(NamedTuple):
     id: Tensor
 
 
-def keeps(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Which tokens the filters keep, bool [n, V]. The parameters may lie on the host."""
+def filtered(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """A copy of the scores with -inf for what the filters remove: min-p, then top-k, then top-p on what is left. The
+    parameters may lie on the host. A bad row (NaN, +inf, nothing possible) gives anything."""
     device = scores.device
-    last = cut(scores, top_k.to(device), top_p.to(device), min_p.to(device))
-    return before(scores, last) | (scores == last.score[:, None]) & (_ids(scores) == last.id[:, None])
+    top_k, top_p, min_p = top_k.to(device), top_p.to(device), min_p.to(device)
+    best = _best(scores, OPENED, CANDIDATES)
+    last, certain = _last_kept(best, log_partition(scores), top_k, top_p, min_p)
+    ranks = torch.arange(best.scores.shape[1], device=device)
+    listed = torch.where(ranks <= last[:, None], best.scores, -math.inf)
+    kept = torch.full_like(scores, -math.inf).scatter_(1, best.ids, listed)
+    for row in (~certain).nonzero()[:, 0].tolist():
+        token = _search(scores[row], int(top_k[row]), float(top_p[row]), float(min_p[row]))
+        inside = up_to(scores[row : row + 1], Last(*(value.view(1) for value in token)))
+        kept[row] = torch.where(inside[0], scores[row], -math.inf)
+    return kept
+
+
+def up_to(scores: Tensor, token: Last) -> Tensor:
+    """`token` and the tokens that come before it, bool [n, V]."""
+    level = scores == token.score[:, None]
+    return (scores > token.score[:, None]) | (level & (_ids(scores) <= token.id[:, None]))
 
 
 def before(scores: Tensor, token: Last) -> Tensor:
@@ -49,38 +69,19 @@ def _ids(scores: Tensor) -> Tensor:
     return torch.arange(scores.shape[1], device=scores.device)
 
 
-def cut(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Last:
-    """The last token that min-p, then top-k, then top-p on what is left keep."""
-    total = log_partition(scores)
-    score = torch.empty_like(total)
-    token = torch.empty_like(total, dtype=torch.int64)
-    todo = torch.arange(scores.shape[0], device=scores.device)
-    for blocks, candidates in ATTEMPTS:
-        best = _best(scores[todo], blocks, candidates)
-        last, certain = _last_kept(best, total[todo], top_k[todo], top_p[todo], min_p[todo])
-        done = todo[certain]
-        score[done], token[done] = _at(best.scores, last)[certain], _at(best.ids, last)[certain]
-        todo = todo[~certain]
-        if not todo.numel():
-            return Last(score, token)
-    found = _search(scores[todo], top_k[todo], top_p[todo], min_p[todo])
-    score[todo], token[todo] = found
-    return Last(score, token)
-
-
 def top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The best `count` (at most V) tokens in order: scores float32 [n, count], ids int64 [n, count]."""
     best = _best(scores, count + 1, 2 * count + 8)
-    enough = best.scores.shape[1] == scores.shape[1]
-    if not (enough or bool((best.scores[:, count - 1] > best.bound).all())):
-        n = scores.shape[0]
-        off = torch.zeros(n, device=scores.device)
-        last = cut(scores, torch.full((n,), count, device=scores.device), off + 1, off)
-        kept = before(scores, last) | (_ids(scores) == last.id[:, None])
-        # The kept ones are exactly the best `count`, unless the row is bad.
-        values, ids = _in_order(*scores.masked_fill(~kept, -math.inf).topk(count, dim=1))
-        return values, ids
-    return best.scores[:, :count], best.ids[:, :count]
+    values, ids = best.scores[:, :count].clone(), best.ids[:, :count].clone()
+    unsure = values[:, -1] <= best.bound
+    for row in unsure.nonzero()[:, 0].tolist():
+        if not math.isinf(float(best.bound[row])):  # else what is missing is impossible anyway
+            token = _search(scores[row], count, 1.0, 0.0)
+            inside = up_to(scores[row : row + 1], Last(*(value.view(1) for value in token)))
+            # Exactly `count` tokens, unless the row is bad.
+            chosen = scores[row : row + 1].masked_fill(~inside, -math.inf).topk(count, dim=1)
+            values[row : row + 1], ids[row : row + 1] = _in_order(*chosen)
+    return values, ids
 
 
 class _Best(NamedTuple):
@@ -145,39 +146,38 @@ def _last_kept(
     return last, everything | (reached & (_at(values, last) > best.bound))
 
 
-def _search(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Last:
-    """The last kept token by bisection over the 2**32 possible scores, for rows that keep very many."""
-    scores = scores + 0.0  # -0.0 and 0.0 are equal but have different bits
-    floor = scores.amax(dim=1) + torch.log(min_p)
-    alive = (scores >= floor[:, None]).double()
-    count = torch.where(top_k == 0, scores.shape[1], top_k).double()
-    by_count = _reach(scores, alive, torch.minimum(count, row_sum(alive)))
-    alive *= before(scores, by_count) | (_ids(scores) == by_count.id[:, None])
-    mass = (scores - scores.amax(dim=1, keepdim=True)).double().exp() * alive
+def _search(scores: Tensor, top_k: int, top_p: float, min_p: float) -> Last:
+    """The last kept token of one row [V] that may keep very many: () float32, () int64."""
+    peak = scores.max()
+    if not bool(torch.isfinite(peak)):  # a bad row
+        return Last(scores[0], torch.zeros((), dtype=torch.int64, device=scores.device))
+    # Rounding keeps the order: a better score never has a later bin.
+    bins = (peak - scores).mul_(1 / BIN_WIDTH).clamp_(max=BINS - 1).int()
+    alive = scores > -math.inf
+    if min_p:
+        alive &= scores >= peak + math.log(min_p)
+    if top_k:
+        living = alive.double()
+        sums = torch.bincount(bins, weights=living, minlength=BINS)
+        score, token = _reach(scores, alive, bins, sums, living, float(top_k))
+        alive &= up_to(scores[None], Last(score.view(1), token.view(1)))[0]
+    mass = torch.where(alive, (scores - peak).exp_(), 0.0).double()
+    sums = torch.bincount(bins, weights=mass, minlength=BINS)
     # A top-p of 1 must not lose tokens whose mass is lost in the sum.
-    by_mass = _reach(scores, mass, row_sum(mass) * top_p.double())
-    off = top_p >= 1.0
-    return Last(torch.where(off, by_count.score, by_mass.score), torch.where(off, by_count.id, by_mass.id))
+    goal = math.inf if top_p >= 1.0 else top_p * float(sums.sum())
+    return _reach(scores, alive, bins, sums, mass, goal)
 
 
-def _reach(scores: Tensor, weight: Tensor, target: Tensor) -> Last:
-    """The first token, in the order (score descending, id ascending), up to which `weight` float64 [n, V] sums to
-    `target` float64 [n]."""
-    bits = scores.view(torch.int32)
-    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()  # ordered as the scores are
-    low, high = keys.amin(dim=1), keys.amax(dim=1)  # the key sought is in low .. high
-    while bool((low < high).any()):
-        middle = (low + high + 1) >> 1
-        enough = row_sum(weight * (keys >= middle[:, None])) >= target
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle - 1)
-    above = row_sum(weight * (keys > low[:, None]))
-    tied = keys == low[:, None]
-    # Tied tokens have one score, so one weight, except those already filtered out, which have none.
-    level = (tied * weight).cumsum(dim=1) + above[:, None]
-    reached = tied & (level >= target[:, None]) & (weight > 0)
-    first = reached.int().argmax(dim=1)
-    final = (
-        (tied & (weight > 0)).int().cumsum(dim=1).argmax(dim=1)
-    )  # rounding may leave the target just out of reach
-    token = torch.where(reached.any(dim=1), first, final)
-    return Last(_at(scores, token), token)
+def _reach(scores: Tensor, alive: Tensor, bins: Tensor, sums: Tensor, weight: Tensor, goal: float) -> Last:
+    """The first token, best first, up to which `weight` float64 [V] of the living reaches `goal`, or the last living
+    one; some token lives. `sums` float64 [BINS] are the weights of the bins."""
+    level = sums.cumsum(dim=0)
+    full = int((level < goal).sum())  # so many bins lie before the one where the goal is reached
+    if full >= BINS:
+        full = int(bins[alive].max())
+    members = (alive & (bins == full)).nonzero()[:, 0]
+    members = members[scores[members].sort(descending=True, stable=True).indices]
+    earlier = level[full] - sums[full]
+    reached = earlier + weight[members].cumsum(dim=0) >= goal
+    place = int((~reached).sum()) if bool(reached[-1]) else members.shape[0] - 1
+    return Last(scores[members[place]], members[place])

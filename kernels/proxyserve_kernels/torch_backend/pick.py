@@ -13,14 +13,14 @@ from proxyserve_kernels.rows import RowBatch
 from proxyserve_kernels.torch_backend.adjust import adjust
 from proxyserve_kernels.torch_backend.blocks import log_partition, row_sum
 from proxyserve_kernels.torch_backend.draw import draw
-from proxyserve_kernels.torch_backend.filters import Last, before, keeps, top
+from proxyserve_kernels.torch_backend.filters import Last, before, filtered, top
 from proxyserve_kernels.torch_backend.scores import Fused, fuse
 
 
 def pick(batch: RowBatch, controls: PickControls) -> Picks:
     """See `Backend.pick`."""
-    fused = fuse(batch)
-    kl, flips = _compare(fused, controls.compare)
+    fused = fuse(batch, compare=controls.compare)
+    kl, flips = _compare(fused)
     asked = wanted(controls.raw)
     unadjusted = fused.scores[asked.to(batch.device)] if asked.numel() else None
     scores = fused.scores
@@ -28,8 +28,7 @@ def pick(batch: RowBatch, controls: PickControls) -> Picks:
         adjust(scores, controls.adjustments)
     best = scores.argmax(dim=1)
     peak = scores.gather(1, best[:, None])[:, 0]
-    # A NaN anywhere makes the sum NaN; max and argmax alone may step over it on some devices.
-    valid = torch.isfinite(peak) & ~torch.isnan(row_sum(scores))
+    valid = torch.isfinite(peak)  # torch's argmax takes a NaN for the largest
     told = wanted(controls.processed)
     tokens, processed_scores = _choose(scores, best, controls, told)
     tokens = torch.where(valid, tokens, -1)
@@ -47,7 +46,7 @@ def pick(batch: RowBatch, controls: PickControls) -> Picks:
 
 def processed(batch: RowBatch, controls: PickControls, rows: Tensor) -> Tensor:
     """Log-probs of the processed laws of `rows` int64 [n] (host), float32 [n, V]."""
-    scores = fuse(batch).scores
+    scores = fuse(batch, compare=False).scores
     if controls.adjustments is not None:
         adjust(scores, controls.adjustments)
     at = rows.to(scores.device)
@@ -64,11 +63,10 @@ def _law(scores: Tensor, best: Tensor, controls: PickControls, rows: Tensor) -> 
     law = scores * scale.to(device)[:, None]
     top_k, top_p, min_p = controls.top_k[rows], controls.top_p[rows], controls.min_p[rows]
     filters = ((top_k > 0) | (top_p < 1.0) | (min_p > 0.0)) & sampled
-    filtered = filters.nonzero()[:, 0]
-    if filtered.numel():
-        at = filtered.to(device)
-        kept = keeps(law[at], top_k[filtered], top_p[filtered], min_p[filtered])
-        law[at] = law[at].masked_fill_(~kept, -math.inf)
+    chosen = filters.nonzero()[:, 0]
+    if chosen.numel():
+        at = chosen.to(device)
+        law[at] = filtered(law[at], top_k[chosen], top_p[chosen], min_p[chosen])
     if bool(greedy.any()):
         ids = torch.arange(law.shape[1], device=device)
         law = torch.where(greedy[:, None], torch.where(ids == best[:, None], 0.0, -math.inf), law)
@@ -100,11 +98,11 @@ def _choose(
     return tokens, law[torch.searchsorted(rows, told).to(device)]
 
 
-def _compare(fused: Fused, compare: bool) -> tuple[Tensor, Tensor]:
-    """KL(fused || reference) and flips: 0 and False for rows that are their reference, or without `compare`."""
+def _compare(fused: Fused) -> tuple[Tensor, Tensor]:
+    """KL(fused || reference) and flips: 0 and False for rows that are their reference."""
     kl = torch.zeros(fused.scores.shape[0], dtype=torch.float32, device=fused.scores.device)
     flips = torch.zeros_like(kl, dtype=torch.bool)
-    if not compare or not fused.changed.numel():
+    if not fused.changed.numel():
         return kl, flips
     rows = fused.changed.to(kl.device)
     scores = fused.scores if rows.shape[0] == kl.shape[0] else fused.scores[rows]

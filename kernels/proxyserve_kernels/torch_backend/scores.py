@@ -11,7 +11,7 @@ from torch import Tensor
 
 from proxyserve_kernels.rows import ABSENT, CLIP, FUSED, RowBatch, Rules, Supports
 from proxyserve_kernels.torch_backend.blocks import log_partition
-from proxyserve_kernels.torch_backend.filters import keeps
+from proxyserve_kernels.torch_backend.filters import filtered
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,19 +24,23 @@ class Fused:
     reference: Tensor
 
 
-def fuse(batch: RowBatch) -> Fused:
+def fuse(batch: RowBatch, *, compare: bool = True) -> Fused:
     """Fuse every row. Inputs become float32 before anything else; a difference of two rows is formed before it meets
-    the base, so that what the two have in common cancels unrounded. A NaN stays in its row."""
+    the base, so that what the two have in common cancels unrounded. A NaN stays in its row. Without `compare` there is
+    no reference, and `changed` is empty."""
     scores = take(batch, batch.base, batch.widths)
     rules = batch.rules
-    changed = _changed(batch)
-    if not changed.numel():
-        return Fused(scores, changed, scores[:0])
+    changed = _changed(batch) if compare else torch.zeros(0, dtype=torch.int64)
     if rules is None:
+        if not changed.numel():
+            add_terms(batch, scores)
+            return Fused(scores, changed, scores[:0])
         reference = scores.clone() if changed.numel() == batch.size else scores[changed.to(scores.device)]
         add_terms(batch, scores)
         return Fused(scores, changed, reference)
-    reference = take(batch, rules.reference[changed], batch.widths[changed])
+    reference = scores[:0]
+    if changed.numel():
+        reference = take(batch, rules.reference[changed], batch.widths[changed])
     base = scores.clone()
     weight = rules.base_weight.to(scores.device)[:, None]
     # An id with no score stays one: -inf times a weight of 0 or less would be NaN or +inf.
@@ -122,16 +126,17 @@ def deltas(batch: RowBatch, term: int, rows: Tensor, positive: int, negative: in
         if negative != ABSENT:
             shift -= _log_partitions(batch, batch.negative[rows, term], rows)
         shift = torch.where(normalise.to(shift.device), shift, 0.0)[:, None]
-    lost = torch.isneginf(above)
     if negative == ABSENT:
         delta = above.clone() if shift is None else above - shift
-        return torch.where(lost, -clip, delta) if bool(lost.any()) else delta
+        return (
+            delta if bool(torch.isfinite(delta.sum())) else torch.where(torch.isneginf(above), -clip, delta)
+        )
     below = _rows(batch.sources[negative], batch.negative[rows, term, 1])[:, :width].float()
     delta = above - below
     if shift is not None:
         delta -= shift
-    if not torch.isfinite(delta.sum()):
-        gained = torch.isneginf(below)
+    if not bool(torch.isfinite(delta.sum())):
+        lost, gained = torch.isneginf(above), torch.isneginf(below)
         delta = torch.where(lost, -clip, delta)
         delta = torch.where(gained, clip, delta)
         delta = torch.where(lost & gained, 0.0, delta)
@@ -223,8 +228,8 @@ def _restrict(batch: RowBatch, supports: Supports, scores: Tensor, unfused: Tens
             law[models.to(scores.device)] = take(
                 batch, supports.of[own[models], slot], batch.widths[own[models]]
             )
-        kept = keeps(law, supports.top_k[own], supports.top_p[own], supports.min_p[own])
-        inside[here.to(scores.device)] |= kept & ~torch.isneginf(law)
+        kept = filtered(law, supports.top_k[own], supports.top_p[own], supports.min_p[own])
+        inside[here.to(scores.device)] |= ~torch.isneginf(kept)
     outside = torch.where(supports.removes[rows].to(scores.device)[:, None], -math.inf, unfused[at])
     # A NaN is inside no law, but must stay to be seen.
     scores[at] = torch.where(inside | scores[at].isnan(), scores[at], outside)

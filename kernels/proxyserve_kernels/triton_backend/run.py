@@ -60,29 +60,22 @@ def prepared_table(batch: RowBatch, controls: PickControls | None) -> RowTable:
 def _fill_shifts(batch: RowBatch, rules: Rules, table: RowTable) -> None:
     """Log-partitions of single lanes: what normalised terms and power means subtract."""
     means = ~rules.power.isnan()
-    normalised = rules.normalise | rules.one_sided | means
-    entries = [
-        (refs[row, term], row, term, sign)
-        for refs, sign in ((batch.positive, 1.0), (batch.negative, -1.0))
-        for row, term in ((refs[..., 0] != ABSENT) & normalised[:, None]).nonzero().tolist()
-    ]
-    bases = means.nonzero()[:, 0].tolist()
-    if not entries and not bases:
+    normalised = (rules.normalise | rules.one_sided | means)[:, None]
+    above = ((batch.positive[..., 0] != ABSENT) & normalised).nonzero()
+    below = ((batch.negative[..., 0] != ABSENT) & normalised).nonzero()
+    bases = means.nonzero()[:, 0]
+    if not above.numel() and not bases.numel():
         return
-    refs = torch.stack([*(entry[0] for entry in entries), *(batch.base[row] for row in bases)])
-    rows = torch.tensor([*(entry[1] for entry in entries), *bases])
-    buffers = _lanes(batch, refs, rows, None)
-    partitions = buffers.reports[4]
-    if entries:
-        device = batch.device
-        at = rows[: len(entries)].to(device), torch.tensor([entry[2] for entry in entries], device=device)
-        signs = torch.tensor([entry[3] for entry in entries], device=device)
-        shifts = torch.zeros_like(table.shift_columns())
-        shifts.index_put_(at, signs * partitions[: len(entries)], accumulate=True)
-        table.shift_columns().copy_(shifts)
-    if bases:
-        shift = partitions[len(entries) : len(entries) + len(bases)]
-        table.floats[torch.tensor(bases, device=batch.device), BASE_SHIFT.value] = shift
+    refs = torch.cat([batch.positive[tuple(above.T)], batch.negative[tuple(below.T)], batch.base[bases]])
+    buffers = _lanes(batch, refs, torch.cat([above[:, 0], below[:, 0], bases]), None)
+    raw_partitions = buffers.reports[4, : refs.shape[0]]
+    of_above, of_below, of_bases = raw_partitions.split([len(above), len(below), len(bases)])
+    # A term that has no positive row has no negative one either, so every shift begins with its positive's.
+    shifts = torch.zeros(table.bucket, table.variant.terms, device=batch.device)
+    shifts[tuple(above.T.to(batch.device))] = of_above
+    shifts[tuple(below.T.to(batch.device))] -= of_below
+    table.shift_columns().copy_(shifts)
+    table.floats[bases.to(batch.device), BASE_SHIFT.value] = of_bases
 
 
 def _fill_thresholds(batch: RowBatch, rules: Rules, supports: Supports, table: RowTable) -> None:
