@@ -9,9 +9,11 @@ from proxyserve_kernels.triton_backend.device import pick, residual, select, sta
 
 def compiled_variants() -> int:
     """Compiled variants of all kernels of this package, over all devices. In the interpreter nothing is compiled: 0."""
-    total = 0
-    for module in (pick, residual, select, stats, tilt):
-        for value in vars(module).values():
-            if isinstance(value, JITFunction):
-                total += sum(len(cache[0]) for cache in value.device_caches.values())
-    return total
+    modules = (pick, residual, select, stats, tilt)
+    kernels = {id(value): value for module in modules for value in vars(module).values()}
+    return sum(
+        len(cache[0])
+        for kernel in kernels.values()
+        if isinstance(kernel, JITFunction)
+        for cache in kernel.device_caches.values()
+    )
