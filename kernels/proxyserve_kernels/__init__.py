@@ -4,7 +4,7 @@ The package knows nothing of requests or servers. `backend_for(device)` gives an
 `controls`, `tilt` and `speculation` hold what goes in and comes out; `reference` is the slow, obvious twin of it all.
 """
 
-from proxyserve_kernels.backend import Backend, BackendName, backend_for
+from proxyserve_kernels.backend import Backend, BackendName, Needs, backend_for
 from proxyserve_kernels.controls import Adjustments, Logprobs, PickControls, Picks
 from proxyserve_kernels.rows import (
     ABSENT,
@@ -34,6 +34,7 @@ __all__ = [
     "Logprobs",
     "Match",
     "Moments",
+    "Needs",
     "PairDivergences",
     "PickControls",
     "Picks",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -17,24 +18,31 @@ from proxyserve_kernels.tilt import Moments, PairDivergences, Solution, SolveCon
 BackendName = Literal["torch", "triton"]
 
 
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What batches will hold, for a warm-up: sources of `dtypes`, alone and mixed; ids below `vocabulary`; up to `rows`
+    rows with up to `terms` terms; lists of up to `listed` tokens. With `rules` also rows with rules, and up to `laws`
+    support laws; with `dynamic` also `solve`; with `speculation` also `verify`."""
+
+    dtypes: tuple[torch.dtype, ...]
+    vocabulary: int
+    rows: int
+    terms: int = 1
+    listed: int = 0
+    rules: bool = False
+    laws: int = 0
+    dynamic: bool = False
+    speculation: bool = False
+
+
 class Backend(Protocol):
     """Batched logit arithmetic. Every method takes a mixed batch, reads only its rows, and returns tensors on its
     device; a row that holds a NaN or +inf is flagged or NaN in its own results and touches no other."""
 
     name: BackendName
 
-    def warm_up(
-        self,
-        dtypes: Sequence[torch.dtype],
-        vocabulary: int,
-        *,
-        max_batch: int,
-        max_terms: int,
-        max_laws: int = 0,
-        progress: Callable[[str], None] | None = None,
-    ) -> None:
-        """Compile what batches can need: sources of `dtypes` alone and mixed, ids below `vocabulary`, up to `max_batch`
-        rows with up to `max_terms` terms and `max_laws` support laws. `progress` gets a line of text now and then."""
+    def warm_up(self, needs: Needs, progress: Callable[[str], None] = lambda _: None) -> None:
+        """Compile what batches within `needs` can use. `progress` gets a line of text now and then."""
 
     @property
     def compilations(self) -> int:

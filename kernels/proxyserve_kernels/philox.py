@@ -23,16 +23,20 @@ def philox4x32(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, ...]:
     """Four 32-bit words per counter. All tensors are int64 holding values below 2**32 and broadcast together."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    # Both halves of a round at once: what is multiplied, and what is not. Small tensors cost their operations.
+    even, odd = torch.stack([c0, c2]), torch.stack([c1, c3])
+    keys = torch.stack(torch.broadcast_tensors(*key, c0)[:2])
+    shape = (2, *[1] * c0.dim())
+    multipliers = torch.tensor([_MULTIPLIER_0, _MULTIPLIER_1], device=c0.device).view(shape)
+    weyl = torch.tensor([_WEYL_0, _WEYL_1], device=c0.device).view(shape)
     for _ in range(_ROUNDS):
         # The 64-bit products wrap around in int64, which leaves both 32-bit halves right.
-        product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
-        c0 = ((product_1 >> 32) & _LOW) ^ c1 ^ k0
-        c2 = ((product_0 >> 32) & _LOW) ^ c3 ^ k1
-        c1, c3 = product_1 & _LOW, product_0 & _LOW
-        k0, k1 = (k0 + _WEYL_0) & _LOW, (k1 + _WEYL_1) & _LOW
-    return c0, c1, c2, c3
+        product = (even * multipliers).flip(0)
+        even = ((product >> 32) & _LOW).bitwise_xor_(odd).bitwise_xor_(keys)
+        odd = product.bitwise_and_(_LOW)
+        keys = (keys + weyl).bitwise_and_(_LOW)
+    return even[0], odd[0], even[1], odd[1]
 
 
 def uniform(seeds: Tensor, positions: Tensor, stream: int, first: Tensor, count: int) -> Tensor:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from proxyserve.config import EngineConfig
+from proxyserve.config import EngineConfig, Limits
 from proxyserve.engine.batch import build_batch, token_logprobs
 from proxyserve.engine.choice import Choice
 from proxyserve.engine.kv_storage import KVStorage
@@ -31,7 +31,7 @@ from proxyserve.models.model_set import ModelSet
 from proxyserve.scheduler.request import RequestState
 from proxyserve.scheduler.scheduler import Plan, Scheduler
 from proxyserve.types import FinishReason, ModelKey, OutputEvent
-from proxyserve_kernels import Picks, backend_for
+from proxyserve_kernels import Needs, Picks, backend_for
 
 logger = logging.getLogger(__name__)
 
@@ -73,13 +73,14 @@ class Engine:
             )
         self.counters = EngineCounters()
         self.backend = backend_for(models.base.device, self.config.kernels)
-        self.backend.warm_up(
-            [model.dtype for model in models.models.values()],
-            models.base.vocabulary.size,
-            max_batch=self.config.max_batch,
-            max_terms=max(1, min(self.policy.max_experts, len(models.experts))),
-            progress=progress,
+        needs = Needs(
+            dtypes=tuple(model.dtype for model in models.models.values()),
+            vocabulary=models.base.vocabulary.size,
+            rows=self.config.max_batch,
+            terms=max(1, min(self.policy.max_experts, len(models.experts))),
+            listed=Limits().max_logprobs,
         )
+        self.backend.warm_up(needs, progress)
         progress("planning memory and checking the models in paged mode")
         self.runners = {key: Runner(model) for key, model in models.models.items()}
         self.memory: Mapping[ModelKey, ModelMemory] = plan_memory(

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from proxyserve_kernels import PickControls, Ref, Row, RowBatch, Term, backend_for
+from proxyserve_kernels import Needs, PickControls, Ref, Row, RowBatch, Term, backend_for
 
 pytestmark = [
     pytest.mark.gpu,
@@ -79,7 +79,7 @@ def test_a_captured_pick_follows_its_table() -> None:
 
 def test_nothing_is_compiled_after_a_warm_up() -> None:
     backend = backend_for("cuda", "triton")
-    backend.warm_up([torch.bfloat16], VOCABULARY, max_batch=64, max_terms=1)
+    backend.warm_up(Needs((torch.bfloat16,), VOCABULARY, 64, listed=20))
     for rows in (1, 3, 64):
         for top_p in (1.0, 0.9):
             for raw in ((None,) * rows, (5,) * rows):

@@ -21,7 +21,7 @@ if not triton.knobs.runtime.interpret:
 
 from triton.runtime.interpreter import InterpretedFunction
 
-from proxyserve_kernels import Adjustments, PickControls, Ref, Row, RowBatch, Support, Term
+from proxyserve_kernels import Adjustments, Needs, PickControls, Ref, Row, RowBatch, Support, Term
 from proxyserve_kernels.tilt import Match, SolveControls
 from proxyserve_kernels.triton_backend.backend import TritonBackend
 from proxyserve_kernels.triton_backend.warmup import representative_rows, warm_up
@@ -76,7 +76,18 @@ def test_serving_compiles_nothing_after_a_warm_up(seed: int, launches: Keys) -> 
     dtypes = (torch.bfloat16, torch.float32) if seed else (torch.bfloat16,)
     vocabulary, max_batch, max_terms, max_laws = 1500, 40, 2, 1
     backend = TritonBackend(CPU)
-    warm_up(CPU, dtypes, vocabulary, max_batch, max_terms, max_laws, print)
+    everything = Needs(
+        dtypes,
+        vocabulary,
+        max_batch,
+        max_terms,
+        20,
+        rules=True,
+        laws=max_laws,
+        dynamic=True,
+        speculation=True,
+    )
+    warm_up(CPU, everything, print)
     warm = set(launches)
     assert len(warm) > 50
     for _ in range(40):
@@ -97,7 +108,7 @@ def test_serving_compiles_nothing_after_a_warm_up(seed: int, launches: Keys) -> 
 
 def test_a_warm_up_that_is_too_narrow_is_seen(launches: Keys) -> None:
     backend = TritonBackend(CPU)
-    warm_up(CPU, (torch.float32,), 1500, 4, 1, 0, print)
+    warm_up(CPU, Needs((torch.float32,), 1500, 4), print)
     warm = set(launches)
     lanes = torch.zeros(5, 1536)
     pairs = tuple(Term(Ref(0, 1), Ref(0, 2)) for _ in range(2))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from proxyserve_kernels.backend import BackendName
+from proxyserve_kernels.backend import BackendName, Needs
 from proxyserve_kernels.controls import PickControls, Picks
 from proxyserve_kernels.rows import RowBatch
 from proxyserve_kernels.speculation import Drafts, Verdicts, VerifyRule
@@ -25,16 +24,7 @@ class TorchBackend:
     name: BackendName = "torch"
     compilations = 0
 
-    def warm_up(
-        self,
-        dtypes: Sequence[torch.dtype],
-        vocabulary: int,
-        *,
-        max_batch: int,
-        max_terms: int,
-        max_laws: int = 0,
-        progress: Callable[[str], None] | None = None,
-    ) -> None:
+    def warm_up(self, needs: Needs, progress: Callable[[str], None] = lambda _: None) -> None:
         """Nothing to do; see `Backend`."""
 
     def fused_scores(self, batch: RowBatch) -> Tensor:

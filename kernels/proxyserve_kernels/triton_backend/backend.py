@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from proxyserve_kernels.backend import BackendName
+from proxyserve_kernels.backend import BackendName, Needs
 from proxyserve_kernels.controls import PickControls, Picks
 from proxyserve_kernels.rows import RowBatch
 from proxyserve_kernels.speculation import Drafts, Verdicts, VerifyRule, emitted, settle
@@ -36,20 +36,11 @@ class TritonBackend:
         self.device = device
         self._warm = 0
 
-    def warm_up(
-        self,
-        dtypes: Sequence[torch.dtype],
-        vocabulary: int,
-        *,
-        max_batch: int,
-        max_terms: int,
-        max_laws: int = 0,
-        progress: Callable[[str], None] | None = None,
-    ) -> None:
+    def warm_up(self, needs: Needs, progress: Callable[[str], None] = lambda _: None) -> None:
         """See `Backend`. In the interpreter there is nothing to compile."""
         if interpreted():
             return
-        warm_up(self.device, dtypes, vocabulary, max_batch, max_terms, max_laws, progress or (lambda _: None))
+        warm_up(self.device, needs, progress)
         self._warm = compiled_variants()
 
     @property

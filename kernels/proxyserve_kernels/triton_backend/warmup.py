@@ -8,11 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from proxyserve_kernels.backend import Needs
 from proxyserve_kernels.controls import Adjustments, PickControls
 from proxyserve_kernels.rows import BLOCK, Ref, Row, RowBatch, Support, Term
 from proxyserve_kernels.speculation import Drafts
 from proxyserve_kernels.tilt import Match, SolveControls
-from proxyserve_kernels.triton_backend.launch import LISTS
+from proxyserve_kernels.triton_backend.launch import LISTS, list_size
 from proxyserve_kernels.triton_backend.results import read_picks
 from proxyserve_kernels.triton_backend.run import run
 from proxyserve_kernels.triton_backend.solve import pair_divergences, solve
@@ -21,36 +22,28 @@ from proxyserve_kernels.triton_backend.tuning import Tile, tile_for
 from proxyserve_kernels.triton_backend.verify import judge
 
 
-def warm_up(
-    device: torch.device,
-    dtypes: Sequence[torch.dtype],
-    vocabulary: int,
-    max_batch: int,
-    max_terms: int,
-    max_laws: int,
-    progress: Callable[[str], None],
-) -> None:
-    """Run every kernel once in every variant; parameters as in `Backend.warm_up`."""
-    mixtures: list[tuple[torch.dtype, ...]] = [(dtype,) for dtype in dict.fromkeys(dtypes)]
+def warm_up(device: torch.device, needs: Needs, progress: Callable[[str], None]) -> None:
+    """Run every kernel once in every variant that `needs` names."""
+    mixtures: list[tuple[torch.dtype, ...]] = [(dtype,) for dtype in dict.fromkeys(needs.dtypes)]
     if len(mixtures) > 1:
-        mixtures.append(tuple(dict.fromkeys(dtypes)))
+        mixtures.append(tuple(dict.fromkeys(needs.dtypes)))
+    pitch = -(-needs.vocabulary // BLOCK) * BLOCK
     for mixture in mixtures:
-        sources = [
-            torch.zeros(1, -(-vocabulary // BLOCK) * BLOCK, dtype=dtype, device=device) for dtype in mixture
-        ]
-        for terms in _upto(TERM_COUNTS, max_terms):
-            for rows in representative_rows(max_batch, vocabulary):
-                what = f"{'+'.join(str(dtype).removeprefix('torch.') for dtype in mixture)}, {terms} terms"
-                progress(f"compiling kernels: {what}, {rows} rows")
-                plain = _row(len(sources), vocabulary, terms)
-                _pick(RowBatch.of(sources, [plain] * rows))
-                _dynamic(RowBatch.of(sources, [plain] * rows))
-                _speculate(plain, sources, rows)
-                for laws in _upto(LAW_COUNTS, max_laws):
-                    support = Support(tuple(Ref(0, 0) for _ in range(laws)), top_p=0.5) if laws else None
-                    ruled = plain._replace(normalise=True, support=support)
-                    _pick(RowBatch.of(sources, [ruled] * rows))
-                    _speculate(ruled, sources, rows)
+        sources = [torch.zeros(1, pitch, dtype=dtype, device=device) for dtype in mixture]
+        for terms in _upto(TERM_COUNTS, needs.terms):
+            for rows in representative_rows(needs.rows, needs.vocabulary):
+                kind = "+".join(str(dtype).removeprefix("torch.") for dtype in mixture)
+                progress(f"compiling kernels: {kind}, {terms} terms, {rows} rows")
+                plain = _row(len(sources), needs.vocabulary, terms)
+                if needs.dynamic:
+                    _dynamic(RowBatch.of(sources, [plain] * rows))
+                for row in (
+                    plain,
+                    *(_ruled(plain, laws) for laws in _upto(LAW_COUNTS, needs.laws) if needs.rules),
+                ):
+                    _pick(RowBatch.of(sources, [row] * rows), needs.listed)
+                    if needs.speculation:
+                        _speculate(row, sources, rows)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -72,6 +65,12 @@ def _upto(sizes: Sequence[int], most: int) -> list[int]:
     return [size for size in sizes if size <= enough]
 
 
+def _ruled(row: Row, laws: int) -> Row:
+    """The row with a rule, and a support of as many laws."""
+    support = Support(tuple(Ref(0, 0) for _ in range(laws)), top_p=0.5) if laws else None
+    return row._replace(normalise=True, support=support)
+
+
 def _row(sources: int, vocabulary: int, terms: int) -> Row:
     """A row that reads every source."""
     refs = [Ref(number % sources, 0) for number in range(2 * terms + 1)]
@@ -79,10 +78,11 @@ def _row(sources: int, vocabulary: int, terms: int) -> Row:
     return Row(refs[0], vocabulary, pairs)
 
 
-def controls(rows: int) -> Iterator[PickControls]:
+def controls(rows: int, listed: int) -> Iterator[PickControls]:
     """Controls that between them need every variant of the pick's kernels: with and without adjustments, temperature,
-    filters, and lists of each size."""
-    lists: list[tuple[int | None, int | None]] = [(None, None), *((size, size) for size in LISTS)]
+    filters, and lists of each size up to that of `listed` tokens."""
+    sizes = [size for size in LISTS if size <= list_size(listed)]
+    lists: list[tuple[int | None, int | None]] = [(None, None), (0, 0), *((size, size) for size in sizes)]
     for adjustments in (None, Adjustments.none()):
         for temperature in (1.0, 0.5):
             for top_p in (1.0, 0.5):
@@ -97,8 +97,8 @@ def controls(rows: int) -> Iterator[PickControls]:
                     )
 
 
-def _pick(batch: RowBatch) -> None:
-    for settings in controls(batch.size):
+def _pick(batch: RowBatch, listed: int) -> None:
+    for settings in controls(batch.size, listed):
         table, buffers, wishes = run(batch, settings)
         read_picks(table, buffers, settings, wishes)
 
