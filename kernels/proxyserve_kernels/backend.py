@@ -22,7 +22,8 @@ BackendName = Literal["torch", "triton"]
 class Needs:
     """What batches will hold, for a warm-up: sources of `dtypes`, alone and mixed; ids below `vocabulary`; up to `rows`
     rows with up to `terms` terms; lists of up to `listed` tokens. With `rules` also rows with rules, and up to `laws`
-    support laws; with `dynamic` also `solve`; with `speculation` also `verify`."""
+    support laws; with `uncompared` also picks without `compare`; with `dynamic` also `solve`; with `speculation` also
+    `verify`. `fused_scores` and `moments` are compiled when they are first used."""
 
     dtypes: tuple[torch.dtype, ...]
     vocabulary: int
@@ -31,6 +32,7 @@ class Needs:
     listed: int = 0
     rules: bool = False
     laws: int = 0
+    uncompared: bool = False
     dynamic: bool = False
     speculation: bool = False
 

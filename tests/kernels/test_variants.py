@@ -21,7 +21,7 @@ if not triton.knobs.runtime.interpret:
 
 from triton.runtime.interpreter import InterpretedFunction
 
-from proxyserve_kernels import Adjustments, Needs, PickControls, Ref, Row, RowBatch, Support, Term
+from proxyserve_kernels import Adjustments, Drafts, Needs, PickControls, Ref, Row, RowBatch, Support, Term
 from proxyserve_kernels.tilt import Match, SolveControls
 from proxyserve_kernels.triton_backend.backend import TritonBackend
 from proxyserve_kernels.triton_backend.warmup import representative_rows, warm_up
@@ -99,7 +99,10 @@ def test_serving_compiles_nothing_after_a_warm_up(seed: int, launches: Keys) -> 
         if generator.random() < 0.5:
             rows = [row._replace(support=None) for row in rows]
         batch = RowBatch.of(sources, rows)
-        backend.pick(batch, some_controls(generator, len(rows)))
+        asked = some_controls(generator, len(rows))
+        backend.pick(batch, asked)
+        if len(rows) >= 2:
+            backend.verify(batch, asked, some_drafts(generator, sources, len(rows)))
         match = torch.tensor([generator.choice(list(Match)) for _ in rows])
         backend.solve(batch, SolveControls(match, torch.ones(len(rows)), torch.ones(len(rows))))
         missing = list(launches - warm)
@@ -128,6 +131,19 @@ def some_row(generator: random.Random, max_terms: int, max_laws: int, vocabulary
     )  # fmt: skip
 
 
+def some_drafts(generator: random.Random, sources: list[torch.Tensor], rows: int) -> Drafts:
+    """One draft for each pair of rows, from a plain row."""
+    n = rows // 2
+    laws = RowBatch.of(sources, [Row(Ref(generator.randrange(3), 0), 1000) for _ in range(n)])
+    return Drafts(
+        tokens=torch.zeros(n, 1, dtype=torch.int64),
+        rows=torch.arange(2 * n).view(n, 2),
+        laws=laws,
+        law_controls=some_controls(generator, n),
+        law_rows=torch.arange(n).view(n, 1),
+    )
+
+
 def some_controls(generator: random.Random, rows: int) -> PickControls:
     def floats(*choices: float) -> torch.Tensor:
         return torch.tensor([generator.choice(choices) for _ in range(rows)])
@@ -143,6 +159,7 @@ def some_controls(generator: random.Random, rows: int) -> PickControls:
         raw=generator.choice((wishes, [None] * rows)),
         processed=generator.choice((wishes, None)),
         adjustments=generator.choice((None, Adjustments.none())),
+        compare=generator.random() < 0.7,
     )
 
 

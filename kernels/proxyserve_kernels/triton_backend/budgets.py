@@ -116,7 +116,7 @@ def tilt_cases() -> Iterator[Case]:
 
 def residual_cases() -> Iterator[Case]:
     """Draws from what is left of a rejected draft's target."""
-    values = {**PLAIN, **{f"Q_{name}": value for name, value in PLAIN.items()}}
+    values = {**PLAIN, **{f"Q_{name}": PLAIN[name] for name in ("KIND", "TERMS", "LAWS", "GENERAL")}}
     yield Case("residual_stats tile2", residual.residual_stats, {"TILE": 2, **values}, 1, Budget(96, 80))
     values = {**ROW, **values}
     yield Case("residual_pick", residual.residual_pick, values, ROW_WARPS, Budget(80, narrow=12))

@@ -74,7 +74,6 @@ class Buffers:
         int64, int32 = torch.int64, torch.int32
         selecting = wishes.filters or bool(wishes.raw) or bool(wishes.processed)
         listed_raw, listed = list_size(wishes.raw), list_size(wishes.processed)
-        tiles = -(-blocks // tile_for(bucket, blocks).blocks)
         return cls(
             stats=empty(layout.PLANES, bucket, blocks),
             orders=empty(bucket if selecting else 0, padded(blocks), dtype=int64),
@@ -93,8 +92,8 @@ class Buffers:
             raw_values=empty(bucket, listed_raw),
             processed_ids=empty(bucket, listed, dtype=int64),
             processed_values=empty(bucket, listed),
-            raw_counts=empty(bucket if wishes.raw is not None else 0, tiles, dtype=int32),
-            processed_counts=empty(bucket if wishes.processed is not None else 0, tiles, dtype=int32),
+            raw_counts=empty(bucket if wishes.raw is not None else 0, blocks, dtype=int32),
+            processed_counts=empty(bucket if wishes.processed is not None else 0, blocks, dtype=int32),
         )
 
 
@@ -151,7 +150,7 @@ def launch_pick(table: RowTable, buffers: Buffers, wishes: Wishes, tile: Tile | 
     ):
         if wanted is not None:
             stats.count_before[grid](
-                table.ints, table.floats, buffers.subjects, scores, counts, *strides, grid[1],
+                table.ints, table.floats, buffers.subjects, scores, counts, *strides, table.blocks,
                 LAW=law, TILE=tile.blocks, num_warps=tile.warps, **constants,
             )  # fmt: skip
 

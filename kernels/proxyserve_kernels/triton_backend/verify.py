@@ -75,9 +75,8 @@ def _residual(
         p.ints.stride(0), p.floats.stride(0), q.ints.stride(0), q.floats.stride(0),
         p_values.stride(0), q_values.stride(0), p.blocks,
     )  # fmt: skip
-    constants = {**p.variant.constants(), "ADJUST": p_wishes.adjusts}
+    constants = {**p.variant.constants(), "ADJUST": p_wishes.adjusts or q_wishes.adjusts}
     constants |= {f"Q_{name}": value for name, value in q.variant.constants().items()}
-    constants["Q_ADJUST"] = q_wishes.adjusts
     tile = tile_for(n, p.blocks)
     inputs = (p.ints, p.floats, p_values, q.ints, q.floats, q_values, stopped_rows, stopped_drafts, masses)
     residual.residual_stats[(n, -(-p.blocks // tile.blocks))](

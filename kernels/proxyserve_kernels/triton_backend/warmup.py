@@ -41,7 +41,7 @@ def warm_up(device: torch.device, needs: Needs, progress: Callable[[str], None])
                     plain,
                     *(_ruled(plain, laws) for laws in _upto(LAW_COUNTS, needs.laws) if needs.rules),
                 ):
-                    _pick(RowBatch.of(sources, [row] * rows), needs.listed)
+                    _pick(RowBatch.of(sources, [row] * rows), needs)
                     if needs.speculation:
                         _speculate(row, sources, rows)
     if device.type == "cuda":
@@ -97,10 +97,12 @@ def controls(rows: int, listed: int) -> Iterator[PickControls]:
                     )
 
 
-def _pick(batch: RowBatch, listed: int) -> None:
-    for settings in controls(batch.size, listed):
-        table, buffers, wishes = run(batch, settings)
-        read_picks(table, buffers, settings, wishes)
+def _pick(batch: RowBatch, needs: Needs) -> None:
+    for settings in controls(batch.size, needs.listed):
+        for compare in (True, False) if needs.uncompared else (True,):
+            asked = replace(settings, compare=compare)
+            table, buffers, wishes = run(batch, asked)
+            read_picks(table, buffers, asked, wishes)
 
 
 def _dynamic(batch: RowBatch) -> None:
@@ -110,21 +112,26 @@ def _dynamic(batch: RowBatch) -> None:
     pair_divergences(batch)
 
 
-def _speculate(row: Row, sources: Sequence[Tensor], rows: int) -> None:
+def _speculate(row: Row, sources: Sequence[Tensor], requests: int) -> None:
     """One draft per request, drawn from a model's row by itself."""
-    n = max(1, rows // 2)
+    n = requests
     target = RowBatch.of(sources, [row] * (2 * n))
     law = RowBatch.of(sources, [Row(row.base, row.width)] * n)
     for adjustments in (None, Adjustments.none()):
-        sampled = [
-            replace(PickControls.greedy(size), temperature=torch.ones(size), adjustments=adjustments)
-            for size in (2 * n, n)
-        ]
-        drafts = Drafts(
-            tokens=torch.zeros(n, 1, dtype=torch.int64),
-            rows=torch.arange(2 * n).view(n, 2),
-            laws=law,
-            law_controls=sampled[1],
-            law_rows=torch.arange(n).view(n, 1),
-        )
-        judge(target, sampled[0], drafts, "rejection")
+        for temperature in (1.0, 0.5):
+            sampled = [
+                replace(
+                    PickControls.greedy(size),
+                    temperature=torch.full((size,), temperature),
+                    adjustments=adjustments,
+                )
+                for size in (2 * n, n)
+            ]
+            drafts = Drafts(
+                tokens=torch.zeros(n, 1, dtype=torch.int64),
+                rows=torch.arange(2 * n).view(n, 2),
+                laws=law,
+                law_controls=sampled[1],
+                law_rows=torch.arange(n).view(n, 1),
+            )
+            judge(target, sampled[0], drafts, "rejection")

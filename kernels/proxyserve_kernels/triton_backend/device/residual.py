@@ -56,9 +56,9 @@ def residual_tile(
     p_stride, q_stride,
     KIND: tl.constexpr, TERMS: tl.constexpr, LAWS: tl.constexpr, GENERAL: tl.constexpr, ADJUST: tl.constexpr,
     Q_KIND: tl.constexpr, Q_TERMS: tl.constexpr, Q_LAWS: tl.constexpr, Q_GENERAL: tl.constexpr,
-    Q_ADJUST: tl.constexpr,
 ):  # fmt: skip
-    """max(p - q, 0) at `offsets`. `*_values` float64 [4, rows]: partition, threshold, last kept id, token."""
+    """max(p - q, 0) at `offsets`. `*_values` float64 [4, rows]: partition, threshold, last kept id, token. ADJUST if
+    either law has adjustments: for one that has none it changes no bit."""
     p = probability_tile(
         p_ints, p_floats, offsets,
         tl.load(p_values + row).to(tl.float32), tl.load(p_values + p_stride + row).to(tl.float32),
@@ -69,7 +69,7 @@ def residual_tile(
         q_ints, q_floats, offsets,
         tl.load(q_values + draft).to(tl.float32), tl.load(q_values + q_stride + draft).to(tl.float32),
         tl.load(q_values + 2 * q_stride + draft).to(tl.int32), tl.load(q_values + 3 * q_stride + draft).to(tl.int32),
-        Q_KIND, Q_TERMS, Q_LAWS, Q_GENERAL, Q_ADJUST,
+        Q_KIND, Q_TERMS, Q_LAWS, Q_GENERAL, ADJUST,
     )  # fmt: skip
     return tl.where(p > q, p - q, 0.0)
 
@@ -82,7 +82,6 @@ def residual_stats(
     TILE: tl.constexpr,
     KIND: tl.constexpr, TERMS: tl.constexpr, LAWS: tl.constexpr, GENERAL: tl.constexpr, ADJUST: tl.constexpr,
     Q_KIND: tl.constexpr, Q_TERMS: tl.constexpr, Q_LAWS: tl.constexpr, Q_GENERAL: tl.constexpr,
-    Q_ADJUST: tl.constexpr,
 ):  # fmt: skip
     """Grid (requests, tiles). Residual mass of each block: `masses` float32 [requests, blocks]. `target_rows` and
     `draft_rows` int64 [requests]: where the request stopped, -1 if no draft of it was rejected."""
@@ -95,7 +94,7 @@ def residual_stats(
         p_ints + row * p_int_stride, p_floats + row * p_float_stride, p_values,
         q_ints + draft * q_int_stride, q_floats + draft * q_float_stride, q_values,
         row, draft, block_offsets(block), p_stride, q_stride,
-        KIND, TERMS, LAWS, GENERAL, ADJUST, Q_KIND, Q_TERMS, Q_LAWS, Q_GENERAL, Q_ADJUST,
+        KIND, TERMS, LAWS, GENERAL, ADJUST, Q_KIND, Q_TERMS, Q_LAWS, Q_GENERAL,
     )  # fmt: skip
     tl.store(masses + request * blocks + block, tl.sum(left, axis=1), mask=block < blocks)
 
@@ -108,7 +107,6 @@ def residual_pick(
     BLOCKS: tl.constexpr,
     KIND: tl.constexpr, TERMS: tl.constexpr, LAWS: tl.constexpr, GENERAL: tl.constexpr, ADJUST: tl.constexpr,
     Q_KIND: tl.constexpr, Q_TERMS: tl.constexpr, Q_LAWS: tl.constexpr, Q_GENERAL: tl.constexpr,
-    Q_ADJUST: tl.constexpr,
 ):  # fmt: skip
     """Grid (requests). The token drawn from the residual, int64, or -1 where there is none: no draft was rejected, or
     rounding alone rejected one from the target's own law."""
@@ -130,7 +128,7 @@ def residual_pick(
             p_ints, p_floats, p_values,
             q_ints + draft * q_int_stride, q_floats + draft * q_float_stride, q_values,
             row, draft, offsets[None, :], p_stride, q_stride,
-            KIND, TERMS, LAWS, GENERAL, ADJUST, Q_KIND, Q_TERMS, Q_LAWS, Q_GENERAL, Q_ADJUST,
+            KIND, TERMS, LAWS, GENERAL, ADJUST, Q_KIND, Q_TERMS, Q_LAWS, Q_GENERAL,
         )  # fmt: skip
         left = tl.sum(left, axis=0)
         noisy = tl.log(left) + gumbel(seed, position, STREAM_TOKEN, chosen * TOKENS, TOKENS)

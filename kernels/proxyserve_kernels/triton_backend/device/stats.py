@@ -150,7 +150,7 @@ def write_scores(
     tl.store(out + row * out_stride + offsets, score, mask=offsets < out_stride)
 
 
-@triton.jit(do_not_specialize=["int_stride", "float_stride", "tiles"])
+@triton.jit(do_not_specialize=["int_stride", "float_stride", "blocks"])
 def count_before(
     ints,
     floats,
@@ -159,7 +159,7 @@ def count_before(
     counts,
     int_stride,
     float_stride,
-    tiles,
+    blocks,
     LAW: tl.constexpr,
     TILE: tl.constexpr,
     KIND: tl.constexpr,
@@ -168,7 +168,7 @@ def count_before(
     GENERAL: tl.constexpr,
     ADJUST: tl.constexpr,
 ):
-    """Grid (rows, tiles). How many tokens of the tile come before the row's token: counts int32 [rows, tiles]."""
+    """Grid (rows, tiles). How many tokens of each block come before the row's token: `counts` int32 [rows, blocks]."""
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * TILE + tl.arange(0, TILE)
     offsets = block_offsets(block)
@@ -177,4 +177,4 @@ def count_before(
     )
     token, own = tl.load(tokens + row), tl.load(scores + row)
     earlier = (score > own) | ((score == own) & (offsets < token))
-    tl.store(counts + row * tiles + tl.program_id(1), tl.sum(tl.sum(earlier.to(tl.int32), axis=1), axis=0))
+    tl.store(counts + row * blocks + block, tl.sum(earlier.to(tl.int32), axis=1), mask=block < blocks)
