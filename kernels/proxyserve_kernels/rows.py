@@ -159,6 +159,10 @@ class RowBatch:
                     f"source {number} must be a [rows, width] tensor of float32, float16 or bfloat16 whose rows are "
                     f"contiguous; it is {source.dtype} {tuple(source.shape)} with strides {source.stride()}"
                 )
+            if source.device != self.sources[0].device:
+                raise ValueError(
+                    f"source {number} is on {source.device}, source 0 on {self.sources[0].device}"
+                )
         self._check_refs("base", self.base, self.widths)
         widths = self.widths[:, None].expand(B, T)
         self._check_refs("positive", self.positive, widths, allowed=(ABSENT,))

@@ -96,7 +96,7 @@ def _best(scores: Tensor, blocks: int, candidates: int) -> _Best:
     opened = in_blocks(scores)
     bound = torch.full_like(scores[:, 0], -math.inf)
     ids = None
-    if 2 * blocks < opened.shape[1]:  # else looking at everything costs no more
+    if blocks < opened.shape[1]:
         maxima, order = opened.amax(dim=-1).topk(blocks + 1, dim=1)
         bound, order = maxima[:, -1], order[:, :-1]
         opened = opened.gather(1, order[..., None].expand(-1, -1, BLOCK))

@@ -141,7 +141,8 @@ def logprobs(scores: Tensor, rows: Tensor, tokens: Tensor, count: int) -> Logpro
     at = rows.to(device)
     own = tokens[at].clamp(min=0)
     total = log_partition(scores)[:, None]
-    score = scores.gather(1, own[:, None])
+    score = scores.gather(1, own.clamp(max=scores.shape[1] - 1)[:, None])
+    score = torch.where(own[:, None] < scores.shape[1], score, -math.inf)
     chosen = torch.full((B,), math.nan, device=device)
     chosen[at] = (score - total)[:, 0]
     ranks = torch.full((B,), -1, dtype=torch.int64, device=device)

@@ -137,8 +137,9 @@ def deltas(batch: RowBatch, term: int, rows: Tensor, positive: int, negative: in
         delta -= shift
     if not bool(torch.isfinite(delta.sum())):
         lost, gained = torch.isneginf(above), torch.isneginf(below)
-        delta = torch.where(lost, -clip, delta)
-        delta = torch.where(gained, clip, delta)
+        # Times 0: what the other row holds does not matter, unless it is a NaN.
+        delta = torch.where(lost, 0.0 * below - clip, delta)
+        delta = torch.where(gained, 0.0 * above + clip, delta)
         delta = torch.where(lost & gained, 0.0, delta)
     return delta
 
@@ -206,6 +207,7 @@ def _power_mean(batch: RowBatch, rules: Rules, rows: Tensor, base: Tensor) -> Te
     result = torch.where(r == math.inf, largest, result)
     result = torch.where(r == -math.inf, smallest, result)
     ids = torch.arange(base.shape[1], device=base.device)
+    result = torch.where(used.any(dim=1), result, -math.inf)
     return result.masked_fill_(ids >= batch.widths[rows].to(base.device)[:, None], -math.inf)
 
 
@@ -216,6 +218,7 @@ def _restrict(batch: RowBatch, supports: Supports, scores: Tensor, unfused: Tens
     if not rows.numel():
         return
     at = rows.to(scores.device)
+    broken = torch.zeros(rows.shape[0], scores.shape[1], dtype=torch.bool, device=scores.device)
     inside = torch.zeros(rows.shape[0], scores.shape[1], dtype=torch.bool, device=scores.device)
     for slot in range(sources.shape[1]):
         here = (sources[rows, slot] != ABSENT).nonzero()[:, 0]
@@ -230,6 +233,8 @@ def _restrict(batch: RowBatch, supports: Supports, scores: Tensor, unfused: Tens
             )
         kept = filtered(law, supports.top_k[own], supports.top_p[own], supports.min_p[own])
         inside[here.to(scores.device)] |= ~torch.isneginf(kept)
+        broken[here.to(scores.device)] |= law.isnan()
     outside = torch.where(supports.removes[rows].to(scores.device)[:, None], -math.inf, unfused[at])
     # A NaN is inside no law, but must stay to be seen.
-    scores[at] = torch.where(inside | scores[at].isnan(), scores[at], outside)
+    restricted = torch.where(inside | scores[at].isnan(), scores[at], outside)
+    scores[at] = restricted.masked_fill_(broken, math.nan)

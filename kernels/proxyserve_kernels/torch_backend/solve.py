@@ -22,6 +22,8 @@ GRID = 16
 STEPS = 10
 #: A row is done when its divergence is this close to the target, relative to it, or its multiplier moves less.
 TOLERANCE = 1e-5
+#: ... or this close in nats: sums of float32 know no better.
+NOISE = 1e-7
 
 
 def solve(batch: RowBatch, controls: SolveControls) -> Solution:
@@ -87,7 +89,7 @@ def _roots(
         slope, bend = torch.where(backward, slope_r, slope_f), torch.where(backward, bend_r, bend_f)
         step = halley(value, slope, bend, target)
         too_low = value < target
-        near = (value - target).abs() <= TOLERANCE * target
+        near = (value - target).abs() <= TOLERANCE * target + NOISE
         if bool(both.any()):
             gap_f, gap_r = value_f - forward_target, value_r - reverse_target
             descent = gap_f * slope_f + gap_r * slope_r
@@ -95,9 +97,11 @@ def _roots(
             newton = torch.where(curvature > 0, -descent / curvature, torch.inf)
             step = torch.where(both, newton, step)
             too_low = torch.where(both, descent < 0, too_low)
-            near &= ~both
+            near_f = gap_f.abs() <= TOLERANCE * forward_target + NOISE
+            near_r = gap_r.abs() <= TOLERANCE * reverse_target + NOISE
+            near = torch.where(both, near_f & near_r, near)
         new_low, new_high = torch.where(too_low, a, low), torch.where(too_low, high, a)
-        reached = too_low & (a >= limit)
+        reached = too_low & (a >= limit) & ~near
         new = a + step
         inside = (new > new_low) & (new < new_high)
         # A step beyond the largest multiplier is tried there, once; any other that leaves the bracket is halved.
@@ -124,6 +128,8 @@ def start(target: Tensor, variance: Tensor, third: Tensor, backward: Tensor) -> 
     variance = variance.clamp(min=1e-30)
     a = (2 * target / variance).sqrt()
     order = torch.where(backward, 1 / 3, 2 / 3)
+    # Nowhere to go and nothing to go there with: any multiplier is right.
+    a = torch.where((variance < 1e-12) & (target <= NOISE), 1.0, a)
     return a / (1 + order * third * a / variance).clamp(min=0.25).sqrt()
 
 

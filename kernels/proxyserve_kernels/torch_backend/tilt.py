@@ -24,11 +24,13 @@ def exact_sum(values: Tensor) -> Tensor:
 @dataclass(frozen=True, slots=True, eq=False)
 class Curve:
     """P and the centred delta of n rows: `log_p` float32 [n, V] and `delta` float32 [n, V] = d - E_P[d]; `mean` float64
-    [n] = E_P[d]. Centring keeps the moments of a delta with a large constant in it exact."""
+    [n] = E_P[d]; `partition` float64 [n] is what rounding leaves of A(0) = 0. Centring keeps the moments of a delta
+    with a large constant in it exact."""
 
     log_p: Tensor
     delta: Tensor
     mean: Tensor
+    partition: Tensor
 
     @classmethod
     def of(cls, batch: RowBatch) -> Curve:
@@ -40,7 +42,9 @@ class Curve:
         log_p = base - log_partition(base)[:, None]
         p = log_p.exp()
         mean = exact_sum(p * delta) / exact_sum(p)
-        return cls(log_p, delta - mean.float()[:, None], mean)
+        centred = delta - mean.float()[:, None]
+        unshifted = cls(log_p, centred, mean, torch.zeros_like(mean))
+        return cls(log_p, centred, mean, unshifted.at(torch.zeros_like(mean))[0])
 
     def at(self, multiplier: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A, A', A'' and A''' of the centred delta at one `multiplier` [n] per row, float64 [n] each."""
@@ -53,7 +57,7 @@ class Curve:
         m1, m2 = exact_sum(first) / mass, exact_sum(second) / mass
         m3 = exact_sum(second.mul_(self.delta)) / mass
         variance = (m2 - m1 * m1).clamp(min=0.0)
-        return peak.double() + mass.log(), m1, variance, m3 - 3 * m1 * m2 + 2 * m1**3
+        return peak.double() + mass.log() - self.partition, m1, variance, m3 - 3 * m1 * m2 + 2 * m1**3
 
 
 def total_delta(batch: RowBatch, base: Tensor) -> Tensor:

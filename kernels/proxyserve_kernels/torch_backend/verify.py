@@ -40,7 +40,7 @@ def verify(
     proposed = tokens[drafted][:, None]
     ratio = torch.full((n, k), -math.inf, dtype=torch.float64, device=batch.device)
     ratio[drafted] = (_at(target, proposed) - _at(draft, proposed)).double()
-    stands = drafted & (coins(controls, rows[:, :-1]).log() < ratio)
+    stands = drafted & (coins(controls, drafts.rows[:, :-1], batch.device).log() < ratio)
     accepted = leading(stands)
     stopped = accepted < drafted.sum(dim=1)
     if bool(stopped.any()):
@@ -70,10 +70,10 @@ def _at(law: Tensor, tokens: Tensor) -> Tensor:
     return torch.where(tokens < law.shape[1], found, -math.inf)[:, 0]
 
 
-def coins(controls: PickControls, rows: Tensor) -> Tensor:
-    """The acceptance uniform of every row, float64, shaped as `rows` int64 (-1 entries are undefined)."""
-    flat = rows.flatten().clamp(min=0).cpu()
-    seeds, positions = controls.seeds[flat].to(rows.device), controls.positions[flat].to(rows.device)
+def coins(controls: PickControls, rows: Tensor, device: torch.device) -> Tensor:
+    """The acceptance uniform of every row, float64, shaped as `rows` int64 on the host (-1 entries are undefined)."""
+    flat = rows.flatten().clamp(min=0)
+    seeds, positions = controls.seeds[flat].to(device), controls.positions[flat].to(device)
     drawn = uniform(seeds, positions, STREAM_ACCEPT, torch.zeros_like(seeds), 1)
     return drawn[:, 0].view(rows.shape)
 

@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from proxyserve_kernels.triton_backend.device import layout
+from proxyserve_kernels.triton_backend.tuning import EXACT
 
 #: NVIDIA Hopper (H100, H200).
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -92,7 +93,7 @@ def compile_case(case: Case, target: GPUTarget = HOPPER) -> Report:
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
     constants = {(names.index(name),): value for name, value in case.constants.items()}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=target, options={"num_warps": case.warps})
+    compiled = triton.compile(source, target=target, options={"num_warps": case.warps, **EXACT})
     registers, spilled = _resources(compiled.asm["cubin"])
     sass = _sass(compiled.asm["cubin"])
     loads: dict[int, int] = {}

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from proxyserve_kernels.triton_backend.aot import Budget, Case
 from proxyserve_kernels.triton_backend.device import layout, pick, residual, select, stats, tilt
-from proxyserve_kernels.triton_backend.tuning import GROUP, ROOM, ROW_WARPS, TILES
+from proxyserve_kernels.triton_backend.tuning import GROUP, ROOM, ROW_WARPS, SEARCH_GROUP, TILES
 
 KINDS = {
     "fp32": layout.FP32.value,
@@ -81,7 +81,7 @@ def pick_cases() -> Iterator[Case]:
     values = {"LAW": 1, "LIST": 32, "ROOM": ROOM, "GROUP": GROUP, **ROW, **FULL}
     yield Case("best_tokens general adjust list32", select.best_tokens, values, ROW_WARPS, Budget(240))
     for name, lanes in (("", PLAIN), (" general adjust", FULL)):
-        values = {"GROUP": GROUP, **ROW, **lanes}
+        values = {"GROUP": SEARCH_GROUP, **ROW, **lanes}
         yield Case(f"search_last{name}", select.search_last, values, ROW_WARPS, Budget(255))
         for law in (0, 1):
             listing = {**values, "LAW": law, "LIST": 32, "ROOM": ROOM}

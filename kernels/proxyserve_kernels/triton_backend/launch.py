@@ -15,7 +15,7 @@ from torch import Tensor
 
 from proxyserve_kernels.triton_backend.device import layout, pick, select, stats
 from proxyserve_kernels.triton_backend.table import RowTable
-from proxyserve_kernels.triton_backend.tuning import GROUP, ROOM, ROW_WARPS, Tile, tile_for
+from proxyserve_kernels.triton_backend.tuning import GROUP, ROOM, ROW_OPTIONS, SEARCH_GROUP, Tile, tile_for
 
 #: Lengths that lists of best tokens are rounded up to.
 LISTS = (32, ROOM)
@@ -117,7 +117,7 @@ def launch_stats(table: RowTable, stats_out: Tensor, wishes: Wishes, tile: Tile 
         table.ints, table.floats, stats_out, table.ints.stride(0), table.floats.stride(0),
         table.blocks, stats_out.stride(0),
         TILE=tile.blocks, ADJUST=wishes.adjusts, SCALED=wishes.scales, COMPARE=wishes.compares,
-        num_warps=tile.warps, **table.variant.constants(),
+        **tile.options, **table.variant.constants(),
     )  # fmt: skip
 
 
@@ -136,13 +136,13 @@ def launch_pick(table: RowTable, buffers: Buffers, wishes: Wishes, tile: Tile | 
     if wishes.filters:
         stats.filter_blocks[grid](
             table.ints, table.floats, buffers.stats, buffers.thresholds, buffers.lasts, *strides,
-            table.blocks, plane, TILE=tile.blocks, num_warps=tile.warps, **constants,
+            table.blocks, plane, TILE=tile.blocks, **tile.options, **constants,
         )  # fmt: skip
     pick.pick[(table.bucket,)](
         table.ints, table.floats, buffers.stats, buffers.thresholds, buffers.lasts, buffers.tokens,
         buffers.valid, buffers.kl, buffers.flips, buffers.subjects, *buffers.reports.unbind(0), *strides,
         table.blocks, plane, BLOCKS=padded(table.blocks), COMPARE=wishes.compares,
-        num_warps=ROW_WARPS, **constants,
+        **ROW_OPTIONS, **constants,
     )  # fmt: skip
     for law, wanted, scores, counts in (
         (layout.RAW.value, wishes.raw, buffers.reports[0], buffers.raw_counts),
@@ -151,7 +151,7 @@ def launch_pick(table: RowTable, buffers: Buffers, wishes: Wishes, tile: Tile | 
         if wanted is not None:
             stats.count_before[grid](
                 table.ints, table.floats, buffers.subjects, scores, counts, *strides, table.blocks,
-                LAW=law, TILE=tile.blocks, num_warps=tile.warps, **constants,
+                LAW=law, TILE=tile.blocks, **tile.options, **constants,
             )  # fmt: skip
 
 
@@ -167,7 +167,7 @@ def _select(
     constants = {
         **constants,
         "BLOCKS": padded(table.blocks),
-        "num_warps": ROW_WARPS,
+        **ROW_OPTIONS,
     }
     room = buffers.candidates.shape[1]
     select.best_tokens[(table.bucket,)](
@@ -181,13 +181,13 @@ def _select(
             buffers.lasts,
             buffers.unsure,
             *sizes,
-            GROUP=GROUP,
+            GROUP=SEARCH_GROUP,
             **constants,
         )
     if listed:
         select.search_list[(table.bucket,)](
             *inputs, buffers.candidates, buffers.unsure, ids, values, *sizes,
-            LAW=law, ROOM=room, LIST=listed, GROUP=GROUP, **constants,
+            LAW=law, ROOM=room, LIST=listed, GROUP=SEARCH_GROUP, **constants,
         )  # fmt: skip
 
 
@@ -197,7 +197,7 @@ def write_scores(table: RowTable) -> Tensor:
     out = torch.empty(table.bucket, table.width, dtype=torch.float32, device=table.ints.device)
     stats.write_scores[(table.bucket, -(-table.blocks // tile.blocks))](
         table.ints, table.floats, out, table.ints.stride(0), table.floats.stride(0), out.stride(0),
-        TILE=tile.blocks, num_warps=tile.warps, **table.variant.constants(),
+        TILE=tile.blocks, **tile.options, **table.variant.constants(),
     )  # fmt: skip
     return out[: table.rows]
 

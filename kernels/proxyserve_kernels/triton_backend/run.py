@@ -13,17 +13,19 @@ from proxyserve_kernels.rows import ABSENT, FUSED, RowBatch, Rules, Supports
 from proxyserve_kernels.triton_backend.device.layout import BASE_SHIFT
 from proxyserve_kernels.triton_backend.launch import Buffers, Wishes, launch_pick
 from proxyserve_kernels.triton_backend.table import RowTable, build_table
+from proxyserve_kernels.triton_backend.tuning import ROOM
 
 
 def run(
-    batch: RowBatch, controls: PickControls, *, always_filter: bool = False
+    batch: RowBatch, controls: PickControls, *, always_filter: bool = False, room: int = ROOM
 ) -> tuple[RowTable, Buffers, Wishes]:
-    """One pick's launches over `batch`. With `always_filter` thresholds are written also where nothing filters."""
+    """One pick's launches over `batch`. With `always_filter` thresholds are written also where nothing filters. `room`:
+    places for the best tokens of a row."""
     wishes = wishes_of(controls)
     if always_filter:
         wishes = replace(wishes, filters=True)
     table = prepared_table(batch, controls)
-    buffers = Buffers.allocate(table.bucket, table.blocks, wishes, batch.device)
+    buffers = Buffers.allocate(table.bucket, table.blocks, wishes, batch.device, room)
     launch_pick(table, buffers, wishes)
     return table, buffers, wishes
 
@@ -104,7 +106,7 @@ def _lanes(batch: RowBatch, refs: Tensor, rows: Tensor, supports: Supports | Non
     none = torch.zeros(rows.shape[0], 0, 2, dtype=torch.int64)
     plain = RowBatch(batch.sources, refs, batch.widths[rows], none, none, torch.zeros(rows.shape[0], 0))
     controls = PickControls.greedy(rows.shape[0]) if supports is None else _filters(supports, rows)
-    return run(plain, controls, always_filter=True)[1]
+    return run(plain, replace(controls, compare=False), always_filter=supports is not None)[1]
 
 
 def _rows(batch: RowBatch, rules: Rules, rows: Tensor) -> RowBatch:
@@ -138,4 +140,5 @@ def _filters(supports: Supports, rows: Tensor) -> PickControls:
         top_k=supports.top_k[rows],
         top_p=supports.top_p[rows],
         min_p=supports.min_p[rows],
+        compare=False,
     )

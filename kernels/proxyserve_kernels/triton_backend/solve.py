@@ -12,7 +12,7 @@ from proxyserve_kernels.torch_backend.tilt import MOST_TERMS
 from proxyserve_kernels.triton_backend.device import tilt as kernels
 from proxyserve_kernels.triton_backend.launch import padded
 from proxyserve_kernels.triton_backend.table import RowTable, build_table
-from proxyserve_kernels.triton_backend.tuning import ROW_WARPS, tile_for
+from proxyserve_kernels.triton_backend.tuning import ROW_OPTIONS, tile_for
 
 
 class Curves:
@@ -38,7 +38,7 @@ class Curves:
             table.ints, table.floats, multipliers, self.centre, done, planes,
             table.ints.stride(0), table.floats.stride(0), table.blocks, table.bucket * table.blocks,
             multipliers.stride(0), TILE=tile.blocks, POINTS=points, MOMENTS=moments,
-            KIND=table.variant.kind, TERMS=table.variant.terms, num_warps=tile.warps,
+            KIND=table.variant.kind, TERMS=table.variant.terms, **tile.options,
         )  # fmt: skip
 
     def moments(self, multiplier: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class Curves:
         out = torch.empty(4, table.bucket, dtype=torch.float64, device=table.ints.device)
         kernels.gather_moments[(table.bucket,)](
             self.planes, out, table.blocks, table.bucket * table.blocks, table.bucket,
-            BLOCKS=padded(table.blocks), num_warps=ROW_WARPS,
+            BLOCKS=padded(table.blocks), **ROW_OPTIONS,
         )  # fmt: skip
         return out
 
@@ -62,7 +62,7 @@ class Curves:
         out = torch.empty(2, table.bucket, points, dtype=torch.float64, device=table.ints.device)
         kernels.gather_grid[(table.bucket, points)](
             planes, out, table.blocks, table.bucket * table.blocks, table.bucket, points,
-            BLOCKS=padded(table.blocks), num_warps=ROW_WARPS,
+            BLOCKS=padded(table.blocks), **ROW_OPTIONS,
         )  # fmt: skip
         log_mass = out[0] - self.partition[:, None]
         return multipliers * out[1] - log_mass, log_mass
@@ -97,13 +97,13 @@ def _pairs(table: RowTable) -> tuple[Tensor, Tensor]:
     strides = (table.ints.stride(0), table.floats.stride(0), table.blocks, table.bucket * table.blocks)
     kernels.pair_stats[(table.bucket, -(-table.blocks // tile.blocks))](
         table.ints, table.floats, planes, *strides, TILE=tile.blocks,
-        KIND=table.variant.kind, TERMS=T, num_warps=tile.warps,
+        KIND=table.variant.kind, TERMS=T, **tile.options,
     )  # fmt: skip
     forward = torch.empty(table.bucket, T, dtype=torch.float32, device=device)
     reverse = torch.empty_like(forward)
     kernels.gather_pairs[(table.bucket, T)](
         table.ints, table.floats, planes, forward, reverse, *strides, T,
-        BLOCKS=padded(table.blocks), num_warps=ROW_WARPS,
+        BLOCKS=padded(table.blocks), **ROW_OPTIONS,
     )  # fmt: skip
     return forward, reverse
 
@@ -142,11 +142,11 @@ def _moment_sums(table: RowTable, centres: Tensor) -> Tensor:
     plane = table.bucket * table.blocks
     kernels.moment_stats[(table.bucket, -(-table.blocks // tile.blocks))](
         table.ints, table.floats, centres, planes, table.ints.stride(0), table.floats.stride(0), table.blocks, plane,
-        TILE=tile.blocks, KIND=table.variant.kind, TERMS=T, num_warps=tile.warps,
+        TILE=tile.blocks, KIND=table.variant.kind, TERMS=T, **tile.options,
     )  # fmt: skip
     out = torch.zeros(table.bucket, count, dtype=torch.float64, device=device)
     kernels.gather_sums[(table.bucket, count - 1)](
-        planes, out, table.blocks, plane, count, BLOCKS=padded(table.blocks), num_warps=ROW_WARPS
+        planes, out, table.blocks, plane, count, BLOCKS=padded(table.blocks), **ROW_OPTIONS
     )
     return out
 
@@ -218,7 +218,7 @@ def _roots(batch: RowBatch, controls: SolveControls, rows: Tensor) -> tuple[Tens
         curves.stats(state[kernels.AT.value][:, None], done, curves.planes)
         kernels.solve_step[(bucket,)](
             curves.planes, curves.partition, state, match, limit, forward_target, reverse_target,
-            table.blocks, bucket * table.blocks, state.stride(0), BLOCKS=padded(table.blocks), num_warps=ROW_WARPS,
+            table.blocks, bucket * table.blocks, state.stride(0), BLOCKS=padded(table.blocks), **ROW_OPTIONS,
         )  # fmt: skip
     found = state[:, :B]
     converged = (found[kernels.DONE.value] != 0) & (found[kernels.CLAMPED.value] == 0)

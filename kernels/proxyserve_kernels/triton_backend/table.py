@@ -84,7 +84,8 @@ def bucket_of(rows: int) -> int:
     return 1 << (rows - 1).bit_length()
 
 
-def _fitting(count: int, sizes: Sequence[int], what: str) -> int:
+def fitting(count: int, sizes: Sequence[int], what: str) -> int:
+    """The least of `sizes` that is at least `count`. Raises ValueError if none is."""
     for size in sizes:
         if count <= size:
             return size
@@ -140,8 +141,8 @@ def build_table(batch: RowBatch, controls: PickControls | None = None) -> RowTab
     pointers = Pointers(batch.sources)
     variant = Variant(
         kind=pointers.kind,
-        terms=_fitting(batch.terms, TERM_COUNTS, "terms"),
-        laws=_fitting(0 if supports is None else supports.of.shape[1], LAW_COUNTS, "support laws"),
+        terms=fitting(batch.terms, TERM_COUNTS, "terms"),
+        laws=fitting(0 if supports is None else supports.of.shape[1], LAW_COUNTS, "support laws"),
         general=rules is not None,
     )
     T, S = variant.terms, variant.laws
@@ -213,7 +214,7 @@ def _write_controls(ints: np.ndarray, floats: np.ndarray, controls: PickControls
         floats[:, layout.LOG_MIN_P.value] = np.log(min_p)
     ints[:, layout.SEED.value] = controls.seeds.numpy()
     ints[:, layout.POSITION.value] = controls.positions.numpy()
-    ints[:, layout.TOP_K.value] = top_k
+    ints[:, layout.TOP_K.value] = np.minimum(top_k, ints[:, layout.WIDTH.value])
     if controls.forced is not None:
         ints[:, layout.FORCED.value] = controls.forced.numpy()
     ints[:, layout.LISTED_RAW.value] = _listed(controls.raw)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+#: Products and sums are contracted where the code says so (`tl.fma`) and nowhere else: scores that one kernel compares
+#: with another's have to be the same bits in both.
+EXACT = {"enable_fp_fusion": False}
+
 
 @dataclass(frozen=True, slots=True)
 class Tile:
@@ -16,8 +20,9 @@ class Tile:
     blocks: int
 
     @property
-    def warps(self) -> int:
-        return 1
+    def options(self) -> dict[str, int | bool]:
+        """Keyword arguments of a launch."""
+        return {"num_warps": 1, **EXACT}
 
 
 #: Every tile that is compiled, largest first.
@@ -37,7 +42,11 @@ def tile_for(rows: int, blocks: int) -> Tile:
 
 #: Warps of the kernels that have one program per row, and the blocks that they open at once.
 ROW_WARPS = 8
+ROW_OPTIONS: dict[str, int | bool] = {"num_warps": ROW_WARPS, **EXACT}
 GROUP = 8
+
+#: Blocks that the searches open at once: with 8 the compiler spills a register or two.
+SEARCH_GROUP = 4
 
 #: Places in the buffer of best tokens of a row, and so the longest list.
 ROOM = 1024

@@ -7,32 +7,33 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from proxyserve_kernels.controls import PickControls
+from proxyserve_kernels.controls import PickControls, Picks
 from proxyserve_kernels.rows import RowBatch
 from proxyserve_kernels.speculation import Drafts, VerifyRule, leading
 from proxyserve_kernels.torch_backend.verify import coins
 from proxyserve_kernels.triton_backend.device import residual
 from proxyserve_kernels.triton_backend.launch import Buffers, Wishes, padded
+from proxyserve_kernels.triton_backend.results import read_picks
 from proxyserve_kernels.triton_backend.run import run
 from proxyserve_kernels.triton_backend.table import RowTable
-from proxyserve_kernels.triton_backend.tuning import ROW_WARPS, tile_for
+from proxyserve_kernels.triton_backend.tuning import ROW_OPTIONS, tile_for
 
 
 def judge(
     batch: RowBatch, controls: PickControls, drafts: Drafts, rule: VerifyRule
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(accepted int64 [n], drawn int64 [n, k + 1], valid bool [B]) for `speculation.settle`."""
+) -> tuple[Tensor, Tensor, Picks]:
+    """(accepted int64 [n], drawn int64 [n, k + 1]) for `speculation.settle`, and the target's picks without reports."""
     device = batch.device
     rows, tokens = drafts.rows.to(device), drafts.tokens.to(device)
     drafted = tokens >= 0
     forced = torch.full((batch.size,), -1, dtype=torch.int64)
     forced[drafts.rows[:, :-1][drafts.tokens >= 0]] = drafts.tokens[drafts.tokens >= 0]
-    silent = replace(controls, raw=(None,) * batch.size, processed=None, compare=False, forced=forced)
+    silent = replace(controls, raw=(None,) * batch.size, processed=None, forced=forced)
     table, buffers, wishes = run(batch, silent)
     drawn = buffers.tokens[rows.clamp(min=0)]
-    valid = buffers.valid[: batch.size]
+    picks = read_picks(table, buffers, silent, wishes)
     if rule == "shared_noise":
-        return leading(drafted & (drawn[:, :-1] == tokens)), drawn, valid
+        return leading(drafted & (drawn[:, :-1] == tokens)), drawn, picks
     if drafts.laws is None or drafts.law_controls is None or drafts.law_rows is None:
         raise ValueError("rejection needs laws, law_controls and law_rows of the drafts")
     proposed = torch.full((drafts.laws.size,), -1, dtype=torch.int64)
@@ -44,9 +45,9 @@ def judge(
     draft_rows = drafts.law_rows.to(device)
     target = buffers.reports[3].double()[rows[:, :-1].clamp(min=0)]
     ratio = target - draft_buffers.reports[3].double()[draft_rows.clamp(min=0)]
-    accepted = leading(drafted & (coins(controls, rows[:, :-1]).log() < ratio))
+    accepted = leading(drafted & (coins(controls, drafts.rows[:, :-1], device).log() < ratio))
     if drafts.tokens.shape[1] == 0:
-        return accepted, drawn, valid
+        return accepted, drawn, picks
     stopped = accepted < drafted.sum(dim=1)
     place = accepted.clamp(max=drafts.tokens.shape[1] - 1)[:, None]
     stopped_rows = torch.where(stopped, rows.gather(1, place)[:, 0], -1)
@@ -56,7 +57,7 @@ def judge(
     )
     column = torch.arange(drawn.shape[1], device=device)
     correct = (column == accepted[:, None]) & (corrected >= 0)[:, None]
-    return accepted, torch.where(correct, corrected[:, None], drawn), valid
+    return accepted, torch.where(correct, corrected[:, None], drawn), picks
 
 
 def _residual(
@@ -80,10 +81,10 @@ def _residual(
     tile = tile_for(n, p.blocks)
     inputs = (p.ints, p.floats, p_values, q.ints, q.floats, q_values, stopped_rows, stopped_drafts, masses)
     residual.residual_stats[(n, -(-p.blocks // tile.blocks))](
-        *inputs, *strides, TILE=tile.blocks, num_warps=tile.warps, **constants
+        *inputs, *strides, TILE=tile.blocks, **tile.options, **constants
     )
     residual.residual_pick[(n,)](
-        *inputs, tokens, *strides, BLOCKS=padded(p.blocks), num_warps=ROW_WARPS, **constants
+        *inputs, tokens, *strides, BLOCKS=padded(p.blocks), **ROW_OPTIONS, **constants
     )
     return tokens
 

@@ -17,7 +17,7 @@ from proxyserve_kernels.triton_backend.launch import LISTS, list_size
 from proxyserve_kernels.triton_backend.results import read_picks
 from proxyserve_kernels.triton_backend.run import run
 from proxyserve_kernels.triton_backend.solve import pair_divergences, solve
-from proxyserve_kernels.triton_backend.table import LAW_COUNTS, TERM_COUNTS
+from proxyserve_kernels.triton_backend.table import LAW_COUNTS, TERM_COUNTS, fitting
 from proxyserve_kernels.triton_backend.tuning import Tile, tile_for
 from proxyserve_kernels.triton_backend.verify import judge
 
@@ -31,7 +31,8 @@ def warm_up(device: torch.device, needs: Needs, progress: Callable[[str], None])
     for mixture in mixtures:
         sources = [torch.zeros(1, pitch, dtype=dtype, device=device) for dtype in mixture]
         for terms in _upto(TERM_COUNTS, needs.terms):
-            for rows in representative_rows(needs.rows, needs.vocabulary):
+            # Rules look at all lanes of a batch at once, drafts at twice their requests.
+            for rows in representative_rows(needs.rows * (2 * terms + 1), needs.vocabulary):
                 kind = "+".join(str(dtype).removeprefix("torch.") for dtype in mixture)
                 progress(f"compiling kernels: {kind}, {terms} terms, {rows} rows")
                 plain = _row(len(sources), needs.vocabulary, terms)
@@ -43,7 +44,7 @@ def warm_up(device: torch.device, needs: Needs, progress: Callable[[str], None])
                 ):
                     _pick(RowBatch.of(sources, [row] * rows), needs)
                     if needs.speculation:
-                        _speculate(row, sources, rows)
+                        _speculate(row, sources, rows, (True, False) if needs.uncompared else (True,))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -61,7 +62,7 @@ def representative_rows(max_batch: int, vocabulary: int) -> list[int]:
 
 def _upto(sizes: Sequence[int], most: int) -> list[int]:
     """The `sizes` that batches with at most `most` are rounded up to."""
-    enough = next(size for size in sizes if size >= most)
+    enough = fitting(most, sizes, "terms or laws")
     return [size for size in sizes if size <= enough]
 
 
@@ -112,7 +113,7 @@ def _dynamic(batch: RowBatch) -> None:
     pair_divergences(batch)
 
 
-def _speculate(row: Row, sources: Sequence[Tensor], requests: int) -> None:
+def _speculate(row: Row, sources: Sequence[Tensor], requests: int, compares: Sequence[bool]) -> None:
     """One draft per request, drawn from a model's row by itself."""
     n = requests
     target = RowBatch.of(sources, [row] * (2 * n))
@@ -134,4 +135,5 @@ def _speculate(row: Row, sources: Sequence[Tensor], requests: int) -> None:
                 law_controls=sampled[1],
                 law_rows=torch.arange(n).view(n, 1),
             )
-            judge(target, sampled[0], drafts, "rejection")
+            for compare in compares:
+                judge(target, replace(sampled[0], compare=compare), drafts, "rejection")

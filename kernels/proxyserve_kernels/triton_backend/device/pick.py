@@ -108,6 +108,9 @@ def pick(
     peak, partition = row_partition(maxima, sums)
     # A NaN may hide from a maximum, never from a sum. Filters keep the best token, so they cannot empty a row.
     fine = (partition == partition) & (peak > float("-inf")) & (peak < float("inf"))
+    # Blocks that filters leave out are not looked at again, so a NaN in them shows only in the sums before filters.
+    before = tl.sum(tl.load(stats + (PROCESSED_MAX + 1) * plane + block, mask=here, other=0.0), axis=0)
+    fine = fine & (before == before)
 
     seed, position = tl.load(ints + SEED), tl.load(ints + POSITION).to(tl.int32)
     noisy = maxima + tl.log(sums) + gumbel(seed, position, STREAM_BLOCK, 0, BLOCKS)

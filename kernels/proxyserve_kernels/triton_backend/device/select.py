@@ -177,11 +177,14 @@ def best_tokens(
     has_floor = filtered & (floor > float("-inf"))
     unlimited = (top_k == 0) & (has_floor == 0)
 
-    need = tl.maximum(tl.maximum(wanted, tl.minimum(top_k, ROOM)), 8)
+    # What a filter keeps must not depend on how long a list some other row of the batch wants, so that has no say here:
+    # a list that comes out too short is left to `search_list`, whose result is the same.
+    need = tl.maximum(tl.where(filtered, tl.minimum(top_k, ROOM), wanted), 8)
     opened = tl.minimum(need, possible)
     # The tokens at least as good as the worst opened maximum; at last, with all blocks open, every token.
     everything = possible == 0
     count = tl.zeros([], tl.int32)
+    fits, spills = tl.zeros([], tl.int32), possible + 1
     going = possible > 0
     while going:
         worst = packed_score(tl.load(orders + opened - 1))
@@ -193,10 +196,17 @@ def best_tokens(
         enough = (top_k > 0) & (count >= top_k)
         enough = enough | (has_floor & (bound < floor))
         enough = enough | (unlimited & (mass >= share.to(tl.float64) * total))
-        enough = (enough | (filtered == 0)) & (count >= wanted)
-        going = (enough == 0) & (everything == 0) & (count <= ROOM)
-        everything = everything | (going & (opened == possible))
-        opened = tl.where(going, tl.minimum(opened * 4, possible), opened)
+        enough = tl.where(filtered, enough, count >= wanted)
+        # Open twice as many, or, once there were more than the buffer takes, a number between.
+        spilled = count > ROOM
+        spills = tl.where(spilled, opened, spills)
+        fits = tl.where(spilled, fits, opened)
+        following = tl.where(spills > possible, tl.minimum(opened * 2, possible), (fits + spills) // 2)
+        last_chance = (following == opened) & (opened == possible) & (spilled == 0)
+        going = (enough == 0) | spilled
+        going = going & (everything == 0) & (last_chance | (following != fits))
+        everything = everything | (going & last_chance)
+        opened = tl.where(going, following, opened)
     tl.debug_barrier()
 
     if count > ROOM:
@@ -361,11 +371,13 @@ def search_last(
         False, GROUP, PROCESSED, KIND, TERMS, LAWS, GENERAL, ADJUST,
     )  # fmt: skip
     top_k = tl.load(ints + TOP_K)
-    limit = tl.where(top_k == 0, count, tl.minimum(top_k.to(tl.float64), count))
-    alive, alive_last = reach(
-        ints, floats, orders, block_keys, blocks, limit, alive, alive_last, peak,
-        False, GROUP, PROCESSED, KIND, TERMS, LAWS, GENERAL, ADJUST,
-    )  # fmt: skip
+    # Also where nothing is cut off by number, if min-p alone filters: the last living token is the last kept one.
+    if (top_k > 0) | (tl.load(floats + TOP_P) >= 1.0):
+        limit = tl.where(top_k == 0, count, tl.minimum(top_k.to(tl.float64), count))
+        alive, alive_last = reach(
+            ints, floats, orders, block_keys, blocks, limit, alive, alive_last, peak,
+            False, GROUP, PROCESSED, KIND, TERMS, LAWS, GENERAL, ADJUST,
+        )  # fmt: skip
     share = tl.load(floats + TOP_P)
     if share < 1.0:
         mass, _, _ = weigh(

@@ -91,7 +91,9 @@ def delta_tile(ints, floats, offsets, width, term: tl.constexpr, KIND: tl.conste
         delta -= tl.load(floats + TERM_FLOATS + FLOATS_PER_TERM * term + 1)
     lost = positive == float("-inf")
     gained = negative == float("-inf")
-    delta = tl.where(lost, tl.where(gained, 0.0, -clip), tl.where(gained, clip, delta))
+    # Times 0: what the other row holds does not matter, unless it is a NaN.
+    only_negative, only_positive = tl.fma(negative, 0.0, -clip), tl.fma(positive, 0.0, clip)
+    delta = tl.where(lost, tl.where(gained, 0.0, only_negative), tl.where(gained, only_positive, delta))
     if GENERAL:
         one_sided = (tl.load(ints + FLAGS) & ONE_SIDED) != 0
         # Written so that a NaN is not below 0 and stays.
@@ -111,6 +113,7 @@ def power_mean_tile(ints, floats, offsets, base, width, KIND: tl.constexpr, TERM
     product = tl.zeros(base.shape, tl.float32)
     largest = tl.full(base.shape, float("-inf"), tl.float32)
     smallest = tl.full(base.shape, float("inf"), tl.float32)
+    used = tl.zeros([], tl.int32)
     for member in tl.static_range(TERMS + 1):
         if member == 0:
             weight = tl.load(floats + BASE_WEIGHT)
@@ -131,6 +134,7 @@ def power_mean_tile(ints, floats, offsets, base, width, KIND: tl.constexpr, TERM
             product += weight * law
             largest = tl.maximum(largest, law)
             smallest = tl.minimum(smallest, law)
+            used += 1
     mean = (peak + tl.log(mass)) / exponent
     # With a negative power one law that rules a token out decides; the sum above met inf - inf there.
     decisive = tl.where(exponent < 0.0, float("-inf"), float("nan"))
@@ -139,7 +143,8 @@ def power_mean_tile(ints, floats, offsets, base, width, KIND: tl.constexpr, TERM
     mean = tl.where(product == product, mean, product)
     mean = tl.where(r == 0.0, product, mean)
     mean = tl.where(r == float("inf"), tl.where(product == product, largest, product), mean)
-    return tl.where(r == float("-inf"), tl.where(product == product, smallest, product), mean)
+    mean = tl.where(r == float("-inf"), tl.where(product == product, smallest, product), mean)
+    return tl.where(used == 0, float("-inf"), mean)
 
 
 @triton.jit
@@ -179,6 +184,7 @@ def fused_tile(
                 law_ints = ints + TERM_INTS + INTS_PER_TERM * TERMS
                 law_floats = floats + TERM_FLOATS + FLOATS_PER_TERM * TERMS
                 kept = score != score
+                broken = kept
                 for slot in tl.static_range(LAWS):
                     pointer = tl.load(law_ints + INTS_PER_LAW * slot)
                     kind = tl.load(law_ints + INTS_PER_LAW * slot + 1)
@@ -187,11 +193,13 @@ def fused_tile(
                     lane = tl.where(pointer == FUSED_LAW, 0, pointer)
                     law = load_lane(lane, kind, offsets, width, float("-inf"), KIND)
                     law = tl.where(pointer == FUSED_LAW, score, law)
+                    broken = broken | (law != law)
                     above = (law > threshold) | ((law == threshold) & (offsets <= last))
                     reach = tl.where(pointer == 0, 0, width)
                     kept = kept | (above & (law > float("-inf")) & (offsets < reach))
                 removes = (flags & REMOVES) != 0
                 score = tl.where(kept, score, tl.where(removes, float("-inf"), unfused))
+                score = tl.where(broken, float("nan"), score)
         reference = load_lane(
             tl.load(ints + REFERENCE), tl.load(ints + REFERENCE + 1), offsets, width, float("-inf"), KIND
         )

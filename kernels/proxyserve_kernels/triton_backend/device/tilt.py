@@ -32,7 +32,7 @@ LOW, HIGH, AT, DONE, CLAMPED, FORWARD_AT, REVERSE_AT = (
 )
 STATE = 7
 
-TOLERANCE = tl.constexpr(1e-5)
+TOLERANCE, NOISE = tl.constexpr(1e-5), tl.constexpr(1e-7)
 
 
 @triton.jit
@@ -210,16 +210,18 @@ def solve_step(
     value = tl.where(backward, value_r, value_f)
     step = halley(value, tl.where(backward, slope_r, slope_f), tl.where(backward, bend_r, bend_f), target)
     too_low = value < target
-    near = tl.abs(value - target) <= target * TOLERANCE
+    near = tl.abs(value - target) <= target * TOLERANCE + NOISE
     gap_f, gap_r = value_f - forward_target, value_r - reverse_target
     descent = gap_f * slope_f + gap_r * slope_r
     curvature = slope_f * slope_f + slope_r * slope_r + gap_f * bend_f + gap_r * bend_r
     newton = tl.where(curvature > 0.0, -descent / curvature, float("inf"))
     step = tl.where(both, newton, step)
     too_low = tl.where(both, descent < 0.0, too_low)
-    near = near & (both == 0)
+    near_f = tl.abs(gap_f) <= forward_target * TOLERANCE + NOISE
+    near_r = tl.abs(gap_r) <= reverse_target * TOLERANCE + NOISE
+    near = tl.where(both, near_f & near_r, near)
     new_low, new_high = tl.where(too_low, a, low), tl.where(too_low, high, a)
-    reached = too_low & (a >= limit)
+    reached = too_low & (a >= limit) & (near == 0)
     new = a + step
     inside = (new > new_low) & (new < new_high)
     beyond = too_low & (inside == 0) & (new >= new_high) & (new_high >= limit)
@@ -382,7 +384,10 @@ def centred_delta(ints, floats, centres, offsets, base, term: tl.constexpr, KIND
     clip = tl.load(floats + CLIP_AT)
     lost = positive == float("-inf")
     gained = negative == float("-inf")
-    delta = tl.where(lost, tl.where(gained, 0.0, -clip), tl.where(gained, clip, positive - negative))
+    only_negative, only_positive = tl.fma(negative, 0.0, -clip), tl.fma(positive, 0.0, clip)
+    delta = tl.where(
+        lost, tl.where(gained, 0.0, only_negative), tl.where(gained, only_positive, positive - negative)
+    )
     delta -= tl.load(centres + term).to(tl.float32)
     return tl.where(base == float("-inf"), 0.0, delta)
 
