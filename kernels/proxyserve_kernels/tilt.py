@@ -14,10 +14,14 @@ With several terms those targets are their means weighted by |weight_i|.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
+import torch
 from torch import Tensor
+
+from proxyserve_kernels.rows import RowBatch
 
 #: The multipliers that `Match.PAPER` tries.
 PAPER_GRID = tuple(point / 10 for point in range(21))
@@ -92,3 +96,27 @@ class Moments:
     log_partition: Tensor
     gradient: Tensor
     covariance: Tensor
+
+
+#: What solves some rows: of a batch of only those, and their controls, the weights float32 [n, T] (or None: the batch's
+#: times the multiplier), multiplier, forward, reverse float32 [n] and converged bool [n].
+RowSolver = Callable[[RowBatch, "SolveControls"], tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]]
+
+
+def solve_rows(batch: RowBatch, controls: SolveControls, paper: RowSolver, roots: RowSolver) -> Solution:
+    """Solve the rows of PAPER by `paper`, those of NONE not at all and the others by `roots`, each as plain sums."""
+    B, device = batch.size, batch.device
+    weights = batch.weights.to(device).clone()
+    multiplier = torch.ones(B, device=device)
+    forward, reverse = torch.zeros(B, device=device), torch.zeros(B, device=device)
+    converged = torch.ones(B, dtype=torch.bool, device=device)
+    of_paper = controls.match == Match.PAPER
+    for solver, chosen in ((paper, of_paper), (roots, (controls.match != Match.NONE) & ~of_paper)):
+        rows = chosen.nonzero()[:, 0]
+        if not rows.numel():
+            continue
+        at = rows.to(device)
+        own = SolveControls(controls.match[rows], controls.max_weight[rows], controls.budget[rows])
+        found, multiplier[at], forward[at], reverse[at], converged[at] = solver(batch.linear(rows), own)
+        weights[at] = weights[at] * multiplier[at, None] if found is None else found
+    return Solution(weights, multiplier, forward, reverse, converged)

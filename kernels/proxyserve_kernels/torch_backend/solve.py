@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from proxyserve_kernels.rows import ABSENT, RowBatch
-from proxyserve_kernels.tilt import PAPER_GRID, Match, Solution, SolveControls
+from proxyserve_kernels.tilt import PAPER_GRID, Match, Solution, SolveControls, solve_rows
 from proxyserve_kernels.torch_backend.scores import take
 from proxyserve_kernels.torch_backend.tilt import Curve, pair_divergences, total_delta
 
@@ -28,27 +28,7 @@ NOISE = 1e-7
 
 def solve(batch: RowBatch, controls: SolveControls) -> Solution:
     """See `Backend.solve`."""
-    B, device = batch.size, batch.device
-    weights = batch.weights.to(device).clone()
-    multiplier = torch.ones(B, device=device)
-    forward, reverse = torch.zeros(B, device=device), torch.zeros(B, device=device)
-    converged = torch.ones(B, dtype=torch.bool, device=device)
-    paper = (controls.match == Match.PAPER).nonzero()[:, 0]
-    rooted = ((controls.match != Match.NONE) & (controls.match != Match.PAPER)).nonzero()[:, 0]
-    if paper.numel():
-        at = paper.to(device)
-        weights[at], multiplier[at], forward[at], reverse[at], converged[at] = _paper(batch.linear(paper))
-    if rooted.numel():
-        at = rooted.to(device)
-        found, forward[at], reverse[at], converged[at] = _roots(
-            batch.linear(rooted),
-            controls.match[rooted].to(device),
-            controls.max_weight[rooted].to(device).double(),
-            controls.budget[rooted].to(device).double(),
-        )
-        multiplier[at] = found
-        weights[at] *= found[:, None]
-    return Solution(weights, multiplier, forward, reverse, converged)
+    return solve_rows(batch, controls, _paper, _roots)
 
 
 def _targets(batch: RowBatch) -> tuple[Tensor, Tensor]:
@@ -59,10 +39,11 @@ def _targets(batch: RowBatch) -> tuple[Tensor, Tensor]:
     return (share * pair.forward).sum(dim=1), (share * pair.reverse).sum(dim=1)
 
 
-def _roots(
-    batch: RowBatch, match: Tensor, limit: Tensor, budget: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Multiplier, forward, reverse, converged for rows that are not PAPER."""
+def _roots(batch: RowBatch, controls: SolveControls) -> tuple[None, Tensor, Tensor, Tensor, Tensor]:
+    """A `RowSolver` for all that is not PAPER."""
+    match = controls.match.to(batch.device)
+    limit = controls.max_weight.to(batch.device).double()
+    budget = controls.budget.to(batch.device).double()
     curve = Curve.of(batch)
     forward_target, reverse_target = _targets(batch)
     forward_target = torch.where(match == Match.BUDGET, budget, forward_target)
@@ -120,7 +101,7 @@ def _roots(
         done |= stop
         if bool(done.all()):
             break
-    return a.float(), forward.float(), reverse.float(), done & ~clamped
+    return None, a.float(), forward.float(), reverse.float(), done & ~clamped
 
 
 def start(target: Tensor, variance: Tensor, third: Tensor, backward: Tensor) -> Tensor:
@@ -156,7 +137,7 @@ def _cell(
     return width * best, width * (best + 1), torch.minimum(width * (best + 2), limit)
 
 
-def _paper(batch: RowBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _paper(batch: RowBatch, _controls: SolveControls) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Weights, multiplier, forward, reverse, converged by the published grid, one term at a time."""
     base = take(batch, batch.base, batch.widths)
     pair = pair_divergences(batch)

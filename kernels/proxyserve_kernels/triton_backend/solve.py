@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from proxyserve_kernels.rows import ABSENT, RowBatch
-from proxyserve_kernels.tilt import PAPER_GRID, Match, Moments, PairDivergences, Solution, SolveControls, Tilt
+from proxyserve_kernels.tilt import (
+    PAPER_GRID,
+    Match,
+    Moments,
+    PairDivergences,
+    Solution,
+    SolveControls,
+    Tilt,
+    solve_rows,
+)
 from proxyserve_kernels.torch_backend.solve import GRID, STEPS, start
 from proxyserve_kernels.torch_backend.tilt import MOST_TERMS
 from proxyserve_kernels.triton_backend.device import tilt as kernels
@@ -153,37 +162,22 @@ def _moment_sums(table: RowTable, centres: Tensor) -> Tensor:
 
 def solve(batch: RowBatch, controls: SolveControls) -> Solution:
     """See `Backend.solve`."""
-    B, device = batch.size, batch.device
-    weights = batch.weights.to(device).clone()
-    multiplier = torch.ones(B, device=device)
-    forward, reverse = torch.zeros(B, device=device), torch.zeros(B, device=device)
-    converged = torch.ones(B, dtype=torch.bool, device=device)
-    paper = (controls.match == Match.PAPER).nonzero()[:, 0]
-    rooted = ((controls.match != Match.NONE) & (controls.match != Match.PAPER)).nonzero()[:, 0]
-    if paper.numel():
-        at = paper.to(device)
-        weights[at], multiplier[at], forward[at], reverse[at], converged[at] = _paper(batch.linear(paper))
-    if rooted.numel():
-        at = rooted.to(device)
-        found, forward[at], reverse[at], converged[at] = _roots(batch.linear(rooted), controls, rooted)
-        multiplier[at] = found
-        weights[at] *= found[:, None]
-    return Solution(weights, multiplier, forward, reverse, converged)
+    return solve_rows(batch, controls, _paper, _roots)
 
 
-def _roots(batch: RowBatch, controls: SolveControls, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Multiplier, forward, reverse, converged for rows that are not PAPER."""
+def _roots(batch: RowBatch, controls: SolveControls) -> tuple[None, Tensor, Tensor, Tensor, Tensor]:
+    """A `RowSolver` for all that is not PAPER."""
     table = build_table(batch)
     B, bucket, device = table.rows, table.bucket, batch.device
     curves = Curves(table)
 
     def column(values: Tensor, unused: float) -> Tensor:
         whole = torch.full((bucket,), unused, dtype=torch.float64)
-        whole[:B] = values[rows].double()
+        whole[:B] = values.double()
         return whole.to(device, non_blocking=True)
 
     match = torch.zeros(bucket, dtype=torch.int64)
-    match[:B] = controls.match[rows]
+    match[:B] = controls.match
     any_both = bool((match == Match.BOTH).any())
     match = match.to(device, non_blocking=True)
     limit, budget = column(controls.max_weight, 1.0), column(controls.budget, 0.0)
@@ -223,6 +217,7 @@ def _roots(batch: RowBatch, controls: SolveControls, rows: Tensor) -> tuple[Tens
     found = state[:, :B]
     converged = (found[kernels.DONE.value] != 0) & (found[kernels.CLAMPED.value] == 0)
     return (
+        None,
         found[kernels.AT.value].float(),
         found[kernels.FORWARD_AT.value].float(),
         found[kernels.REVERSE_AT.value].float(),
@@ -230,7 +225,7 @@ def _roots(batch: RowBatch, controls: SolveControls, rows: Tensor) -> tuple[Tens
     )
 
 
-def _paper(batch: RowBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _paper(batch: RowBatch, _controls: SolveControls) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Weights, multiplier, forward, reverse, converged by the published grid, one term at a time."""
     table = build_table(batch)
     B, T, device = table.rows, batch.terms, batch.device

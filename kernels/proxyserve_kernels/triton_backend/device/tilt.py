@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from proxyserve_kernels.torch_backend.solve import NOISE as _NOISE
+from proxyserve_kernels.torch_backend.solve import TOLERANCE as _TOLERANCE
 from proxyserve_kernels.triton_backend.device.layout import (
     BASE,
     CLIP_AT,
@@ -32,7 +34,7 @@ LOW, HIGH, AT, DONE, CLAMPED, FORWARD_AT, REVERSE_AT = (
 )
 STATE = 7
 
-TOLERANCE, NOISE = tl.constexpr(1e-5), tl.constexpr(1e-7)
+TOLERANCE, NOISE = tl.constexpr(_TOLERANCE), tl.constexpr(_NOISE)
 
 
 @triton.jit
