@@ -35,6 +35,13 @@ class UnknownModel(InvalidRequest):
         super().__init__(message, param=param, code="model_not_found")
 
 
+class Forbidden(InvalidRequest):
+    """The request is well formed, and this caller may not make it."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message, param=param, code="forbidden")
+
+
 class QueueFull(ProxyserveError):
     """Admission refused because too much work is waiting. `retry_after` is in seconds."""
 

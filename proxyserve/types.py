@@ -118,14 +118,43 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class LaneView:
+    """What one law, before bias, penalties and temperature, thought of a chosen token: its log-prob in nats, and the
+    likeliest tokens with theirs."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenExplanation:
+    """Why one token was chosen. `lanes` maps lane names to their views, `fused` is the fused law's. `weights` maps
+    experts to the weight that multiplied their delta here, `push` to weight times delta of this token, in nats. `kl` is
+    KL(fused || base) and `flip` whether the two have different best tokens, None where the base did not run. `gated`:
+    the base was sure enough, its law alone was used and the other lanes did not run."""
+
+    token_id: int
+    fused: LaneView
+    lanes: Mapping[str, LaneView]
+    weights: Mapping[str, float]
+    push: Mapping[str, float]
+    kl: float | None
+    flip: bool | None
+    gated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Token counts of one choice. `lane_tokens` counts, per model, the tokens that ran through it for this
-    choice (prompt tokens served from the prefix cache are not counted)."""
+    choice (prompt tokens served from the prefix cache are not counted). Under a gate, `gated_tokens` are those that the
+    base alone decided, and `skipped_lane_tokens`, per model, those that its lanes never ran."""
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
     lane_tokens: Mapping[str, int]
+    gated_tokens: int | None = None
+    skipped_lane_tokens: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,15 +162,17 @@ class FusionReport:
     """What fusion did to one choice.
 
     `mean_kl` is the mean over generated positions of KL(fused || base) in nats, `flips` the number of
-    positions where the fused argmax differs from the base's. `generations` maps each expert to the
-    generation that served the request.
+    positions where the fused argmax differs from the base's; both are None where the base takes no part. `generations`
+    maps each expert to the generation that served the request. `mean_weights`, where weights are solved per position,
+    maps each expert to the mean of its weight.
     """
 
     rule: str
     sum_of_weights: float
     generations: Mapping[str, int]
-    mean_kl: float
-    flips: int
+    mean_kl: float | None
+    flips: int | None
+    mean_weights: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +180,8 @@ class OutputEvent:
     """What one step produced for one choice.
 
     `text` is text that is final (bytes of unfinished characters and possible beginnings of stop strings are
-    held back and come later). `logprobs` has one entry per id in `token_ids` where the request asked for
-    them. `finish_reason`, `usage` and, for fused requests, `fusion` are set on the last event only; `error`
+    held back and come later). `logprobs` and `explanations` have one entry per id in `token_ids` where the request
+    asked for them. `finish_reason`, `usage` and, for fused requests, `fusion` are set on the last event only; `error`
     says what failed when `finish_reason` is `ERROR`.
     """
 
@@ -159,6 +190,7 @@ class OutputEvent:
     token_ids: tuple[int, ...] = ()
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] | None = None
+    explanations: tuple[TokenExplanation, ...] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     usage: Usage | None = None

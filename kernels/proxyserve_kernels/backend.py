@@ -68,6 +68,11 @@ class Backend(Protocol):
     def solve(self, batch: RowBatch, controls: SolveControls) -> Solution:
         """Multipliers of the rows' weights from KL divergences."""
 
+    def temperatures(self, batch: RowBatch, entropies: Tensor) -> Tensor:
+        """Temperatures float32 [B] at which each row's fused law, before adjustments, has entropy `entropies` (float32
+        [B], host, in nats; NaN for rows that do not ask, whose result is NaN). Targets that no temperature reaches give
+        the nearest of `entropy.MIN_TEMPERATURE` and `entropy.MAX_TEMPERATURE`."""
+
     def verify(
         self, batch: RowBatch, controls: PickControls, drafts: Drafts, rule: VerifyRule = "rejection"
     ) -> Verdicts:

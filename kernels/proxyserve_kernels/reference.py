@@ -433,6 +433,24 @@ def moments(batch: RowBatch, row: int) -> RowMoments:
     return RowMoments(float(torch.logsumexp(base + direction, dim=0)), gradient, covariance)
 
 
+def entropy(log_law: Tensor) -> float:
+    """-sum of p log p in nats, of log-probs [V]."""
+    possible = log_law > -math.inf
+    return -float((log_law[possible].exp() * log_law[possible]).sum())
+
+
+def temperature(batch: RowBatch, row: int, target: float, low: float, high: float) -> float:
+    """The temperature between `low` and `high` at which the row's fused law has entropy `target`, by bisection."""
+    scores = fused_scores(batch, row)
+    for _ in range(200):
+        middle = math.sqrt(low * high)
+        if entropy(log_softmax(scores / middle)) < target:
+            low = middle
+        else:
+            high = middle
+    return math.sqrt(low * high)
+
+
 class _Line(NamedTuple):
     """Divergences along P_a."""
 

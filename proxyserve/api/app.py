@@ -30,10 +30,10 @@ OpenAI's; the `fusion` object, or a model name such as `BASE+EXPERT:0.8`, says w
 def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
     """An ASGI application over `engine`, which the caller starts and closes.
 
-    Raises StartupError if the key file is unusable. Does not check which address it is served at; `run_server` does.
+    Raises StartupError if a key file is unusable. Does not check which address it is served at; `run_server` does.
     """
-    keys = KeyRing.load(config.api_key_file)
-    state = ServerState(engine, config, keys, Metrics(engine.snapshot))
+    keys, admin_keys = KeyRing.load(config.api_key_file), KeyRing.load(config.admin_key_file)
+    state = ServerState(engine, config, Metrics(engine.snapshot))
     app = FastAPI(
         title="proxyserve",
         version=__version__,
@@ -46,9 +46,9 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
     for module in (chat, completions, models, tokenize, health, metrics):
         app.include_router(module.router)
     install_error_handlers(app)
-    install_openapi(app, chunks=(ChatChunk,), keys=bool(keys))
+    install_openapi(app, chunks=(ChatChunk,), keys=bool(keys or admin_keys))
     # The last one added is the outermost.
     app.add_middleware(BodyLimitMiddleware, max_bytes=config.limits.max_body_bytes, metrics=state.metrics)
-    app.add_middleware(AuthMiddleware, keys=keys, metrics=state.metrics)
+    app.add_middleware(AuthMiddleware, keys=keys, admin_keys=admin_keys, metrics=state.metrics)
     app.add_middleware(RequestIdMiddleware)
     return app

@@ -62,20 +62,25 @@ class KeyRing:
 
 class AuthMiddleware:
     """Refuses requests without a known key, before their body is read. Sets `state.salt`, which keeps the prefix-cache
-    entries of different keys apart."""
+    entries of different keys apart, and `state.admin`: whether the key is an administrator's. Without any keys, whoever
+    can connect is the operator."""
 
-    def __init__(self, app: ASGIApp, keys: KeyRing, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing, admin_keys: KeyRing, metrics: Metrics) -> None:
         self._app = app
         self._keys = keys
+        self._admin_keys = admin_keys
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # lifespan; there are no websocket routes
             await self._app(scope, receive, send)
             return
-        salt = ""
-        if self._keys and scope["path"] not in PUBLIC_PATHS:
-            digest = self._keys.match(_bearer_token(scope))
+        salt, admin = "", not (self._keys or self._admin_keys)
+        if not admin and scope["path"] not in PUBLIC_PATHS:
+            token = _bearer_token(scope)
+            of_admin = self._admin_keys.match(token)
+            digest = of_admin or self._keys.match(token)
+            admin = of_admin is not None
             if digest is None:
                 self._metrics.rejected("unauthorized")
                 refusal = Unauthorized(
@@ -84,7 +89,7 @@ class AuthMiddleware:
                 await error_response(problem_of(refusal))(scope, receive, send)
                 return
             salt = hashlib.sha256(b"prefix-cache" + digest).hexdigest()
-        scope.setdefault("state", {})["salt"] = salt
+        scope.setdefault("state", {}).update(salt=salt, admin=admin)
         await self._app(scope, receive, send)
 
 

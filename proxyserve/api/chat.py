@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from proxyserve.api.body import JsonRoute
 from proxyserve.api.documentation import ENGINE_ERRORS, error_answers, event_stream
+from proxyserve.api.explanations import explained, wants_explanations
 from proxyserve.api.generate import Answer, Generation
 from proxyserve.api.logprobs import chat_logprobs
 from proxyserve.api.prepare import (
@@ -36,7 +37,7 @@ from proxyserve.api.state import ServerState, server_state
 from proxyserve.engine.prompts import chat_prompts
 from proxyserve.engine.submission import Submission
 from proxyserve.errors import InvalidRequest
-from proxyserve.types import OutputEvent, TokenLogprob
+from proxyserve.types import OutputEvent, TokenExplanation, TokenLogprob
 
 if TYPE_CHECKING:
     from proxyserve.text.tokenizer import Tokenizer
@@ -55,13 +56,14 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
     state = server_state(request)
     shape = _ChatShape(body, state.models.base.tokenizer)
     salt = cache_salt(request.state.salt, body.user)
+    admin = bool(request.state.admin)
     with _chat_field_names(body):
-        submission = await prepared(request, lambda: _submission(state, body, shape.id, salt))
+        submission = await prepared(request, lambda: _submission(state, body, shape.id, salt, admin))
         generation = Generation(state, [submission], request.state.arrived)
     return await respond(request, body, generation, shape)
 
 
-def _submission(state: ServerState, body: ChatRequest, request_id: str, salt: str) -> Submission:
+def _submission(state: ServerState, body: ChatRequest, request_id: str, salt: str, admin: bool) -> Submission:
     """Raises InvalidRequest or UnknownModel."""
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise InvalidRequest(
@@ -72,11 +74,9 @@ def _submission(state: ServerState, body: ChatRequest, request_id: str, salt: st
         raise InvalidRequest("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
     limits = state.config.limits
     check_shape(body, limits, top_logprobs=body.top_logprobs, param="top_logprobs")
-    fusion = resolve_fusion(body.model, body.fusion, state.models)
-    routes = body.fusion.prompts if body.fusion is not None else None
-    prompts = chat_prompts(
-        state.models, fusion, [message.rendered() for message in body.messages], routes or {}
-    )
+    fusion = resolve_fusion(body.model, body.fusion, state.catalog)
+    vetted = body.model in state.catalog.presets
+    prompts = chat_prompts(state.catalog, fusion, [message.rendered() for message in body.messages])
     sampling = sampling_params(
         body,
         limits,
@@ -86,7 +86,9 @@ def _submission(state: ServerState, body: ChatRequest, request_id: str, salt: st
         or room_for_answer(state.engine.engine, fusion, prompts),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    return Submission(request_id, prompts, sampling, fusion, n=body.n or 1, salt=salt)
+    return Submission(
+        request_id, prompts, sampling, fusion, n=body.n or 1, salt=salt, admin=admin, vetted=vetted
+    )
 
 
 @contextmanager
@@ -110,6 +112,7 @@ class _ChatShape:
         self._head = response_head("chatcmpl", body.model)
         self.id: str = self._head["id"]
         self._wants_logprobs = bool(body.logprobs)
+        self._wants_explanations = wants_explanations(body.fusion)
         self._tokenizer = tokenizer
         self._begun: set[int] = set()
 
@@ -120,6 +123,7 @@ class _ChatShape:
                 delta=self._delta(number, event),
                 logprobs=self._logprobs(event.logprobs or ()),
                 finish_reason=finish_name(event.finish_reason),
+                **self._explain(event.explanations or ()),
             )
             for number, event in events
         ]
@@ -132,6 +136,7 @@ class _ChatShape:
                 message=AssistantMessage(role="assistant", content=answer.text, refusal=None),
                 logprobs=self._logprobs(answer.logprobs),
                 finish_reason=finish_name(answer.finish_reason),
+                **self._explain(answer.explanations),
             )
             for number, answer in enumerate(answers)
         ]
@@ -145,3 +150,7 @@ class _ChatShape:
 
     def _logprobs(self, entries: Sequence[TokenLogprob]) -> ChatLogprobs | None:
         return chat_logprobs(entries, self._tokenizer) if self._wants_logprobs else None
+
+    def _explain(self, entries: Sequence[TokenExplanation]) -> dict[str, Any]:
+        """Nothing at all for a request that did not ask."""
+        return {"explain": explained(entries, self._tokenizer)} if self._wants_explanations else {}

@@ -9,9 +9,16 @@ from fastapi import APIRouter, Request, Response
 
 from proxyserve.api.body import JsonRoute
 from proxyserve.api.documentation import ENGINE_ERRORS, error_answers, event_stream
+from proxyserve.api.explanations import explained, wants_explanations
 from proxyserve.api.generate import Answer, Generation
 from proxyserve.api.logprobs import CompletionLogprobsBuilder
-from proxyserve.api.prepare import cache_salt, check_shape, prepared, resolve_fusion, sampling_params
+from proxyserve.api.prepare import (
+    cache_salt,
+    check_shape,
+    prepared,
+    resolve_fusion,
+    sampling_params,
+)
 from proxyserve.api.respond import respond, response_head
 from proxyserve.api.schemas.completions import (
     DEFAULT_MAX_TOKENS,
@@ -25,7 +32,7 @@ from proxyserve.api.state import ServerState, server_state
 from proxyserve.engine.prompts import text_prompts, token_prompts
 from proxyserve.engine.submission import Submission
 from proxyserve.errors import InvalidRequest
-from proxyserve.types import OutputEvent, TokenLogprob
+from proxyserve.types import OutputEvent, TokenExplanation, TokenLogprob
 
 if TYPE_CHECKING:
     from proxyserve.text.tokenizer import Tokenizer
@@ -44,12 +51,15 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     state = server_state(request)
     shape = _CompletionShape(body, state.models.base.tokenizer)
     salt = cache_salt(request.state.salt, body.user)
-    submissions = await prepared(request, lambda: _submissions(state, body, shape.id, salt))
+    admin = bool(request.state.admin)
+    submissions = await prepared(request, lambda: _submissions(state, body, shape.id, salt, admin))
     generation = Generation(state, submissions, request.state.arrived)
     return await respond(request, body, generation, shape)
 
 
-def _submissions(state: ServerState, body: CompletionRequest, request_id: str, salt: str) -> list[Submission]:
+def _submissions(
+    state: ServerState, body: CompletionRequest, request_id: str, salt: str, admin: bool
+) -> list[Submission]:
     """One per prompt. Raises InvalidRequest or UnknownModel."""
     limits = state.config.limits
     if len(body.prompt) > limits.max_batched_prompts:
@@ -58,23 +68,23 @@ def _submissions(state: ServerState, body: CompletionRequest, request_id: str, s
             param="prompt",
         )
     check_shape(body, limits, top_logprobs=body.logprobs, param="logprobs")
-    if body.fusion is not None and body.fusion.prompts is not None:
-        raise InvalidRequest(
-            "'fusion.prompts' says how messages are rendered; /v1/completions gives every lane the same prompt.",
-            param="fusion.prompts",
-        )
-    fusion = resolve_fusion(body.model, body.fusion, state.models)
+    fusion = resolve_fusion(body.model, body.fusion, state.catalog)
+    vetted = body.model in state.catalog.presets
     sampling = sampling_params(
         body, limits, state.models, max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS, logprobs=body.logprobs
     )
     return [
         Submission(
             f"{request_id}-{number}",
-            text_prompts(state.models, fusion, prompt) if isinstance(prompt, str) else token_prompts(prompt),
+            text_prompts(state.catalog, fusion, prompt)
+            if isinstance(prompt, str)
+            else token_prompts(state.catalog, fusion, prompt),
             sampling,
             fusion,
             n=body.n or 1,
             salt=salt,
+            admin=admin,
+            vetted=vetted,
         )
         for number, prompt in enumerate(body.prompt)
     ]
@@ -87,6 +97,7 @@ class _CompletionShape:
         self._head = response_head("cmpl", body.model)
         self.id: str = self._head["id"]
         self._wants_logprobs = body.logprobs is not None
+        self._wants_explanations = wants_explanations(body.fusion)
         self._tokenizer = tokenizer
         self._builders: dict[int, CompletionLogprobsBuilder] = {}
 
@@ -97,6 +108,7 @@ class _CompletionShape:
                 text=event.text,
                 logprobs=self._logprobs(number, event.logprobs or ()),
                 finish_reason=finish_name(event.finish_reason),
+                **self._explain(event.explanations or ()),
             )
             for number, event in events
         ]
@@ -109,6 +121,7 @@ class _CompletionShape:
                 text=answer.text,
                 logprobs=self._logprobs(number, answer.logprobs),
                 finish_reason=finish_name(answer.finish_reason),
+                **self._explain(answer.explanations),
             )
             for number, answer in enumerate(answers)
         ]
@@ -121,3 +134,7 @@ class _CompletionShape:
         if builder is None:
             builder = self._builders[number] = CompletionLogprobsBuilder(self._tokenizer)
         return builder.add(entries)
+
+    def _explain(self, entries: Sequence[TokenExplanation]) -> dict[str, Any]:
+        """Nothing at all for a request that did not ask."""
+        return {"explain": explained(entries, self._tokenizer)} if self._wants_explanations else {}

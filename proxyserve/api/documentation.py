@@ -15,6 +15,7 @@ from proxyserve.api.schemas.errors import ErrorBody
 _DESCRIPTIONS: Mapping[int, str] = {
     400: "A field has a bad value, is unknown, or is not supported yet; `param` names it.",
     401: "The server has keys and the request has none of them.",
+    403: "The key is not an administrator's, and what is asked for takes one.",
     404: "There is no such model, expert or route.",
     405: "The route does not take this method.",
     413: "The body is above the server's limit.",
@@ -27,7 +28,7 @@ _DESCRIPTIONS: Mapping[int, str] = {
 #: For routes that take a body.
 BODY_ERRORS = (400, 401, 413, 415, 500)
 #: For routes that put the engine to work.
-ENGINE_ERRORS = (*BODY_ERRORS, 404, 429, 503)
+ENGINE_ERRORS = (*BODY_ERRORS, 403, 404, 429, 503)
 
 
 def error_answers(*statuses: int) -> dict[int | str, dict[str, Any]]:

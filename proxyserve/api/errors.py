@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 
 from proxyserve.api.schemas.errors import ErrorBody, ErrorDetail, ErrorType
 from proxyserve.api.state import server_state
-from proxyserve.errors import InvalidRequest, NotReady, ProxyserveError, QueueFull, UnknownModel
+from proxyserve.errors import Forbidden, InvalidRequest, NotReady, ProxyserveError, QueueFull, UnknownModel
 
 #: Names that clients invent are repeated in messages only up to this many characters.
 _LONGEST_NAME = 100
@@ -24,6 +24,7 @@ _CLIENT_CLOSED_REQUEST = 499
 
 _TYPES: Mapping[int, ErrorType] = {
     401: "authentication_error",
+    403: "permission_error",
     429: "rate_limit_error",
     500: "server_error",
     503: "service_unavailable_error",
@@ -33,6 +34,7 @@ _TYPES: Mapping[int, ErrorType] = {
 _REJECTIONS: Mapping[int, str] = {
     400: "invalid",
     401: "unauthorized",
+    403: "forbidden",
     404: "not_found",
     405: "method_not_allowed",
     413: "too_large",
@@ -94,6 +96,8 @@ def problem_of(error: Exception) -> Problem:
     match error:
         case UnknownModel():
             return Problem.of(404, error.message, param=error.param, code=error.code)
+        case Forbidden():
+            return Problem.of(403, error.message, param=error.param, code=error.code)
         case InvalidRequest():
             return Problem.of(400, error.message, param=error.param, code=error.code)
         case QueueFull():
@@ -111,7 +115,7 @@ def problem_of(error: Exception) -> Problem:
         case ProxyserveError():
             return Problem.of(500, error.message, code="generation_failed")
         case RequestValidationError():
-            return _problem_of_validation(error.errors())
+            return validation_problem(error.errors())
         case HTTPException():
             return _problem_of_http(error)
         case _:
@@ -172,10 +176,12 @@ def _problem_of_http(error: HTTPException) -> Problem:
     return Problem.of(error.status_code, message, code=code, headers=error.headers)
 
 
-def _problem_of_validation(errors: Sequence[Mapping[str, Any]]) -> Problem:
+def validation_problem(errors: Sequence[Mapping[str, Any]]) -> Problem:
     """The first of the validator's findings; values that the client sent are never repeated."""
     first = errors[0]
     where = tuple(first["loc"])[1:]  # drops "body", "path" or "query"
+    if where[:1] == ("fusion",):
+        where = (*where[:1], *where[2:])  # and the rule, by which the validator chose how to read the object
     param = field_path(where) or None
     if param is None:
         return Problem.of(400, "The body must be a JSON object.", code="invalid_body")
@@ -183,16 +189,11 @@ def _problem_of_validation(errors: Sequence[Mapping[str, Any]]) -> Problem:
         case "missing":
             return Problem.of(400, f"'{param}' is required.", param=param, code="missing_required_parameter")
         case "extra_forbidden":
-            return Problem.of(400, _unknown_field(param, where), param=param, code="unknown_parameter")
+            message = f"There is no field '{param}' in this request."
+            return Problem.of(400, message, param=param, code="unknown_parameter")
         case "not_supported_yet":
             message = f"'{param}' is not supported yet. {first['msg']}"
             return Problem.of(400, message, param=param, code="unsupported_parameter")
         case kind:
             code = "invalid_type" if kind.endswith("_type") else "invalid_value"
             return Problem.of(400, f"'{param}': {first['msg']}.", param=param, code=code)
-
-
-def _unknown_field(param: str, where: Sequence[int | str]) -> str:
-    if where[0] == "fusion":
-        return f"'{param}' is not there yet; this version takes 'rule', 'experts' and 'prompts' in 'fusion'."
-    return f"There is no field '{param}' in this request."

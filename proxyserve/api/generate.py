@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -14,7 +14,14 @@ from proxyserve.api.schemas.fusion import FusionSummary
 from proxyserve.api.schemas.responses import PromptTokensDetails, UsageBody
 from proxyserve.api.state import ServerState
 from proxyserve.engine.submission import Submission
-from proxyserve.types import FinishReason, FusionReport, OutputEvent, TokenLogprob, Usage
+from proxyserve.types import (
+    FinishReason,
+    FusionReport,
+    OutputEvent,
+    TokenExplanation,
+    TokenLogprob,
+    Usage,
+)
 
 if TYPE_CHECKING:
     from proxyserve.engine.loop import ResponseStream
@@ -87,34 +94,54 @@ class Generation:
         prompts = [usage for number, usage in self._usage.items() if number % self._n == 0]
         prompt_tokens = sum(usage.prompt_tokens for usage in prompts)
         completion_tokens = sum(usage.completion_tokens for usage in self._usage.values())
-        lane_tokens: dict[str, int] = {}
-        for usage in self._usage.values():
-            for model, tokens in usage.lane_tokens.items():
-                lane_tokens[model] = lane_tokens.get(model, 0) + tokens
-        return UsageBody(
+        body = UsageBody(
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
             total_tokens=prompt_tokens + completion_tokens,
             prompt_tokens_details=PromptTokensDetails(
                 cached_tokens=sum(usage.cached_tokens for usage in prompts)
             ),
-            lane_tokens=lane_tokens,
+            lane_tokens=_added(usage.lane_tokens for usage in self._usage.values()),
         )
+        gated = [usage.gated_tokens for usage in self._usage.values() if usage.gated_tokens is not None]
+        if gated:
+            body.gated_tokens = sum(gated)
+            body.skipped_lane_tokens = _added(
+                usage.skipped_lane_tokens or {} for usage in self._usage.values()
+            )
+        return body
 
     def fusion(self) -> FusionSummary | None:
         """Over all choices, None for requests to the plain base. `mean_kl` weighs every generated position alike."""
         if not self._reports:
             return None
-        positions = sum(tokens for tokens, _ in self._reports)
-        kl = sum(tokens * report.mean_kl for tokens, report in self._reports)
         report = self._reports[0][1]
-        return FusionSummary(
+        summary = FusionSummary(
             rule=report.rule,
             sum_of_weights=report.sum_of_weights,
             generations=dict(report.generations),
-            mean_kl=kl / max(1, positions),
-            flips=sum(report.flips for _, report in self._reports),
+            mean_kl=None if report.mean_kl is None else self._mean(lambda report: report.mean_kl or 0.0),
+            flips=None if report.flips is None else sum(report.flips or 0 for _, report in self._reports),
         )
+        if report.mean_weights is not None:
+            summary.mean_weights = {
+                expert: self._mean(lambda report, expert=expert: (report.mean_weights or {}).get(expert, 0.0))  # type: ignore[misc]
+                for expert in report.mean_weights
+            }
+        return summary
+
+    def _mean(self, value: Callable[[FusionReport], float]) -> float:
+        """Over generated positions."""
+        positions = sum(tokens for tokens, _ in self._reports)
+        return sum(tokens * value(report) for tokens, report in self._reports) / max(1, positions)
+
+
+def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for entry in counts:
+        for name, count in entry.items():
+            total[name] = total.get(name, 0) + count
+    return total
 
 
 @dataclass(slots=True)
@@ -123,6 +150,7 @@ class Answer:
 
     pieces: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    explanations: list[TokenExplanation] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
     @property
@@ -138,5 +166,6 @@ async def collect(generation: Generation) -> Sequence[Answer]:
             answer = answers[number]
             answer.pieces.append(event.text)
             answer.logprobs.extend(event.logprobs or ())
+            answer.explanations.extend(event.explanations or ())
             answer.finish_reason = event.finish_reason
     return answers

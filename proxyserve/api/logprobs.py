@@ -44,7 +44,7 @@ class CompletionLogprobsBuilder:
         result = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
         for entry in entries:
             result.tokens.append(self._name(entry.token_id))
-            result.token_logprobs.append(_finite(entry.logprob))
+            result.token_logprobs.append(finite(entry.logprob))
             result.top_logprobs.append(self._top(entry))
             result.text_offset.append(self._offset)
             self._offset += len(self._decoder.decode(self._tokenizer.token_bytes(entry.token_id)))
@@ -56,7 +56,7 @@ class CompletionLogprobsBuilder:
         named: dict[str, float] = {}
         for token, value in dict([*entry.top, (entry.token_id, entry.logprob)]).items():
             name = self._name(token)
-            named[f"token_id:{token}" if name in named else name] = _finite(value)
+            named[f"token_id:{token}" if name in named else name] = finite(value)
         return named
 
     def _name(self, token: int) -> str:
@@ -70,8 +70,9 @@ class CompletionLogprobsBuilder:
 
 def _named(token: int, logprob: float, tokenizer: Tokenizer) -> TopLogprob:
     raw = tokenizer.token_bytes(token)
-    return TopLogprob(token=raw.decode(errors="replace"), logprob=_finite(logprob), bytes=list(raw))
+    return TopLogprob(token=raw.decode(errors="replace"), logprob=finite(logprob), bytes=list(raw))
 
 
-def _finite(logprob: float) -> float:
+def finite(logprob: float) -> float:
+    """As JSON can have it."""
     return logprob if math.isfinite(logprob) else IMPOSSIBLE

@@ -106,6 +106,7 @@ class _EngineCollector(Collector):
         )
         yield _counter("generation_tokens", "Tokens generated.", stats.tokens_generated)
         yield _counter("fused_tokens", "Those of them that were drawn from a fused law.", stats.fused_tokens)
+        yield _counter("gated_tokens", "Tokens that a gate left to the base alone.", stats.gated_tokens)
         yield _counter("flips", "Those of them where the fused argmax is not the base's.", stats.flips)
         yield _counter("kl_nats", "Sum of KL(fused || base) over fused tokens, in nats.", stats.kl_total)
         yield _counter(

@@ -14,12 +14,11 @@ router = APIRouter(tags=["models"])
 
 @router.get("/v1/models", summary="List models", responses=error_answers(401))
 async def list_models(request: Request) -> ModelList:
-    """The base, and the base with each expert at weight 1."""
+    """The base, the base with each expert at weight 1, and the presets."""
     state = server_state(request)
     base = state.models.base.name
-    return ModelList(
-        data=[_model(state, base), *(_model(state, f"{base}+{name}") for name in state.models.experts)]
-    )
+    names = [base, *(f"{base}+{name}" for name in state.models.experts), *state.catalog.presets]
+    return ModelList(data=[_model(state, name) for name in names])
 
 
 @router.get("/v1/models/{model_id:path}", summary="Look a model up", responses=error_answers(400, 401, 404))
@@ -30,11 +29,8 @@ async def read_model(request: Request, model_id: str) -> ModelBody:
 
 def _model(state: ServerState, name: str) -> ModelBody:
     """Raises UnknownModel or InvalidRequest."""
-    fusion = parse_model_name(name, state.models)
-    lanes = [state.models.base]
-    for entry in fusion.active:
-        expert = state.models.expert(entry.expert)
-        lanes += [model for model in (expert.tuned, expert.untuned) if model is not None]
+    program = parse_model_name(name, state.catalog).compile(state.catalog)
+    lanes = [state.models.base, *(state.catalog.model(lane) for lane in program.lanes)]
     return ModelBody(
         id=name,
         created=max(model.created for model in lanes),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
@@ -13,9 +14,11 @@ from proxyserve.api.schemas.common import GenerationRequest
 from proxyserve.api.schemas.fusion import FusionObject
 from proxyserve.config import Limits
 from proxyserve.engine.submission import LanePrompts
-from proxyserve.errors import InvalidRequest, UnknownModel
+from proxyserve.errors import InvalidRequest
+from proxyserve.fusion.catalog import Catalog
+from proxyserve.fusion.fusion import Fusion
 from proxyserve.fusion.model_name import parse_model_name
-from proxyserve.fusion.spec import Fusion
+from proxyserve.fusion.rules.proxy import Proxy
 from proxyserve.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -49,28 +52,44 @@ async def prepared(request: Request, work: Callable[[], T]) -> T:
     return work()
 
 
-def resolve_fusion(model: str, given: FusionObject | None, models: ModelSet) -> Fusion:
+#: What a request may add to a preset.
+_BESIDE_PRESETS = {"explain", "prompts"}
+
+
+def resolve_fusion(model: str, given: FusionObject | None, catalog: Catalog) -> Fusion:
     """The fusion that `model` and the `fusion` object ask for together. Raises UnknownModel or InvalidRequest."""
-    named = parse_model_name(model, models)
+    named = parse_model_name(model, catalog)
     if given is None:
         return named
-    rule = given.rule or named.rule
-    if given.experts is None:
-        return Fusion(named.experts, rule)
-    if named.experts:
+    if model in catalog.presets:
+        return _with_preset(model, named, given)
+    experts = named.rule.experts if isinstance(named.rule, Proxy) else ()
+    if not experts:
+        return given.fusion()
+    if not hasattr(given, "experts"):
+        raise InvalidRequest(
+            f"'model' ('{model}') names experts, and rule '{given.rule_class.name}' takes none; use model "
+            f"'{catalog.models.base.name}'.",
+            param="model",
+        )
+    if given.experts is not None:
         raise InvalidRequest(
             f"Experts are named both in 'model' ('{model}') and in 'fusion.experts'; use one of them, "
-            f"such as model '{models.base.name}' with 'fusion.experts'.",
+            f"such as model '{catalog.models.base.name}' with 'fusion.experts'.",
             param="fusion.experts",
         )
-    for entry in given.experts:
-        if entry.expert not in models.experts:
-            known = ", ".join(sorted(models.experts)) or "none"
-            raise UnknownModel(
-                f"There is no expert '{entry.expert}' here. Experts: {known}.",
-                param=f"fusion.experts.{entry.expert}",
-            )
-    return Fusion(given.experts, rule)
+    return given.fusion(experts)
+
+
+def _with_preset(name: str, preset: Fusion, given: FusionObject) -> Fusion:
+    wanted = {field for field in given.model_fields_set if getattr(given, field) is not None}
+    for field in sorted(wanted - _BESIDE_PRESETS):
+        raise InvalidRequest(
+            f"Model '{name}' is a preset, which fixes the fusion; with it 'fusion' takes only 'explain' and 'prompts'.",
+            param=f"fusion.{field}",
+        )
+    beside = given.fusion_beside()
+    return replace(preset, explain=beside.explain, prompts={**preset.prompts, **beside.prompts})
 
 
 def sampling_params(

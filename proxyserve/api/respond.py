@@ -60,7 +60,7 @@ async def _chunks(
     usage = {"usage": None} if include_usage else {}
     async with aclosing(generation.events()) as events:
         async for number, event in events:
-            if event.text or event.logprobs or event.finish_reason:
+            if event.text or event.logprobs or event.explanations or event.finish_reason:
                 fusion = _fusion(generation) if generation.finished and not include_usage else {}
                 yield _json(shape.chunk([(number, event)], **usage, **fusion))
     if include_usage:

@@ -47,7 +47,7 @@ def run_server(engine: AsyncEngine, config: ServerConfig) -> None:
 def check_binding(config: ServerConfig) -> None:
     """Without keys anyone who can connect can use the server, so nobody else may be able to connect. Raises
     StartupError."""
-    if config.api_key_file is None and not _is_loopback(config.host):
+    if config.api_key_file is None and config.admin_key_file is None and not _is_loopback(config.host):
         raise StartupError(
             f"Listening on {config.host} needs keys, since others can reach it: give --api-key-file, or use "
             "--host 127.0.0.1."

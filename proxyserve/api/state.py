@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from starlette.requests import HTTPConnection
 
 if TYPE_CHECKING:
-    from proxyserve.api.auth import KeyRing
     from proxyserve.api.metrics import Metrics
     from proxyserve.config import ServerConfig
     from proxyserve.engine.loop import AsyncEngine
+    from proxyserve.fusion.catalog import Catalog
     from proxyserve.models.model_set import ModelSet
 
 
@@ -25,13 +25,16 @@ class ServerState:
 
     engine: AsyncEngine
     config: ServerConfig
-    keys: KeyRing
     metrics: Metrics
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def models(self) -> ModelSet:
         return self.engine.engine.models
+
+    @property
+    def catalog(self) -> Catalog:
+        return self.engine.engine.catalog
 
 
 def server_state(connection: HTTPConnection) -> ServerState:

@@ -16,8 +16,8 @@ from proxyserve.api.schemas.other import (
 from proxyserve.api.state import server_state
 from proxyserve.engine.prompts import chat_prompts
 from proxyserve.errors import InvalidRequest
+from proxyserve.fusion.catalog import Catalog
 from proxyserve.fusion.model_name import parse_model_name
-from proxyserve.models.model_set import ModelSet
 
 router = APIRouter(tags=["text"], route_class=JsonRoute)
 
@@ -25,35 +25,39 @@ router = APIRouter(tags=["text"], route_class=JsonRoute)
 @router.post("/tokenize", summary="Text or messages to token ids", responses=error_answers(*BODY_ERRORS, 404))
 async def tokenize(request: Request, body: TokenizeRequest) -> TokenizeResponse:
     """The ids that the base would be given."""
-    models = server_state(request).models
-    tokens = await prepared(request, lambda: _tokens(body, models))
-    return TokenizeResponse(tokens=tokens, count=len(tokens), max_model_len=models.base.context_length)
+    catalog = server_state(request).catalog
+    tokens = await prepared(request, lambda: _tokens(body, catalog))
+    return TokenizeResponse(
+        tokens=tokens, count=len(tokens), max_model_len=catalog.models.base.context_length
+    )
 
 
 @router.post("/detokenize", summary="Token ids to text", responses=error_answers(*BODY_ERRORS, 404))
 async def detokenize(request: Request, body: DetokenizeRequest) -> DetokenizeResponse:
-    models = server_state(request).models
-    return DetokenizeResponse(prompt=await prepared(request, lambda: _text(body, models)))
+    catalog = server_state(request).catalog
+    return DetokenizeResponse(prompt=await prepared(request, lambda: _text(body, catalog)))
 
 
-def _tokens(body: TokenizeRequest, models: ModelSet) -> list[int]:
+def _tokens(body: TokenizeRequest, catalog: Catalog) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("Give either 'prompt' or 'messages'.", param="prompt")
-    fusion = parse_model_name(body.model or models.base.name, models)
+    base = catalog.models.base
+    fusion = parse_model_name(body.model or base.name, catalog)
     if body.prompt is not None:
         special = body.add_special_tokens is not False
-        return models.base.tokenizer.encode(body.prompt, add_special_tokens=special)
+        return base.tokenizer.encode(body.prompt, add_special_tokens=special)
     if body.add_special_tokens is not None:
         raise InvalidRequest(
             "'add_special_tokens' goes with 'prompt'; a chat template holds its own special tokens.",
             param="add_special_tokens",
         )
     messages = [message.rendered() for message in body.messages or ()]
-    return list(chat_prompts(models, fusion, messages).default)
+    return list(chat_prompts(catalog, fusion, messages).default)
 
 
-def _text(body: DetokenizeRequest, models: ModelSet) -> str:
-    parse_model_name(body.model or models.base.name, models)
+def _text(body: DetokenizeRequest, catalog: Catalog) -> str:
+    models = catalog.models
+    parse_model_name(body.model or models.base.name, catalog)
     for token in body.tokens:
         if token not in models.base.vocabulary:
             raise InvalidRequest(

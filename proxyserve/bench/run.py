@@ -24,12 +24,12 @@ from proxyserve.config import EngineConfig
 from proxyserve.engine.engine import Engine
 from proxyserve.engine.submission import LanePrompts, Submission
 from proxyserve.evaluation.hf_loop import generate_fused
-from proxyserve.fusion.spec import ExpertWeight, Fusion
+from proxyserve.fusion.fusion import Fusion, proxy
 from proxyserve.models.family import ExpertSource, load_family
 from proxyserve.models.loading import choose_placement
 from proxyserve.types import SamplingParams
 
-FUSED = Fusion((ExpertWeight("expert", 1.0),))
+FUSED = proxy({"expert": 1.0})
 PLAIN = Fusion()
 KV_MEMORY = 2**30
 

@@ -28,7 +28,12 @@ def demo_command(
     prefix_cache: options.PrefixCache = True,
     threads: options.Threads = 1,
     weight_range: options.Weights = "-4:4",
+    preset: options.PresetOption = None,
+    calibration: options.CalibrationFile = None,
+    protect: options.Protect = None,
+    explain_to_all: options.ExplainToAll = False,
     api_key_file: options.ApiKeyFile = None,
+    admin_key_file: options.AdminKeyFile = None,
     drain_seconds: options.DrainSeconds = 30.0,
     config: options.Config = None,
 ) -> None:
@@ -51,7 +56,12 @@ def demo_command(
         prefix_cache=prefix_cache,
         threads=threads,
         weight_range=weight_range,
+        preset=preset,
+        calibration=calibration,
+        protect=protect,
+        explain_to_all=explain_to_all,
         api_key_file=api_key_file,
+        admin_key_file=admin_key_file,
         drain_seconds=drain_seconds,
     )
     serve(family.base, experts, settings)

@@ -6,6 +6,7 @@ command line wins over the environment, the environment over the file.
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -59,12 +60,14 @@ def _read_config(context: typer.Context, parameter: typer.CallbackParam, path: P
             raise typer.BadParameter(f"{path} names '{key}', which is no option of this command")
         if name == "expert" and isinstance(value, dict):
             value = [f"{expert}={folders}" for expert, folders in value.items()]
+        if name == "preset" and isinstance(value, dict):
+            value = [f"{preset}={json.dumps(fusion)}" for preset, fusion in value.items()]
         defaults[name] = value
     context.default_map = {**(context.default_map or {}), **defaults}
     return path
 
 
-_PLURALS = {"experts": "expert"}
+_PLURALS = {"experts": "expert", "presets": "preset"}
 
 
 def _envvar(name: str) -> str:
@@ -184,6 +187,62 @@ ExpertOption = Annotated[
         help="An expert: a tuned small model and its untuned twin. May be given several times.",
     ),
 ]
+
+
+PresetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--preset",
+        envvar=_envvar("PRESET"),
+        metavar="NAME=JSON",
+        help="A fusion with a name, callable as a model. May be given several times.",
+    ),
+]
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        envvar=_envvar("CALIBRATION"),
+        exists=True,
+        dir_okay=False,
+        help="What `proxyserve calibrate --save` wrote; rule `edit` takes its weights from it.",
+    ),
+]
+AdminKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--admin-key-file",
+        envvar=_envvar("ADMIN_KEY_FILE"),
+        exists=True,
+        dir_okay=False,
+        help="Keys of administrators, in the form of --api-key-file. Without any keys everybody is one.",
+    ),
+]
+Protect = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--protect",
+        envvar=_envvar("PROTECT"),
+        metavar="EXPERT",
+        help="Only administrators may weigh against this expert. May be given several times.",
+    ),
+]
+ExplainToAll = Annotated[
+    bool,
+    typer.Option(
+        "--explain-to-all/--explain-to-admins",
+        envvar=_envvar("EXPLAIN_TO_ALL"),
+        help="Who may ask for explanations, which show the laws of single models.",
+    ),
+]
+
+
+def parse_preset(text: str) -> tuple[str, str]:
+    """`NAME=JSON` -> its two parts."""
+    name, equals, fusion = text.partition("=")
+    if not (name and equals and fusion):
+        raise typer.BadParameter(f"'{text}' is not of the form NAME=JSON", param_hint="--preset")
+    return name, fusion
 
 
 def parse_range(text: str) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,13 +11,16 @@ import torch
 import typer
 from rich.console import Console
 
+from proxyserve.api.errors import StartupError
+from proxyserve.api.presets import parse_presets
 from proxyserve.api.server import check_binding, run_server
 from proxyserve.cli import options
 from proxyserve.cli.startup import startup_table
 from proxyserve.config import EngineConfig, KernelChoice, Limits, ServerConfig
 from proxyserve.engine.engine import Engine
 from proxyserve.engine.loop import AsyncEngine
-from proxyserve.fusion.spec import FusionPolicy
+from proxyserve.fusion.calibration import Calibration, read_calibrations
+from proxyserve.fusion.policy import FusionPolicy
 from proxyserve.models.family import ExpertSource, load_family
 from proxyserve.models.loading import choose_placement
 from proxyserve_kernels import backend_for
@@ -30,6 +33,8 @@ class ServeSettings:
     engine: EngineConfig
     server: ServerConfig
     policy: FusionPolicy
+    presets: Mapping[str, str]
+    calibrations: Mapping[str, Calibration]
 
 
 def serve_command(
@@ -50,7 +55,12 @@ def serve_command(
     prefix_cache: options.PrefixCache = True,
     threads: options.Threads = None,
     weight_range: options.Weights = "-4:4",
+    preset: options.PresetOption = None,
+    calibration: options.CalibrationFile = None,
+    protect: options.Protect = None,
+    explain_to_all: options.ExplainToAll = False,
     api_key_file: options.ApiKeyFile = None,
+    admin_key_file: options.AdminKeyFile = None,
     drain_seconds: options.DrainSeconds = 30.0,
     config: options.Config = None,
 ) -> None:
@@ -68,7 +78,12 @@ def serve_command(
         prefix_cache=prefix_cache,
         threads=threads,
         weight_range=weight_range,
+        preset=preset,
+        calibration=calibration,
+        protect=protect,
+        explain_to_all=explain_to_all,
         api_key_file=api_key_file,
+        admin_key_file=admin_key_file,
         drain_seconds=drain_seconds,
     )
     serve(base, [options.parse_expert(text) for text in expert or []], settings, served_name=served_name)
@@ -88,10 +103,15 @@ def make_settings(
     prefix_cache: bool,
     threads: int | None,
     weight_range: str,
+    preset: Sequence[str] | None,
+    calibration: Path | None,
+    protect: Sequence[str] | None,
+    explain_to_all: bool,
     api_key_file: Path | None,
+    admin_key_file: Path | None,
     drain_seconds: float,
 ) -> ServeSettings:
-    """Options as typed, self-checked settings. Raises BadParameter."""
+    """Options as typed, self-checked settings. Raises BadParameter and LoadError."""
     low, high = options.parse_range(weight_range)
     try:
         engine = EngineConfig(
@@ -108,9 +128,17 @@ def make_settings(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     server = ServerConfig(
-        host=host, port=port, api_key_file=api_key_file, drain_seconds=drain_seconds, limits=Limits()
+        host=host,
+        port=port,
+        api_key_file=api_key_file,
+        admin_key_file=admin_key_file,
+        drain_seconds=drain_seconds,
+        limits=Limits(),
     )
-    return ServeSettings(engine, server, FusionPolicy(low, high))
+    policy = FusionPolicy(low, high, protected=frozenset(protect or ()), explain_to_all=explain_to_all)
+    presets = dict(options.parse_preset(text) for text in preset or ())
+    calibrations = {} if calibration is None else read_calibrations(calibration)
+    return ServeSettings(engine, server, policy, presets, calibrations)
 
 
 def serve(
@@ -130,6 +158,16 @@ def serve(
         models = load_family(
             base, experts, base_name=served_name, placement=placement, progress=status.update
         )
-        engine = Engine(models, settings.engine, settings.policy, progress=status.update)
+        unknown = sorted(settings.policy.protected - set(models.experts))
+        if unknown:
+            raise StartupError(f"--protect {unknown[0]}: there is no such expert.")
+        engine = Engine(
+            models,
+            settings.engine,
+            settings.policy,
+            progress=status.update,
+            presets=parse_presets(settings.presets, {models.base.name, *models.experts}),
+            calibrations=settings.calibrations,
+        )
     console.print(startup_table(engine, settings.server))
     run_server(AsyncEngine(engine, settings.server.limits), settings.server)

@@ -41,12 +41,18 @@ def startup_table(engine: Engine, server: ServerConfig) -> Group:
         untuned = expert.untuned.name if expert.untuned else "none"
         shared = len(expert.vocabulary.ids())
         lines.append(f"expert {expert.name}: untuned {untuned}, {shared:,} tokens shared with the base")
+        protected = ", protected" if expert.name in engine.policy.protected else ""
+        calibrated = ", calibrated" if expert.name in engine.catalog.calibrations else ""
+        lines[-1] += f"{protected}{calibrated}"
+    for name, preset in engine.catalog.presets.items():
+        lines.append(f"preset {name}: rule {preset.rule.name}")
     config, policy = engine.config, engine.policy
     lines.append(
         f"at most {config.max_batch} requests and {config.max_batch_tokens} tokens per model in a step; "
         f"weights {policy.min_weight:g} to {policy.max_weight:g}"
     )
-    keys = f"keys from {server.api_key_file}" if server.api_key_file else "no keys, loopback only"
+    files = [str(path) for path in (server.api_key_file, server.admin_key_file) if path is not None]
+    keys = f"keys from {' and '.join(files)}" if files else "no keys, loopback only"
     lines.append(f"http://{server.host}:{server.port}/v1 ({keys}); http://{server.host}:{server.port}/docs")
     return Group(table, *(Text(line) for line in lines))
 

@@ -2,61 +2,205 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from proxyserve.engine.choice import Choice
+from proxyserve.scheduler.lane import Lane
 from proxyserve.scheduler.scheduler import LaneWork
 from proxyserve.types import ModelKey, TokenLogprob
-from proxyserve_kernels import ABSENT, Adjustments, Logprobs, PickControls, RowBatch
+from proxyserve_kernels import (
+    ABSENT,
+    CLIP,
+    FUSED,
+    Adjustments,
+    Logprobs,
+    Match,
+    PickControls,
+    RowBatch,
+    Rules,
+    SolveControls,
+    Supports,
+)
+
+_MATCHES = {
+    "forward": Match.FORWARD,
+    "reverse": Match.REVERSE,
+    "both": Match.BOTH,
+    "budget": Match.BUDGET,
+    "paper": Match.PAPER,
+}
+
+#: (source, row) of a lane's logits.
+Place = tuple[int, int]
 
 
-def build_batch(
-    choices: Sequence[Choice],
-    work: Mapping[ModelKey, Sequence[LaneWork]],
-    logits: Mapping[ModelKey, Tensor],
-) -> tuple[RowBatch, PickControls]:
-    """Describe which rows of `logits` (per model [rows, width]) make up each choice's fused row, and how its token is
-    chosen. Row r of the batch is `choices[r]`."""
-    number = {model: index for index, model in enumerate(logits)}
-    refs = {
-        id(item.lane): (number[model], row)
-        for model, items in work.items()
-        for row, item in enumerate(item for item in items if item.last)
-    }
-    most = max(len(choice.terms) for choice in choices)
+@dataclass(frozen=True, slots=True)
+class FusedRow:
+    """One row to fuse. `alone`: the base by itself, to see whether a gated request needs its other lanes."""
+
+    choice: Choice
+    alone: bool = False
+
+
+class LogitRows:
+    """Where the logits of each lane's last token lie: in what the models returned in this step, or, for the base of a
+    request that awaits its other lanes, in what an earlier step kept."""
+
+    def __init__(
+        self,
+        rows: Sequence[FusedRow],
+        work: Mapping[ModelKey, Sequence[LaneWork]],
+        logits: Mapping[ModelKey, Tensor],
+    ) -> None:
+        self._places: dict[int, Place] = {}
+        for source, model in enumerate(logits):
+            lasts = (item for item in work[model] if item.last)
+            self._places.update((id(item.lane), (source, row)) for row, item in enumerate(lasts))
+        held = [row.choice for row in rows if row.choice.scheduled.awaiting]
+        self._places.update(
+            (id(choice.scheduled.lanes[0]), (len(logits), row)) for row, choice in enumerate(held)
+        )
+        kept = [choice.held for choice in held if choice.held is not None]
+        self.sources = (*logits.values(), *([torch.cat(kept)] if kept else []))
+
+    def place(self, lane: Lane) -> Place:
+        return self._places[id(lane)]
+
+    def row(self, lane: Lane) -> Tensor:
+        """The lane's logits, [1, width], as a copy that outlives the step."""
+        source, row = self.place(lane)
+        return self.sources[source][row : row + 1].clone()
+
+
+def build_batch(rows: Sequence[FusedRow], logits: LogitRows) -> RowBatch:
+    """Which rows of `logits` make up each fused row, and how."""
+    most = max(0 if row.alone else len(row.choice.program.terms) for row in rows)
+    unused: list[Place] = [(ABSENT, 0)]
     base, positive, negative, weights = [], [], [], []
-    for choice in choices:
-        lanes, unused = choice.scheduled.lanes, most - len(choice.terms)
-        base.append(refs[id(lanes[0])])
-        positive.append([*(refs[id(lanes[term.tuned])] for term in choice.terms), *[(ABSENT, 0)] * unused])
-        negative.append([*(refs[id(lanes[term.untuned])] for term in choice.terms), *[(ABSENT, 0)] * unused])
-        weights.append([*(term.weight for term in choice.terms), *[0.0] * unused])
-    rows = RowBatch(
-        sources=tuple(logits.values()),
+    for row in rows:
+        program, lanes = row.choice.program, row.choice.scheduled.lanes
+        terms = () if row.alone else program.terms
+        rest = most - len(terms)
+        base.append(logits.place(lanes[0 if row.alone else program.origin]))
+        positive.append([*(logits.place(lanes[term.lane]) for term in terms), *unused * rest])
+        negative.append(
+            [
+                *(unused[0] if term.minus is None else logits.place(lanes[term.minus]) for term in terms),
+                *unused * rest,
+            ]
+        )
+        token = len(row.choice.output)
+        weights.append([*(term.weight_at(token) for term in terms), *[0.0] * rest])
+    B = len(rows)
+    plain = all(row.alone or row.choice.program.is_linear for row in rows)
+    return RowBatch(
+        sources=logits.sources,
         base=_ints(base),
-        widths=_ints([choice.vocabulary.size for choice in choices]),
-        positive=_ints(positive).view(len(choices), most, 2),
-        negative=_ints(negative).view(len(choices), most, 2),
-        weights=_floats(weights).view(len(choices), most),
+        widths=_ints([row.choice.vocabulary.size for row in rows]),
+        positive=_ints(positive).view(B, most, 2),
+        negative=_ints(negative).view(B, most, 2),
+        weights=_floats(weights).view(B, most),
+        rules=None if plain else _rules(rows, logits, base),
     )
-    return rows, _controls(choices)
 
 
-def _controls(choices: Sequence[Choice]) -> PickControls:
+def _rules(rows: Sequence[FusedRow], logits: LogitRows, bases: Sequence[Place]) -> Rules:
+    """What is not linear. Rows without rules get the values that change nothing."""
+    base_weight, power, one_sided, normalise, reference = [], [], [], [], []
+    for row, base in zip(rows, bases, strict=True):
+        bound = row.choice.program
+        program = None if row.alone else bound.program
+        base_weight.append(1.0 if program is None else program.origin_weight)
+        power.append(math.nan if program is None or program.power is None else program.power)
+        one_sided.append(program is not None and program.one_sided)
+        normalise.append(program is not None and bound.normalise)
+        reference.append(
+            base if row.alone or bound.base is None else logits.place(row.choice.scheduled.lanes[bound.base])
+        )
+    return Rules(
+        base_weight=_floats(base_weight),
+        power=_floats(power),
+        one_sided=torch.tensor(one_sided),
+        normalise=torch.tensor(normalise),
+        clip=torch.full((len(rows),), CLIP),
+        reference=_ints(reference),
+        supports=_supports(rows, logits),
+    )
+
+
+def _supports(rows: Sequence[FusedRow], logits: LogitRows) -> Supports | None:
+    supports = [None if row.alone else row.choice.program.support for row in rows]
+    most = max(0 if support is None else len(support.of) for support in supports)
+    if most == 0:
+        return None
+    of: list[list[Place]] = []
+    for row, support in zip(rows, supports, strict=True):
+        lanes = row.choice.scheduled.lanes
+        laws: list[Place] = []
+        if support is not None:
+            laws = [(FUSED, 0) if lane is None else logits.place(lanes[lane]) for lane in support.of]
+        of.append([*laws, *[(ABSENT, 0)] * (most - len(laws))])
+    return Supports(
+        of=_ints(of).view(len(rows), most, 2),
+        top_k=_ints([0 if support is None else support.top_k for support in supports]),
+        top_p=_floats([1.0 if support is None else support.top_p for support in supports]),
+        min_p=_floats([0.0 if support is None else support.min_p for support in supports]),
+        removes=torch.tensor([support is None or support.removes for support in supports]),
+    )
+
+
+def build_solve(rows: Sequence[FusedRow]) -> SolveControls | None:
+    """How the rows' weights are solved; None if no row's are."""
+    laws = [None if row.alone else row.choice.program.law for row in rows]
+    if not any(laws):
+        return None
+    return SolveControls(
+        match=_ints([Match.NONE if law is None else _MATCHES[law.match] for law in laws]),
+        max_weight=_floats([1.0 if law is None else law.max_weight for law in laws]),
+        budget=_floats([0.0 if law is None else law.kl for law in laws]),
+    )
+
+
+def target_entropies(rows: Sequence[FusedRow]) -> Tensor | None:
+    """float32 [rows] in nats, NaN for rows that have no target; None if no row has one."""
+    targets = [row.choice.submission.fusion.target_entropy for row in rows]
+    if all(target is None for target in targets):
+        return None
+    return _floats([math.nan if target is None else target for target in targets])
+
+
+def build_controls(rows: Sequence[FusedRow], temperatures: Tensor | None) -> PickControls:
+    """How each row's token is chosen. `temperatures` float32 [rows] replace those of the requests where not NaN."""
+    choices = [row.choice for row in rows]
     sampling = [choice.submission.sampling for choice in choices]
+    temperature = _floats([params.temperature for params in sampling])
+    if temperatures is not None:
+        temperature = torch.where(temperatures.isnan(), temperature, temperatures)
     return PickControls(
-        temperature=_floats([params.temperature for params in sampling]),
+        temperature=temperature,
         top_k=_ints([params.top_k for params in sampling]),
         top_p=_floats([params.top_p for params in sampling]),
         min_p=_floats([params.min_p for params in sampling]),
         seeds=_ints([choice.seed for choice in choices]),
         positions=_ints([choice.position for choice in choices]),
-        raw=[params.logprobs for params in sampling],
+        raw=[_listed(row) for row in rows],
         adjustments=_adjustments(choices),
     )
+
+
+def _listed(row: FusedRow) -> int | None:
+    """How many of the likeliest tokens somebody wants to see; None if nobody wants log-probs."""
+    wishes = [row.choice.submission.sampling.logprobs]
+    if row.choice.submission.fusion.explain:
+        wishes.append(row.choice.submission.fusion.explain)
+    if row.alone:
+        wishes.append(1)
+    return max((wish for wish in wishes if wish is not None), default=None)
 
 
 def _adjustments(choices: Sequence[Choice]) -> Adjustments | None:
@@ -91,18 +235,15 @@ def _adjustments(choices: Sequence[Choice]) -> Adjustments | None:
     )
 
 
-def token_logprobs(
-    choices: Sequence[Choice], tokens: Sequence[int], logprobs: Logprobs | None
-) -> list[TokenLogprob | None]:
-    """The kernels' report in the API's type, for the choices that asked. Ids that cannot be are left out."""
+def token_logprobs(tokens: Sequence[int], logprobs: Logprobs | None) -> list[TokenLogprob | None]:
+    """The kernels' report in the API's type, as long as any row wanted it. Ids that cannot be are left out."""
     if logprobs is None:
-        return [None] * len(choices)
+        return [None] * len(tokens)
     entries: list[TokenLogprob | None] = []
     chosen, all_ids, all_values = logprobs.chosen.tolist(), logprobs.ids.tolist(), logprobs.values.tolist()
-    for choice, token, value, ids, values in zip(choices, tokens, chosen, all_ids, all_values, strict=True):
-        wanted = choice.submission.sampling.logprobs
-        listed = [pair for pair in zip(ids[:wanted], values[:wanted], strict=True) if pair[0] >= 0]
-        entries.append(None if wanted is None else TokenLogprob(token, value, tuple(listed)))
+    for token, value, ids, values in zip(tokens, chosen, all_ids, all_values, strict=True):
+        listed = tuple(pair for pair in zip(ids, values, strict=True) if pair[0] >= 0)
+        entries.append(TokenLogprob(token, value, listed))
     return entries
 
 

@@ -3,41 +3,71 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
 
 from proxyserve.engine.submission import Submission
-from proxyserve.fusion.terms import LaneTerm
+from proxyserve.fusion.binding import BoundProgram
 from proxyserve.models.vocabulary import SharedVocabulary
 from proxyserve.scheduler.request import ScheduledRequest
 from proxyserve.text.detokenizer import Detokenizer
-from proxyserve.types import FinishReason, FusionReport, OutputEvent, TokenLogprob, Usage
+from proxyserve.types import (
+    FinishReason,
+    FusionReport,
+    OutputEvent,
+    TokenExplanation,
+    TokenLogprob,
+    Usage,
+)
 
 _GOLDEN = 0x9E3779B97F4A7C15  # odd, so that the choices of one seed have different keys
 _U64 = 2**64
 
 
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A token and what is known about how it was chosen. `weights` are those of the program's terms at this position;
+    `gated`: the base alone decided."""
+
+    token: int
+    logprob: TokenLogprob | None = None
+    explanation: TokenExplanation | None = None
+    kl: float = 0.0
+    flip: bool = False
+    weights: tuple[float, ...] = ()
+    gated: bool = False
+
+
 @dataclass(slots=True, eq=False)
 class Choice:
-    """Lane 0 of `scheduled` is the base. `terms` say which lanes make which delta. `stop_ids` end the text and are
-    shared by all lanes; `max_output` is the most ids that may be generated."""
+    """The lanes of `scheduled` are those of `program`. `stop_ids` end the text and are shared by all lanes;
+    `max_output` is the most ids that may be generated. `held` are the base's logits [1, width] for the next token,
+    while a gated request awaits its other lanes."""
 
     submission: Submission
     index: int
     scheduled: ScheduledRequest
-    terms: tuple[LaneTerm, ...]
-    vocabulary: SharedVocabulary
+    program: BoundProgram
     stop_ids: frozenset[int]
     max_output: int
     generations: dict[str, int]
     detokenizer: Detokenizer
     seed: int
+    held: Tensor | None = None
     generated: dict[int, int] = field(default_factory=dict)  # id -> occurrences, kept for penalties
     kl_total: float = 0.0
     flips: int = 0
+    gated_tokens: int = 0
+    weight_totals: dict[str, float] = field(default_factory=dict)  # of solved weights, by expert
 
     @property
     def key(self) -> str:
         return self.scheduled.request_id
+
+    @property
+    def vocabulary(self) -> SharedVocabulary:
+        return self.program.vocabulary
 
     @property
     def output(self) -> list[int]:
@@ -48,13 +78,12 @@ class Choice:
         """Absolute position in the base's text of the token to be sampled next."""
         return self.scheduled.lanes[0].wanted
 
-    def accept(self, token: int, logprob: TokenLogprob | None, kl: float, flip: bool) -> OutputEvent:
+    def accept(self, sampled: Sampled) -> OutputEvent:
         """Append a sampled token and report it; the event carries a finish reason if it is the last."""
-        sampling = self.submission.sampling
+        sampling, token = self.submission.sampling, sampled.token
         self.output.append(token)
         self.generated[token] = self.generated.get(token, 0) + 1
-        self.kl_total += kl
-        self.flips += flip
+        self._add_up(sampled)
         reason: FinishReason | None = None
         stop_reason: str | int | None = None
         text = ""
@@ -68,34 +97,40 @@ class Choice:
                 reason, stop_reason = FinishReason.STOP, self.detokenizer.stopped_by
         if reason is None and len(self.output) >= self.max_output:
             reason = FinishReason.LENGTH
-        logprobs = None if logprob is None else (logprob,)
+        logprobs = None if sampled.logprob is None else (sampled.logprob,)
+        explanations = None if sampled.explanation is None else (sampled.explanation,)
+        event = OutputEvent(self.submission.request_id, self.index, (token,), text, logprobs, explanations)
         if reason is None:
-            return OutputEvent(self.submission.request_id, self.index, (token,), text, logprobs)
+            return event
         text += self.detokenizer.finish()
         if self.detokenizer.stopped_by is not None:
             reason, stop_reason = FinishReason.STOP, self.detokenizer.stopped_by
-        return self._last((token,), text, logprobs, reason, stop_reason=stop_reason)
+        return self._last(replace(event, text=text), reason, stop_reason=stop_reason)
+
+    def _add_up(self, sampled: Sampled) -> None:
+        self.kl_total += sampled.kl
+        self.flips += sampled.flip
+        self.gated_tokens += sampled.gated
+        if self.program.law is not None:
+            for term, weight in zip(self.program.terms, sampled.weights, strict=True):
+                if term.expert is not None:
+                    self.weight_totals[term.expert] = self.weight_totals.get(term.expert, 0.0) + weight
 
     def end(self, reason: FinishReason, error: str | None = None) -> OutputEvent:
         """The last event of a choice that ends without a further token."""
-        return self._last((), self.detokenizer.finish(), None, reason, error=error)
+        event = OutputEvent(self.submission.request_id, self.index, text=self.detokenizer.finish())
+        return self._last(event, reason, error=error)
 
     def _last(
         self,
-        tokens: tuple[int, ...],
-        text: str,
-        logprobs: tuple[TokenLogprob, ...] | None,
+        event: OutputEvent,
         reason: FinishReason,
         *,
         stop_reason: str | int | None = None,
         error: str | None = None,
     ) -> OutputEvent:
-        return OutputEvent(
-            self.submission.request_id,
-            self.index,
-            tokens,
-            text,
-            logprobs,
+        return replace(
+            event,
             finish_reason=reason,
             stop_reason=stop_reason,
             usage=self._usage(),
@@ -104,22 +139,37 @@ class Choice:
         )
 
     def _usage(self) -> Usage:
-        base = self.scheduled.lanes[0]
+        lanes = self.scheduled.lanes
         lane_tokens: dict[str, int] = {}
-        for lane in self.scheduled.lanes:
+        skipped: dict[str, int] = {}
+        for lane in lanes:
             lane_tokens[lane.model.name] = lane_tokens.get(lane.model.name, 0) + lane.tokens_run
-        return Usage(len(base.prompt), len(self.output), min(base.cached, len(base.prompt)), lane_tokens)
+            # The last token is never run, in any lane.
+            missing = max(0, lane.missing - 1)
+            if missing:
+                skipped[lane.model.name] = skipped.get(lane.model.name, 0) + missing
+        usage = Usage(
+            len(lanes[0].prompt), len(self.output), min(lanes[0].cached, len(lanes[0].prompt)), lane_tokens
+        )
+        if self.submission.fusion.gate is None:
+            return usage
+        return replace(usage, gated_tokens=self.gated_tokens, skipped_lane_tokens=skipped)
 
     def _fusion(self) -> FusionReport | None:
         fusion = self.submission.fusion
-        if not fusion.experts:
+        if fusion.is_base:
             return None
+        tokens = max(1, len(self.output))
+        compared = self.program.base is not None
         return FusionReport(
-            rule=fusion.rule,
-            sum_of_weights=fusion.sum_of_weights,
+            rule=fusion.rule.name,
+            sum_of_weights=self.program.program.sum_of_weights,
             generations=self.generations,
-            mean_kl=self.kl_total / max(1, len(self.output)),
-            flips=self.flips,
+            mean_kl=self.kl_total / tokens if compared else None,
+            flips=self.flips if compared else None,
+            mean_weights=None
+            if self.program.law is None
+            else {expert: total / tokens for expert, total in self.weight_totals.items()},
         )
 
 

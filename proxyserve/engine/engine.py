@@ -1,7 +1,7 @@
 """The engine: one plain `step()` that advances every running request.
 
     submission ─prepare─▶ choices ─enqueue─▶ scheduler.schedule() ─▶ per model: runner.run(packed tokens)
-        events ◀─accept─ tokens ◀─ backend.pick (one call for the whole batch) ◀─ logits rows
+        events ◀─accept─ tokens ◀─ backend.pick (one call for the whole batch) ◀─ solved weights ◀─ logits rows
 
 No thread and no clock live here; `engine.loop` owns the thread that calls `step`.
 """
@@ -9,29 +9,40 @@ No thread and no clock live here; `engine.loop` owns the thread that calls `step
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
 from proxyserve.config import EngineConfig, Limits
-from proxyserve.engine.batch import build_batch, token_logprobs
-from proxyserve.engine.choice import Choice
+from proxyserve.engine.batch import (
+    FusedRow,
+    LogitRows,
+    build_batch,
+    build_controls,
+    build_solve,
+    target_entropies,
+    token_logprobs,
+)
+from proxyserve.engine.choice import Choice, Sampled
+from proxyserve.engine.explain import explain
 from proxyserve.engine.kv_storage import KVStorage
 from proxyserve.engine.memory import ModelMemory, plan_memory
-from proxyserve.engine.preparation import context_room, memory_room, prepare
+from proxyserve.engine.preparation import bind_fusion, context_room, memory_room, prepare
 from proxyserve.engine.runner import Runner
 from proxyserve.engine.submission import LanePrompts, Submission
 from proxyserve.engine.verify import verify_paged
-from proxyserve.fusion.spec import Fusion, FusionPolicy
-from proxyserve.fusion.terms import compile_fusion
+from proxyserve.fusion.calibration import Calibration
+from proxyserve.fusion.catalog import Catalog
+from proxyserve.fusion.fusion import MAX_SUPPORT_LAWS, Fusion
+from proxyserve.fusion.policy import FusionPolicy
 from proxyserve.kv.block_pool import BlockPool
 from proxyserve.models.model_set import ModelSet
 from proxyserve.scheduler.request import RequestState
 from proxyserve.scheduler.scheduler import Plan, Scheduler
-from proxyserve.types import FinishReason, ModelKey, OutputEvent
-from proxyserve_kernels import Needs, Picks, backend_for
+from proxyserve.types import FinishReason, ModelKey, OutputEvent, TokenLogprob
+from proxyserve_kernels import Needs, backend_for
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +57,7 @@ class EngineCounters:
     cached_tokens: int = 0
     preemptions: int = 0
     fused_tokens: int = 0
+    gated_tokens: int = 0
     flips: int = 0
     kl_total: float = 0.0
     finished: dict[str, int] = field(default_factory=dict)
@@ -53,8 +65,9 @@ class EngineCounters:
 
 class Engine:
     """Holds the models, their KV blocks and the requests. Not thread-safe: `prepare` may be called from anywhere,
-    everything else from one thread. Raises LoadError if a model cannot be served or memory does not suffice,
-    and ValueError for settings that do not fit together or the device."""
+    everything else from one thread. `presets` are fusions with names, `calibrations` those of experts. Raises LoadError
+    if a model cannot be served or memory does not suffice, InvalidRequest or UnknownModel for a preset that cannot
+    work, and ValueError for settings that do not fit together or the device."""
 
     def __init__(
         self,
@@ -62,8 +75,14 @@ class Engine:
         config: EngineConfig | None = None,
         policy: FusionPolicy | None = None,
         progress: Callable[[str], None] = lambda _: None,
+        *,
+        presets: Mapping[str, Fusion] | None = None,
+        calibrations: Mapping[str, Calibration] | None = None,
     ) -> None:
         self.models = models
+        self.catalog = Catalog(models, dict(presets or {}), dict(calibrations or {}))
+        for preset in self.catalog.presets.values():
+            preset.compile(self.catalog)
         self.config = config or EngineConfig()
         self.policy = policy or FusionPolicy()
         if self.config.max_batch_tokens <= self.policy.max_experts:
@@ -77,8 +96,12 @@ class Engine:
             dtypes=tuple(model.dtype for model in models.models.values()),
             vocabulary=models.base.vocabulary.size,
             rows=self.config.max_batch,
-            terms=max(1, min(self.policy.max_experts, len(models.experts))),
-            listed=Limits().max_logprobs,
+            terms=self.policy.max_experts if models.experts else 1,
+            listed=max(Limits().max_logprobs, self.policy.max_explain),
+            rules=True,
+            laws=MAX_SUPPORT_LAWS,
+            uncompared=True,
+            dynamic=bool(models.experts),
         )
         self.backend.warm_up(needs, progress)
         progress("planning memory and checking the models in paged mode")
@@ -113,11 +136,11 @@ class Engine:
     # Requests ------------------------------------------------------------------------------------------------
 
     def prepare(self, submission: Submission) -> list[Choice]:
-        """Validate a submission and make its choices, touching no engine state. Raises InvalidRequest or
-        UnknownModel with the field at fault."""
+        """Validate a submission and make its choices, touching no engine state. Raises InvalidRequest, UnknownModel or
+        Forbidden with the field at fault."""
         return prepare(
             submission,
-            self.models,
+            self.catalog,
             self.policy,
             blocks={key: memory.blocks for key, memory in self.memory.items()},
             block_size=self.config.block_size,
@@ -126,7 +149,7 @@ class Engine:
 
     def room_for_output(self, fusion: Fusion, prompts: LanePrompts) -> int:
         """The largest `max_tokens` that context and KV memory allow after these prompts. May be negative."""
-        program = compile_fusion(fusion, self.models, prompts.of)
+        program = bind_fusion(fusion, self.catalog, prompts)
         blocks = {key: memory.blocks for key, memory in self.memory.items()}
         return min(context_room(program), memory_room(program, blocks, self.config.block_size))
 
@@ -171,47 +194,83 @@ class Engine:
         if plan.empty:
             return []
         self.counters.steps += 1
-        sampling = [self._choices[request.request_id] for request in plan.sampling]
+        rows = [
+            *(FusedRow(self._choices[request.request_id]) for request in plan.sampling),
+            *(FusedRow(self._choices[request.request_id], alone=True) for request in plan.probing),
+        ]
         try:
-            logits = {model: self.runners[model].run(work) for model, work in plan.work.items()}
-            picks = self._pick(sampling, plan, logits)
+            computed = {model: self.runners[model].run(work) for model, work in plan.work.items()}
+            logits = LogitRows(rows, plan.work, computed)
+            sampled = self._sample(rows, logits) if rows else []
         except Exception as error:  # whatever it was, the process and all other requests go on
             logger.exception("a step failed; the requests in it are ended")
             return self._fail(plan, f"The step that computed this request failed: {type(error).__name__}.")
         self.scheduler.commit(plan)
-        events = [] if picks is None else self._accept(sampling, picks)
+        events = self._accept(rows, sampled)
         if not self.config.prefix_cache:
             for pool in self.pools.values():
                 pool.drop_cache()
         return events
 
-    def _pick(self, sampling: list[Choice], plan: Plan, logits: Mapping[ModelKey, Tensor]) -> Picks | None:
-        if not sampling:
-            return None
-        batch, controls = build_batch(sampling, plan.work, logits)
-        return self.backend.pick(batch, controls)
-
-    def _accept(self, sampling: list[Choice], picks: Picks) -> list[OutputEvent]:
-        events = []
+    def _sample(self, rows: Sequence[FusedRow], logits: LogitRows) -> list[Sampled | None]:
+        """Fuse, solve, pick and explain. None for a row that has no law (NaN, infinite or empty), and for one that
+        needs its other lanes first."""
+        batch = build_batch(rows, logits)
+        solve = build_solve(rows)
+        if solve is not None:
+            batch = batch.with_weights(self.backend.solve(batch, solve).weights)
+        entropies = target_entropies(rows)
+        temperatures = None if entropies is None else self.backend.temperatures(batch, entropies).cpu()
+        picks = self.backend.pick(batch, build_controls(rows, temperatures))
         tokens, valid = picks.tokens.tolist(), picks.valid.tolist()
-        kl, flips = picks.kl.tolist(), picks.flips.tolist()
-        logprobs = token_logprobs(sampling, tokens, picks.raw)
-        for row, choice in enumerate(sampling):
-            if not valid[row]:
+        kl, flips, weights = picks.kl.tolist(), picks.flips.tolist(), batch.weights.tolist()
+        laws = token_logprobs(tokens, picks.raw)
+        sampled = [
+            Sampled(
+                tokens[number],
+                _wanted(row.choice, laws[number]),
+                kl=kl[number],
+                flip=flips[number],
+                weights=() if row.alone else tuple(weights[number][: len(row.choice.program.terms)]),
+                gated=row.alone,
+            )
+            for number, row in enumerate(rows)
+        ]
+        reasons = explain(self.backend, rows, logits, sampled, laws)
+        results: list[Sampled | None] = []
+        for number, row in enumerate(rows):
+            row.choice.scheduled.awaiting = False
+            if not valid[number]:
+                results.append(None)
+            elif row.alone and not _is_sure(row.choice, laws[number]):
+                row.choice.held = logits.row(row.choice.scheduled.lanes[0])
+                row.choice.scheduled.awaiting = True
+                results.append(None)
+            else:
+                results.append(replace(sampled[number], explanation=reasons[number]))
+        return results
+
+    def _accept(self, rows: Sequence[FusedRow], sampled: Sequence[Sampled | None]) -> list[OutputEvent]:
+        events = []
+        for row, result in zip(rows, sampled, strict=True):
+            choice = row.choice
+            if result is not None:
+                event = choice.accept(result)
+                self._count(choice, result)
+                events.append(event if event.finish_reason is None else self._finish(choice, event))
+            elif not choice.scheduled.awaiting:
                 events.append(self._fail_numerically(choice))
-                continue
-            event = choice.accept(tokens[row], logprobs[row], kl[row], flips[row])
-            self._count(choice, kl[row], flips[row])
-            events.append(event if event.finish_reason is None else self._finish(choice, event))
         return events
 
-    def _count(self, choice: Choice, kl: float, flip: bool) -> None:
+    def _count(self, choice: Choice, sampled: Sampled) -> None:
         counters = self.counters
         counters.tokens_generated += 1
-        if choice.terms:
+        counters.gated_tokens += sampled.gated
+        if not choice.submission.fusion.is_base:
             counters.fused_tokens += 1
-            counters.flips += flip
-            counters.kl_total += kl
+            if choice.program.base is not None:
+                counters.flips += sampled.flip
+                counters.kl_total += sampled.kl
 
     def _fail(self, plan: Plan, message: str) -> list[OutputEvent]:
         keys = {item.request.request_id for work in plan.work.values() for item in work}
@@ -249,3 +308,17 @@ class Engine:
         assert all(
             choice.scheduled.state is not RequestState.FINISHED for choice in self._choices.values()
         ), "a finished choice is still known"
+
+
+def _wanted(choice: Choice, law: TokenLogprob | None) -> TokenLogprob | None:
+    """The log-probs that the request asked for; more may have been listed for other ends."""
+    wanted = choice.submission.sampling.logprobs
+    return None if law is None or wanted is None else replace(law, top=law.top[:wanted])
+
+
+def _is_sure(choice: Choice, law: TokenLogprob | None) -> bool:
+    """Whether the base alone gives its best token at least the gate's probability."""
+    gate = choice.submission.fusion.gate
+    if gate is None or law is None or not law.top:
+        return False
+    return math.exp(law.top[0][1]) >= gate.confidence

@@ -49,6 +49,7 @@ class EngineStats:
     fused_tokens: int
     flips: int
     kl_total: float
+    gated_tokens: int
     models: Mapping[str, ModelStats]
 
 
@@ -221,6 +222,7 @@ class AsyncEngine:
             fused_tokens=counters.fused_tokens,
             flips=counters.flips,
             kl_total=counters.kl_total,
+            gated_tokens=counters.gated_tokens,
             models=models,
         )
 

@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Mapping
 
 from proxyserve.engine.choice import Choice, choice_seed
-from proxyserve.engine.submission import Submission
+from proxyserve.engine.submission import LanePrompts, Submission
 from proxyserve.errors import InvalidRequest
-from proxyserve.fusion.spec import FusionPolicy
-from proxyserve.fusion.terms import FusionProgram, LaneSpec, compile_fusion
-from proxyserve.models.model_set import ModelSet
+from proxyserve.fusion.binding import BoundProgram, LaneSpec, bind
+from proxyserve.fusion.catalog import Catalog
+from proxyserve.fusion.fusion import Fusion
+from proxyserve.fusion.policy import FusionPolicy
+from proxyserve.fusion.program import BASE_LANE
 from proxyserve.scheduler.lane import Lane
 from proxyserve.scheduler.request import ScheduledRequest
 from proxyserve.text.detokenizer import Detokenizer
@@ -19,32 +21,33 @@ from proxyserve.types import ModelKey
 
 def prepare(
     submission: Submission,
-    models: ModelSet,
+    catalog: Catalog,
     policy: FusionPolicy,
     *,
     blocks: Mapping[ModelKey, int],
     block_size: int,
     share_prefixes: bool,
 ) -> list[Choice]:
-    """Make the `n` choices of a submission. Raises InvalidRequest or UnknownModel, naming the field.
+    """Make the `n` choices of a submission. Raises InvalidRequest, UnknownModel or Forbidden, naming the field.
 
     `blocks` is the size of each model's KV pool. With `share_prefixes` off, prefix-cache entries are
     still shared between the choices of this submission, and with nobody else.
     """
-    policy.check(submission.fusion)
     if submission.n < 1:
         raise InvalidRequest("n must be at least 1.", param="n")
-    program = compile_fusion(submission.fusion, models, submission.prompts.of)
+    fusion = submission.fusion
+    policy.check(fusion, fusion.compile(catalog), admin=submission.admin, vetted=submission.vetted)
+    program = bind_fusion(fusion, catalog, submission.prompts)
     _check_length(
         submission, program, blocks, block_size
     )  # first, so that no overlong prompt is walked through
     for spec in program.lanes:
         _check_prompt(spec)
     _check_bias(submission, program)
+    _check_entropy(submission)
     stop_ids = frozenset().union(*(spec.model.eos_ids for spec in program.lanes))
-    generations = {
-        entry.expert: models.expert(entry.expert).generation for entry in submission.fusion.experts
-    }
+    experts = (name.partition(".")[0] for spec in program.lanes for name in spec.names if "." in name)
+    generations = {name: catalog.models.expert(name).generation for name in dict.fromkeys(experts)}
     salt = submission.salt if share_prefixes else f"{submission.salt}\0{submission.request_id}"
     choices: list[Choice] = []
     for index in range(submission.n):
@@ -55,30 +58,36 @@ def prepare(
             lanes,
             output,
             leader=choices[0].scheduled if choices else None,
+            gated=fusion.gate is not None and len(lanes) > 1,
         )
         choices.append(
             Choice(
                 submission=submission,
                 index=index,
                 scheduled=scheduled,
-                terms=program.terms,
-                vocabulary=program.vocabulary,
+                program=program,
                 stop_ids=stop_ids,
                 max_output=submission.sampling.max_tokens,
                 generations=generations,
-                detokenizer=Detokenizer(models.base.tokenizer, submission.sampling.stop),
+                detokenizer=Detokenizer(catalog.models.base.tokenizer, submission.sampling.stop),
                 seed=choice_seed(submission.sampling.seed, index),
             )
         )
     return choices
 
 
-def context_room(program: FusionProgram) -> int:
+def bind_fusion(fusion: Fusion, catalog: Catalog, prompts: LanePrompts) -> BoundProgram:
+    """The program of a request. An explanation also wants to hear the base."""
+    watched = (BASE_LANE,) if fusion.explain else ()
+    return bind(fusion.compile(catalog), catalog, prompts.of, watched=watched)
+
+
+def context_room(program: BoundProgram) -> int:
     """Tokens that can be generated before the first lane's context is full. May be negative."""
     return min(spec.model.context_length - len(spec.prompt) for spec in program.lanes)
 
 
-def memory_room(program: FusionProgram, blocks: Mapping[ModelKey, int], block_size: int) -> int:
+def memory_room(program: BoundProgram, blocks: Mapping[ModelKey, int], block_size: int) -> int:
     """Tokens that can be generated before the KV pools are full, were nothing else in them. May be negative."""
     lanes_of = Counter(spec.model.key for spec in program.lanes)
     return min(
@@ -101,7 +110,7 @@ def _check_prompt(spec: LaneSpec) -> None:
             )
 
 
-def _check_bias(submission: Submission, program: FusionProgram) -> None:
+def _check_bias(submission: Submission, program: BoundProgram) -> None:
     for token in submission.sampling.logit_bias:
         if token not in program.vocabulary:
             raise InvalidRequest(
@@ -111,8 +120,16 @@ def _check_bias(submission: Submission, program: FusionProgram) -> None:
             )
 
 
+def _check_entropy(submission: Submission) -> None:
+    if submission.fusion.target_entropy is not None and submission.sampling.greedy:
+        raise InvalidRequest(
+            "'target_entropy' solves the temperature at each position, and temperature 0 asks for none; leave one out.",
+            param="fusion.target_entropy",
+        )
+
+
 def _check_length(
-    submission: Submission, program: FusionProgram, blocks: Mapping[ModelKey, int], block_size: int
+    submission: Submission, program: BoundProgram, blocks: Mapping[ModelKey, int], block_size: int
 ) -> None:
     wanted = submission.sampling.max_tokens
     for spec in program.lanes:

@@ -2,89 +2,139 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from proxyserve.engine.submission import LanePrompts
-from proxyserve.errors import InvalidRequest
-from proxyserve.fusion.spec import Fusion
-from proxyserve.fusion.terms import BASE_LANE
+from proxyserve.errors import InvalidRequest, UnknownModel
+from proxyserve.fusion.catalog import Catalog
+from proxyserve.fusion.fusion import Fusion
+from proxyserve.fusion.lane_prompt import LanePrompt
+from proxyserve.fusion.program import BASE_LANE
 from proxyserve.models.loaded_model import LoadedModel
-from proxyserve.models.model_set import ModelSet
 
-ROUTES = ("chat", "plain")
-
-
-def token_prompts(ids: Sequence[int]) -> LanePrompts:
-    """The same given ids for every lane."""
-    return LanePrompts(tuple(ids))
+Messages = Sequence[Mapping[str, Any]]
 
 
-def text_prompts(models: ModelSet, fusion: Fusion, text: str) -> LanePrompts:
-    """The same text for every lane, each encoded by its own tokenizer (which may add its own special tokens)."""
-    by_lane = {name: tuple(model.tokenizer.encode(text)) for name, model in _lanes(models, fusion)}
-    return LanePrompts(by_lane[BASE_LANE], by_lane)
+def token_prompts(catalog: Catalog, fusion: Fusion, ids: Sequence[int]) -> LanePrompts:
+    """The same given ids for every lane that has no prompt of its own. Raises InvalidRequest or UnknownModel."""
+    return _Prompts(catalog, fusion, ids=tuple(ids)).render()
 
 
-def chat_prompts(
-    models: ModelSet,
-    fusion: Fusion,
-    messages: Sequence[Mapping[str, Any]],
-    routes: Mapping[str, str] | None = None,
-) -> LanePrompts:
+def text_prompts(catalog: Catalog, fusion: Fusion, text: str) -> LanePrompts:
+    """The same text for every lane that has no prompt of its own, each encoded by its own tokenizer (which may add its
+    own special tokens). Raises InvalidRequest or UnknownModel."""
+    return _Prompts(catalog, fusion, text=text).render()
+
+
+def chat_prompts(catalog: Catalog, fusion: Fusion, messages: Messages) -> LanePrompts:
     """Messages rendered per lane.
 
     A lane uses its own model's chat template. One whose model has none uses the tuned model's of its expert, the base
-    the first that any expert of the request has. `routes` (lane name -> "chat" or "plain") overrides: "plain" is the
-    messages' text alone, joined by blank lines, as the proxy-tuning paper prompts base and untuned models. Raises
-    InvalidRequest if no template can be found or a route names no lane of the request.
+    the first that any expert of the request has. A lane's own prompt in `fusion` comes before all that; its route
+    "plain" is the messages' text alone, joined by blank lines, as the proxy-tuning paper prompts base and untuned
+    models.
+    Raises InvalidRequest or UnknownModel, also where no template can be found.
     """
-    routes = routes or {}
-    lanes = dict(_lanes(models, fusion))
-    for name, route in routes.items():
-        if name not in lanes:
+    return _Prompts(catalog, fusion, messages=messages).render()
+
+
+class _Prompts:
+    """Renders one request, which has given its prompt in exactly one form."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        fusion: Fusion,
+        *,
+        ids: tuple[int, ...] | None = None,
+        text: str | None = None,
+        messages: Messages | None = None,
+    ) -> None:
+        self._catalog = catalog
+        self._ids, self._text, self._messages = ids, text, messages
+        program = fusion.compile(catalog)
+        self._own = _by_canonical_name(catalog, fusion)
+        # The base is always rendered: its prompt is what the answer counts and what an explanation may add.
+        self._lanes = {name: catalog.model(name) for name in dict.fromkeys((BASE_LANE, *program.lanes))}
+        for name in self._own:
+            if name not in self._lanes:
+                raise InvalidRequest(
+                    f"'{name}' is no lane of this request; its lanes are {', '.join(self._lanes)}.",
+                    param=f"fusion.prompts.{name}",
+                )
+
+    def render(self) -> LanePrompts:
+        by_lane = {name: self._render(name) for name in self._lanes}
+        return LanePrompts(by_lane[BASE_LANE], by_lane)
+
+    def _render(self, name: str) -> tuple[int, ...]:
+        own = self._own.get(name)
+        tokenizer = self._lanes[name].tokenizer
+        if own is None:
+            if "@" in name:
+                raise InvalidRequest(
+                    f"Lane '{name}' has no prompt; give it one in 'fusion.prompts'.",
+                    param=f"fusion.prompts.{name}",
+                )
+            return self._common(name, "")
+        if own.tokens is not None:
+            return own.tokens
+        if own.text is not None:
+            return tuple(tokenizer.encode(own.text))
+        if own.messages is not None:
+            return self._templated(name, own.messages, "")
+        if own.prefix is not None:
+            return self._common(name, own.prefix)
+        if self._messages is None:
             raise InvalidRequest(
-                f"'{name}' is no lane of this request; its lanes are {', '.join(lanes)}.",
+                f"'{own.route}' says how messages are rendered, and this request has none; give lane '{name}' a text.",
                 param=f"fusion.prompts.{name}",
             )
-        if route not in ROUTES:
-            raise InvalidRequest(
-                f"A prompt route is one of {', '.join(ROUTES)}.", param=f"fusion.prompts.{name}"
-            )
-    fallback = [model for model in lanes.values() if model.tokenizer.has_chat_template]
-    by_lane = {}
-    for name, model in lanes.items():
-        if routes.get(name) == "plain":
-            by_lane[name] = tuple(model.tokenizer.encode(_plain(messages)))
-            continue
-        own = [model] if model.tokenizer.has_chat_template else []
-        sibling = [other for other in _tuned_of(name, lanes) if other.tokenizer.has_chat_template]
-        template = next(iter(own + sibling + fallback), None)
-        if template is None:
-            raise InvalidRequest(
-                f"Neither '{models.base.name}' nor the request's experts have a chat template; use /v1/completions, "
-                "or name an expert that has one.",
-                param="messages",
-            )
-        text = template.tokenizer.render_chat(messages)
-        by_lane[name] = tuple(model.tokenizer.encode(text, add_special_tokens=False))
-    return LanePrompts(by_lane[BASE_LANE], by_lane)
+        if own.route == "plain":
+            return tuple(tokenizer.encode(_plain(self._messages)))
+        return self._templated(name, self._messages, "")
+
+    def _common(self, name: str, prefix: str) -> tuple[int, ...]:
+        """The request's prompt, after `prefix`."""
+        tokenizer = self._lanes[name].tokenizer
+        if self._messages is not None:
+            return self._templated(name, self._messages, prefix)
+        if self._text is not None:
+            return tuple(tokenizer.encode(prefix + self._text))
+        ids = self._ids or ()
+        return (*tokenizer.encode(prefix), *ids) if prefix else ids
+
+    def _templated(self, name: str, messages: Messages, prefix: str) -> tuple[int, ...]:
+        text = self._template(name).tokenizer.render_chat(messages)
+        return tuple(self._lanes[name].tokenizer.encode(prefix + text, add_special_tokens=False))
+
+    def _template(self, name: str) -> LoadedModel:
+        """The model whose chat template lane `name` uses."""
+        expert, _, role = name.partition("@")[0].partition(".")
+        candidates = [self._lanes[name]]
+        if role:
+            candidates.append(self._catalog.model(f"{expert}.tuned"))
+        candidates += self._lanes.values()
+        for model in candidates:
+            if model.tokenizer.has_chat_template:
+                return model
+        raise InvalidRequest(
+            f"Neither '{self._catalog.models.base.name}' nor the request's experts have a chat template; use "
+            "/v1/completions, or name an expert that has one.",
+            param="messages",
+        )
 
 
-def _lanes(models: ModelSet, fusion: Fusion) -> Iterator[tuple[str, LoadedModel]]:
-    """Names and models of the lanes that will run, base first."""
-    yield BASE_LANE, models.base
-    for entry in fusion.active:
-        expert = models.expert(entry.expert)
-        yield f"{expert.name}.tuned", expert.tuned
-        if expert.untuned is not None:
-            yield f"{expert.name}.untuned", expert.untuned
+def _by_canonical_name(catalog: Catalog, fusion: Fusion) -> dict[str, LanePrompt]:
+    prompts: dict[str, LanePrompt] = {}
+    for name, prompt in fusion.lane_prompts().items():
+        try:
+            prompts[catalog.lane(name, f"fusion.prompts.{name}")] = prompt
+        except UnknownModel as error:  # a lane that is not there is a bad value, not a missing model
+            raise InvalidRequest(error.message, param=error.param) from None
+    return prompts
 
 
-def _tuned_of(lane: str, lanes: Mapping[str, LoadedModel]) -> list[LoadedModel]:
-    expert, _, role = lane.partition(".")
-    return [lanes[f"{expert}.tuned"]] if role else []
-
-
-def _plain(messages: Sequence[Mapping[str, Any]]) -> str:
+def _plain(messages: Messages) -> str:
     return "\n\n".join(str(message.get("content") or "") for message in messages)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from proxyserve.fusion.spec import Fusion
+from proxyserve.fusion.fusion import Fusion
 from proxyserve.types import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
 class LanePrompts:
-    """Prompt ids per lane. Lanes are named `base`, `EXPERT.tuned` and `EXPERT.untuned`; a lane that is not in
-    `by_lane` gets `default`."""
+    """Prompt ids per lane, by name (`base`, `qa.tuned`, `base@negative`); a lane that is not in `by_lane` gets
+    `default`."""
 
     default: tuple[int, ...]
     by_lane: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -24,7 +24,8 @@ class LanePrompts:
 @dataclass(frozen=True, slots=True)
 class Submission:
     """One prompt and how to continue it, `n` times. `salt` keeps prefix-cache entries of different tenants
-    apart: entries are shared only between submissions of equal salt."""
+    apart: entries are shared only between submissions of equal salt. `admin`: whoever asks may do what the policy keeps
+    for administrators. `vetted`: the fusion's weights are the operator's own (a preset), whoever asks."""
 
     request_id: str
     prompts: LanePrompts
@@ -32,3 +33,5 @@ class Submission:
     fusion: Fusion = field(default_factory=Fusion)
     n: int = 1
     salt: str = ""
+    admin: bool = True
+    vetted: bool = False

@@ -9,7 +9,7 @@ from proxyserve.engine.engine import Engine
 from proxyserve.engine.prompts import text_prompts
 from proxyserve.engine.submission import Submission
 from proxyserve.evaluation.systems import System
-from proxyserve.fusion.spec import ExpertWeight, Fusion
+from proxyserve.fusion.fusion import proxy
 from proxyserve.models.family import ExpertSource, load_family
 from proxyserve.models.loading import choose_placement
 from proxyserve.types import FinishReason, SamplingParams
@@ -28,10 +28,12 @@ class EngineGenerator:
             placement=choose_placement(self._config.device, self._config.dtype),
         )
         engine = Engine(models, self._config)
-        fusion = Fusion(tuple(ExpertWeight(name, weight) for name, (_, weight) in system.experts.items()))
+        fusion = proxy({name: weight for name, (_, weight) in system.experts.items()})
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         for index, prompt in enumerate(prompts):
-            engine.submit(Submission(str(index), text_prompts(models, fusion, prompt), sampling, fusion))
+            engine.submit(
+                Submission(str(index), text_prompts(engine.catalog, fusion, prompt), sampling, fusion)
+            )
         texts = [""] * len(prompts)
         stopped = [False] * len(prompts)
         while engine.has_work:

@@ -1,21 +1,27 @@
-"""Fusion in a model name, for clients that can set nothing else: `BASE`,
-`BASE+EXPERT[:WEIGHT][+EXPERT[:WEIGHT]…]`."""
+"""Fusion in a model name, for clients that can set nothing else: `BASE`, `BASE+EXPERT[:WEIGHT][+EXPERT[:WEIGHT]…]`, or
+a preset's name."""
 
 from __future__ import annotations
 
 from proxyserve.errors import InvalidRequest, UnknownModel
-from proxyserve.fusion.spec import ExpertWeight, Fusion
-from proxyserve.models.model_set import ModelSet
+from proxyserve.fusion.catalog import Catalog
+from proxyserve.fusion.fusion import Fusion
+from proxyserve.fusion.rules.proxy import Proxy
+from proxyserve.fusion.weights import ExpertWeight
 
 
-def parse_model_name(name: str, models: ModelSet) -> Fusion:
+def parse_model_name(name: str, catalog: Catalog) -> Fusion:
     """`atlas+qa:0.8+arith` -> rule `proxy` with qa at 0.8 and arith at 1.0. Raises UnknownModel for names that are
     not here and InvalidRequest for a weight that is no number."""
+    if name in catalog.presets:
+        return catalog.presets[name]
+    models = catalog.models
     base, *parts = name.split("+")
     if base != models.base.name:
+        presets = f" Presets: {', '.join(sorted(catalog.presets))}." if catalog.presets else ""
         raise UnknownModel(
             f"There is no model '{name}' here. Use '{models.base.name}', or '{models.base.name}+EXPERT:WEIGHT' "
-            f"with an expert of: {', '.join(sorted(models.experts)) or 'none'}."
+            f"with an expert of: {', '.join(sorted(models.experts)) or 'none'}.{presets}"
         )
     experts = []
     for part in parts:
@@ -28,4 +34,7 @@ def parse_model_name(name: str, models: ModelSet) -> Fusion:
                 f"'{weight}' in the model name '{name}' is not a finite number; write {expert}:0.8, say.",
                 param="model",
             ) from None
-    return Fusion(tuple(experts))
+    try:
+        return Fusion(Proxy(tuple(experts)))
+    except InvalidRequest as error:
+        raise InvalidRequest(error.message, param="model") from None

@@ -34,8 +34,17 @@ class SharedVocabulary:
         return cls._from_ids(ids)
 
     def intersect(self, other: SharedVocabulary) -> SharedVocabulary:
-        """Ids that are in both."""
-        return self._from_ids(self.ids() & other.ids())
+        """Ids that are in both. Raises LoadError if none is."""
+        if self == other:
+            return self
+        size = min(self.size, other.size)
+        holes = {hole for hole in self.holes | other.holes if hole < size}
+        while size - 1 in holes:  # the largest id is one that both have
+            size -= 1
+            holes.discard(size)
+        if size == 0:
+            raise LoadError("the models have no token id in common")
+        return SharedVocabulary(size, frozenset(holes))
 
     def ids(self) -> set[int]:
         return set(range(self.size)) - self.holes

@@ -30,12 +30,17 @@ class ScheduledRequest:
 
     `leader` is the first choice of the same prompt: a request waits for its leader's prompt so that it can share those
     blocks instead of computing them again. `arrival` orders requests; the scheduler sets it.
+
+    A `gated` request first computes lane 0 alone, to see whether the others are needed for the next token. While it is
+    `awaiting`, they are: its owner holds the logits of lane 0, and the other lanes catch up.
     """
 
     request_id: str
     lanes: tuple[Lane, ...]
     output: list[int]
     leader: ScheduledRequest | None = None
+    gated: bool = False
+    awaiting: bool = False
     arrival: int = -1
     preemptions: int = 0
     state: RequestState = field(default=RequestState.WAITING)
@@ -52,6 +57,15 @@ class ScheduledRequest:
         self.state = state
 
     @property
+    def turn(self) -> tuple[Lane, ...]:
+        """The lanes that must catch up before anything can be done with their logits."""
+        if not self.gated:
+            return self.lanes
+        return self.lanes[1:] if self.awaiting else self.lanes[:1]
+
+    @property
     def prompt_computed(self) -> bool:
-        """Whether every lane has its whole prompt in blocks, up to the last token (run when sampling)."""
-        return all(lane.computed >= len(lane.prompt) - 1 for lane in self.lanes)
+        """Whether every lane that is sure to run has its whole prompt in blocks, up to the last token (run when
+        sampling)."""
+        lanes = self.lanes[:1] if self.gated else self.lanes
+        return all(lane.computed >= len(lane.prompt) - 1 for lane in lanes)

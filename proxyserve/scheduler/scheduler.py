@@ -34,11 +34,13 @@ class LaneWork:
 
 @dataclass(slots=True)
 class Plan:
-    """One step: per model the work of its packed forward, and the requests that sample afterwards. Every request in
-    `sampling` has exactly one `last` work for each of its lanes."""
+    """One step: per model the work of its packed forward, the requests that sample afterwards, and the gated ones that
+    have the logits of lane 0 and must learn whether that is enough. Every request in `sampling` or `probing` has
+    exactly one `last` work for each lane whose turn it is."""
 
     work: dict[ModelKey, list[LaneWork]] = field(default_factory=dict)
     sampling: list[ScheduledRequest] = field(default_factory=list)
+    probing: list[ScheduledRequest] = field(default_factory=list)
     preempted: list[ScheduledRequest] = field(default_factory=list)
 
     @property
@@ -108,29 +110,30 @@ class Scheduler:
     def _grant(
         self, request: ScheduledRequest, budget: dict[ModelKey, int], plan: Plan, granted: set[int]
     ) -> None:
-        """Give each lane as much of what it misses as its model's budget allows."""
-        missing = [lane.missing - 1 for lane in request.lanes]
-        counts = _fit(request.lanes, missing, budget)
-        sample = counts == missing and _fits(request.lanes, [count + 1 for count in counts], budget)
+        """Give each lane whose turn it is as much of what it misses as its model's budget allows."""
+        lanes = request.turn
+        missing = [lane.missing - 1 for lane in lanes]
+        counts = _fit(lanes, missing, budget)
+        sample = counts == missing and _fits(lanes, [count + 1 for count in counts], budget)
         if sample:
             counts = [count + 1 for count in counts]
         if not self._make_room(request, counts, plan, granted):
             return
         granted.add(id(request))
-        for lane, count in zip(request.lanes, counts, strict=True):
+        for lane, count in zip(lanes, counts, strict=True):
             if count:
                 budget[lane.model] -= count
                 work = LaneWork(request, lane, lane.computed, count, last=sample)
                 plan.work.setdefault(lane.model, []).append(work)
         if sample:
-            plan.sampling.append(request)
+            probe = request.gated and not request.awaiting
+            (plan.probing if probe else plan.sampling).append(request)
 
     def _make_room(self, request: ScheduledRequest, counts: list[int], plan: Plan, granted: set[int]) -> bool:
-        """Give the request's lanes blocks for `counts` more tokens, preempting the youngest requests that have no work
-        in this step yet. False if the request itself was the one to go."""
-        while not self._reserve(
-            request, [lane.computed + c for lane, c in zip(request.lanes, counts, strict=True)]
-        ):
+        """Give the lanes whose turn it is blocks for `counts` more tokens, preempting the youngest requests that have
+        no work in this step yet. False if the request itself was the one to go."""
+        lanes = request.turn
+        while not self._reserve(lanes, [lane.computed + c for lane, c in zip(lanes, counts, strict=True)]):
             victim = max((r for r in self.running if id(r) not in granted), key=lambda r: r.arrival)
             self._preempt(victim)
             plan.preempted.append(victim)
@@ -138,17 +141,16 @@ class Scheduler:
                 return False
         return True
 
-    def _reserve(self, request: ScheduledRequest, tokens: list[int]) -> bool:
-        """Blocks for `tokens[i]` tokens in lane i: in every pool the request needs, or in none."""
+    def _reserve(self, lanes: tuple[Lane, ...], tokens: list[int]) -> bool:
+        """Blocks for `tokens[i]` tokens in lane i: in every pool that the lanes need, or in none."""
         needs = [
-            lane.blocks_needed(count, self.block_size)
-            for lane, count in zip(request.lanes, tokens, strict=True)
+            lane.blocks_needed(count, self.block_size) for lane, count in zip(lanes, tokens, strict=True)
         ]
         if not any(needs):
             return True
-        if not _fits(request.lanes, needs, {model: pool.available for model, pool in self.pools.items()}):
+        if not _fits(lanes, needs, {model: pool.available for model, pool in self.pools.items()}):
             return False
-        for lane, needed in zip(request.lanes, needs, strict=True):
+        for lane, needed in zip(lanes, needs, strict=True):
             if needed:
                 lane.blocks.extend(self.pools[lane.model].allocate(needed))
         return True
@@ -159,6 +161,7 @@ class Scheduler:
         self._release(request)
         request.move(RequestState.WAITING)
         request.preemptions += 1
+        request.awaiting = False  # the held logits go with the blocks
         self.waiting.appendleft(request)
 
     def _admit(self, budget: dict[ModelKey, int], plan: Plan, granted: set[int]) -> None:
@@ -188,7 +191,7 @@ class Scheduler:
             matched = lane.match_prefix(pool, self.block_size)
             pool.reuse(matched)
             lane.start_from(matched, self.block_size)
-        if self._reserve(request, [lane.wanted for lane in request.lanes]):
+        if self._reserve(request.lanes, [lane.wanted for lane in request.lanes]):
             return True
         self._release(request)
         return False
@@ -225,7 +228,7 @@ class Scheduler:
 
 
 def _needs_prefill(request: ScheduledRequest) -> bool:
-    return any(lane.missing > 1 for lane in request.lanes)
+    return any(lane.missing > 1 for lane in request.turn)
 
 
 def _fit(lanes: tuple[Lane, ...], counts: list[int], budget: Mapping[ModelKey, int]) -> list[int]:

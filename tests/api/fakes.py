@@ -9,6 +9,7 @@ from typing import Any
 
 from proxyserve.engine.loop import EngineStats
 from proxyserve.engine.submission import Submission
+from proxyserve.fusion.catalog import Catalog
 from proxyserve.models.model_set import ModelSet
 from proxyserve.types import FinishReason, FusionReport, OutputEvent, Usage
 
@@ -29,7 +30,12 @@ class FakeEngine:
     @property
     def engine(self) -> Any:
         memory = {key: SimpleNamespace(blocks=1000) for key in self.models.models}
-        return SimpleNamespace(models=self.models, memory=memory, config=SimpleNamespace(block_size=16))
+        return SimpleNamespace(
+            models=self.models,
+            catalog=Catalog(self.models),
+            memory=memory,
+            config=SimpleNamespace(block_size=16),
+        )
 
     def submit(self, submissions: Sequence[Submission]) -> FakeStream:
         if self.refusal is not None:
@@ -45,7 +51,7 @@ class FakeEngine:
         return None
 
     def snapshot(self) -> EngineStats:
-        return EngineStats(0, 0, 0, 0, 0, 0, 0, {}, 0, 0, 0.0, {})
+        return EngineStats(0, 0, 0, 0, 0, 0, 0, 0, {}, 0, 0, 0.0, 0, {})
 
 
 class FakeStream:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from proxyserve.api.schemas.chat import ChatRequest, Message
+from proxyserve.api.schemas.chat import ChatRequest
 from proxyserve.api.schemas.completions import CompletionRequest
 from proxyserve.api.schemas.fusion import FusionObject
+from proxyserve.api.schemas.message import Message
 from tests.api.live import Live
 
 CHAT = {"model": "atlas+qa", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
@@ -101,15 +102,56 @@ def test_unknown_field_is_named(live: Live, body: dict[str, Any]) -> None:
 
 
 FUSION_REFUSALS = [
-    ({"support": {"of": ["base"]}}, "fusion.support", "not supported yet"),
-    ({"explain": 3}, "fusion.explain", "not supported yet"),
+    ({"support": {"of": ["base"]}}, "fusion.support", "top_p"),
+    ({"support": {"of": [], "top_k": 3}}, "fusion.support.of", ""),
+    ({"support": {"of": ["tuned"], "top_k": 3}}, "fusion.support.of", "no expert"),
+    ({"support": {"of": ["base"], "top_k": 0}}, "fusion.support.top_k", ""),
+    ({"support": {"of": ["base"], "top_k": 3, "outside": "zero"}}, "fusion.support.outside", ""),
+    ({"support": {"of": ["base"], "topk": 3}}, "fusion.support.topk", ""),
+    ({"explain": -1}, "fusion.explain", ""),
+    ({"explain": 21}, "fusion.explain", "at most 20"),
     ({"on_expert_failure": "base_only"}, "fusion.on_expert_failure", "not supported yet"),
-    ({"target_entropy": 1.0}, "fusion.target_entropy", "not supported yet"),
-    ({"beta": 1}, "fusion.beta", "not there yet"),
-    ({"rule": "dynamic"}, "fusion.rule", "not there yet"),
+    ({"target_entropy": -1.0}, "fusion.target_entropy", ""),
+    ({"gate": {"confidence": 1.5}}, "fusion.gate.confidence", ""),
+    ({"gate": {}}, "fusion.gate.confidence", "required"),
+    ({"beta": 1}, "fusion.beta", "belongs to rule upscale"),
+    ({"temprature": 1}, "fusion.temprature", "no parameter"),
+    ({"rule": "dynamite"}, "fusion.rule", "the rules are"),
     ({"rule": 7}, "fusion.rule", ""),
-    ({"experts": {"qa": {"weight": 1, "schedule": [[0, 1]]}}}, "fusion.experts.qa.schedule", "not there yet"),
-    ({"experts": [{"expert": "qa", "schedule": []}]}, "fusion.experts[0].schedule", "not there yet"),
+    ({"rule": "upscale", "experts": {"qa": 1}, "gamma": 1}, "fusion.gamma", "belongs to rule contrast"),
+    ({"rule": "upscale", "experts": {"qa": 1}, "beta": 11}, "fusion.beta", ""),
+    ({"rule": "upscale", "experts": {"qa": 1}, "top_p": 0}, "fusion.top_p", "above 0"),
+    ({"rule": "upscale", "experts": {"qa": 0.5}}, "fusion.experts.qa", "beta"),
+    ({"rule": "upscale", "experts": {"qa": 1, "record": 1}}, "fusion.experts", "exactly one"),
+    ({"rule": "upscale"}, "fusion.experts", "exactly one"),
+    ({"rule": "dynamic"}, "fusion.experts", "at least one"),
+    ({"rule": "dynamic", "experts": {"qa": 2}}, "fusion.experts.qa", "solves the weight"),
+    ({"rule": "dynamic", "experts": {"qa": 1}, "kl": 1}, "fusion.kl", "budget"),
+    ({"rule": "dynamic", "experts": {"qa": 1}, "mode": "budget"}, "fusion.kl", "needs 'kl'"),
+    ({"rule": "dynamic", "experts": {"qa": 1}, "mode": "fast"}, "fusion.mode", ""),
+    ({"rule": "dynamic", "experts": {"qa": 1}, "max_weight": 5}, "fusion.max_weight", "allows 4"),
+    ({"rule": "dynamic", "experts": {"qa": 1, "record": 1}, "mode": "exact"}, "fusion.mode", "ray"),
+    ({"rule": "guidance"}, "fusion.negative_prompt", "negative_messages"),
+    ({"rule": "guidance", "negative_prompt": 5}, "fusion.negative_prompt", "token ids"),
+    ({"rule": "guidance", "negative_prompt": "a", "experts": {"qa": 1}}, "fusion.experts", "no parameter"),
+    ({"rule": "mixture", "models": {"base": 0.5}}, "fusion.models", "sum to 1"),
+    ({"rule": "mixture", "models": {"base": 2, "qa.tuned": -1}}, "fusion.models.qa.tuned", "0 or more"),
+    ({"rule": "mixture", "models": {"base": 1}, "r": "big"}, "fusion.r", "inf"),
+    ({"rule": "mixture", "models": {"base": 1}, "r": 101}, "fusion.r", "between"),
+    ({"rule": "formula", "formula": "base + * qa"}, "fusion.formula", "character 8"),
+    ({"rule": "formula", "formula": "base + 9*qa"}, "fusion.formula", "-4 to 4"),
+    ({"rule": "formula", "formula": "base - base"}, "fusion.formula", ""),
+    ({"rule": "formula"}, "fusion.formula", ""),
+    ({"rule": "edit", "experts": {"qa": 1}}, "fusion.experts.qa", "calibrat"),
+    ({"rule": "contrast", "experts": {"qa": 1}, "gate": {"confidence": 0.5}}, "fusion.gate", "base"),
+    (
+        {"rule": "contrast", "experts": {"qa": 1}, "support": {"of": ["base"], "top_k": 3}},
+        "fusion.support",
+        "of its own",
+    ),
+    ({"experts": {"qa": {"weight": 1, "schedule": [[1, 1]]}}}, "fusion.experts.qa.schedule", "token 0"),
+    ({"experts": {"qa": {"weight": 1, "schedule": [[0, 9]]}}}, "fusion.experts.qa", "-4 to 4"),
+    ({"experts": [{"expert": "qa", "schedule": []}]}, "fusion.experts[0].schedule", "list of"),
     ({"experts": "qa"}, "fusion.experts", ""),
     ({"experts": {"qa": "1"}}, "fusion.experts.qa", "number"),
     ({"experts": {"qa": True}}, "fusion.experts.qa", "number"),
@@ -126,7 +168,10 @@ FUSION_REFUSALS = [
     ({"rule": "r" * 65}, "fusion.rule", ""),
     ({"experts": [{"expert": ""}]}, "fusion.experts", "empty"),
     ({"experts": [{"expert": "qa"}, {"expert": "qa"}]}, "fusion.experts", "twice"),
-    ({"prompts": {"base": "chat"}}, "fusion.prompts", ""),
+    ({"prompts": {"base": "chat"}}, "fusion.prompts.base", "this request has none"),
+    ({"prompts": {"base": {}}}, "fusion.prompts", "exactly one"),
+    ({"prompts": {"base": {"text": "a", "prefix": "b"}}}, "fusion.prompts", "exactly one"),
+    ({"prompts": {"qa.tuned": {"text": "a"}}}, "fusion.prompts.qa.tuned", "no lane"),
     ([], "fusion", ""),
     ("proxy", "fusion", ""),
 ]
@@ -154,7 +199,8 @@ def test_experts_in_two_places(live: Live) -> None:
 def test_prompt_route_of_a_lane_that_does_not_run(live: Live) -> None:
     error = refusal(live, {**CHAT, "fusion": {"prompts": {"record.tuned": "chat"}}})
     assert error["param"] == "fusion.prompts.record.tuned"
-    assert refusal(live, {**CHAT, "fusion": {"prompts": {"base": "raw"}}})["param"] == "fusion.prompts.base"
+    error = refusal(live, {**CHAT, "fusion": {"prompts": {"base": "raw"}}})
+    assert error["param"] == "fusion.prompts.base.route"
 
 
 @pytest.mark.parametrize(
@@ -176,6 +222,8 @@ def test_bad_model_names(live: Live, model: str, status: int) -> None:
 
 def test_unknown_expert_in_fusion(live: Live) -> None:
     assert refusal(live, {**BASE, "fusion": {"experts": {"x" * 9999: 1}}}, 404)["param"] == "fusion.experts"
+    support = {"of": ["ghost.tuned"], "top_k": 3}
+    assert refusal(live, {**BASE, "fusion": {"support": support}}, 404)["param"] == "fusion.support.of"
     error = refusal(live, {**BASE, "fusion": {"experts": {"ghost": 1}}}, 404)
     assert error["param"] == "fusion.experts.ghost"
     assert "qa" in error["message"]
@@ -337,7 +385,7 @@ def test_every_field_was_looked_at() -> None:
     tried = {field for _, field, _, _ in VALUES}
     assert set(ChatRequest.model_fields) | set(CompletionRequest.model_fields) == refused | tried | {"fusion"}
     assert set(FusionObject.model_fields) == {
-        *("rule", "experts", "prompts", "support", "explain", "on_expert_failure", "target_entropy")
+        *("prompts", "support", "explain", "on_expert_failure", "target_entropy", "gate")
     }
     assert set(Message.model_fields) == {
         *("role", "content", "annotations", "audio", "function_call", "name", "refusal", "tool_calls")
@@ -367,6 +415,11 @@ def test_random_mutations_are_never_a_500(live: Live) -> None:
     plain = [
         CHAT | {"logprobs": True, "fusion": {"prompts": {}}},
         TEXT | {"logit_bias": {"1": 1}, "stop": ["x"]},
+        TEXT | {"fusion": {"rule": "dynamic", "mode": "budget", "kl": 0.1, "explain": 1}},
+        BASE | {"fusion": {"rule": "mixture", "models": {"base": 0.5, "qa.tuned": 0.5}, "r": 0}},
+        BASE | {"fusion": {"rule": "guidance", "negative_prompt": "no", "scale": 2}},
+        BASE | {"fusion": {"rule": "formula", "formula": "base + qa", "gate": {"confidence": 0.5}}},
+        BASE | {"fusion": {"experts": {"qa": 1}, "support": {"of": ["base"], "top_p": 0.5}}},
     ]
     for _ in range(300):
         body = json.loads(json.dumps(chance.choice(plain)))

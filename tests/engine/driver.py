@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from proxyserve.engine.engine import Engine
 from proxyserve.engine.submission import LanePrompts, Submission
-from proxyserve.fusion.spec import ExpertWeight, Fusion
+from proxyserve.fusion.fusion import Fusion, proxy
 from proxyserve.types import OutputEvent, SamplingParams, TokenLogprob
 
 
@@ -52,6 +52,7 @@ def submission(
     by_lane: Mapping[str, Sequence[int]] | None = None,
     n: int = 1,
     salt: str = "",
+    fusion: Fusion | None = None,
     **sampling: object,
 ) -> Submission:
     """Greedy, 12 tokens, end-of-text ignored, unless `sampling` says otherwise."""
@@ -60,7 +61,7 @@ def submission(
         request_id,
         LanePrompts(tuple(prompt), {lane: tuple(ids) for lane, ids in (by_lane or {}).items()}),
         SamplingParams(**values),  # type: ignore[arg-type]
-        Fusion(tuple(ExpertWeight(name, weight) for name, weight in (weights or {}).items())),
+        proxy(weights or {}) if fusion is None else fusion,
         n=n,
         salt=salt,
     )

@@ -56,6 +56,7 @@ class Simulation:
             return  # the engine refuses what can never fit
         salt = rng.choice(("", "tenant"))
         prompts = [tuple(rng.randint(0, 1) for _ in range(prompt)) for _, prompt in lanes]
+        gated = len(lanes) > 1 and rng.random() < 0.3
         leader: ScheduledRequest | None = None
         for _ in range(rng.choice((1, 1, 3))):
             output: list[int] = []
@@ -67,6 +68,7 @@ class Simulation:
                 ),
                 output,
                 leader=leader,
+                gated=gated,
             )
             self.number += 1
             leader = leader or request
@@ -87,7 +89,13 @@ class Simulation:
                 self.scheduler.finish(self.live.pop(request_id).request)
         else:
             self.scheduler.commit(plan)
-            for request in plan.sampling:
+            unsure = [request for request in plan.probing if self.rng.random() < 0.5]
+            for request in unsure:
+                request.awaiting = True
+            for request in (*plan.sampling, *plan.probing):
+                if request in unsure:
+                    continue
+                request.awaiting = False
                 request.output.append(self.rng.randint(0, 1))
                 simulated = self.live[request.request_id]
                 if len(request.output) == simulated.length:
@@ -102,11 +110,12 @@ class Simulation:
                 assert item.count > 0 and item.start == item.lane.computed
                 assert len(item.lane.blocks) * self.block_size >= item.start + item.count
         last = [item for work in plan.work.values() for item in work if item.last]
-        for request in plan.sampling:
+        assert all(request.gated and not request.awaiting for request in plan.probing)
+        for request in (*plan.sampling, *plan.probing):
             own = [item for item in last if item.request is request]
-            assert {id(item.lane) for item in own} == {id(lane) for lane in request.lanes}
+            assert {id(item.lane) for item in own} == {id(lane) for lane in request.turn}
             assert all(item.start + item.count == item.lane.wanted for item in own)
-            assert len(own) == len(request.lanes)
+            assert len(own) == len(request.turn)
         assert len(self.scheduler.running) <= self.scheduler.max_batch
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from proxyserve_kernels.backend import BackendName, Needs
 from proxyserve_kernels.controls import PickControls, Picks
+from proxyserve_kernels.entropy import temperatures_for
 from proxyserve_kernels.rows import RowBatch
 from proxyserve_kernels.speculation import Drafts, Verdicts, VerifyRule, emitted, settle
 from proxyserve_kernels.tilt import Moments, PairDivergences, Solution, SolveControls, Tilt
@@ -87,6 +88,10 @@ class TritonBackend:
         """See `Backend`."""
         with self._here():
             return solve(batch, controls)
+
+    def temperatures(self, batch: RowBatch, entropies: Tensor) -> Tensor:
+        """See `Backend`."""
+        return temperatures_for(self.fused_scores(batch), entropies)
 
     def verify(
         self, batch: RowBatch, controls: PickControls, drafts: Drafts, rule: VerifyRule = "rejection"

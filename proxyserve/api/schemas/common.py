@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from proxyserve.api.schemas.base import NotYet, RequestModel
-from proxyserve.api.schemas.fusion import FusionObject
+from proxyserve.api.schemas.fusion import AnyFusion
 from proxyserve.types import MAX_SEED
 
 #: Longest name of a model and longest `user`, in characters.
@@ -77,7 +77,7 @@ class GenerationRequest(RequestModel):
     sampling fields do and in which order."""
 
     model: ModelName
-    fusion: FusionObject | None = None
+    fusion: AnyFusion | None = None
 
     temperature: Annotated[float, Field(ge=0.0, le=100.0)] | None = None
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None

@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from proxyserve.api.schemas.base import NotYet
 from proxyserve.api.schemas.common import MAX_COUNT, GenerationRequest
+from proxyserve.api.schemas.explain import ExplainedToken
 from proxyserve.api.schemas.fusion import FusionSummary
 from proxyserve.api.schemas.responses import FinishReasonName, UsageBody
 
@@ -100,6 +101,9 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReasonName | None
+    explain: list[ExplainedToken] | None = Field(
+        None, description="With `fusion.explain`: an entry per token."
+    )
 
 
 class Completion(BaseModel):

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 ErrorType = Literal[
     "invalid_request_error",
     "authentication_error",
+    "permission_error",
     "rate_limit_error",
     "service_unavailable_error",
     "server_error",

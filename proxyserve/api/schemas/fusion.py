@@ -2,147 +2,293 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from dataclasses import MISSING, fields, replace
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_type_hints
 
-from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    PlainValidator,
+    Tag,
+    WithJsonSchema,
+    create_model,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from proxyserve.api.errors import field_path, shorten
 from proxyserve.api.schemas.base import NotYet, RequestModel
-from proxyserve.errors import InvalidRequest, UnknownModel
-from proxyserve.fusion.spec import ExpertWeight
+from proxyserve.api.schemas.experts import LONGEST_NAME, ExpertWeights
+from proxyserve.api.schemas.message import Message
+from proxyserve.errors import InvalidRequest
+from proxyserve.fusion.fusion import Fusion, Gate, Support
+from proxyserve.fusion.lane_prompt import LanePrompt
+from proxyserve.fusion.rule import Rule
+from proxyserve.fusion.rules import RULES
+from proxyserve.fusion.weights import ExpertWeight
 
-_PATH = ("fusion", "experts")
+DEFAULT_RULE = "proxy"
 
-#: No expert and no rule has a longer name, so that a longer one need not be repeated in messages.
-_LONGEST_NAME = 64
-
-_WEIGHT = {"type": "number", "description": "Multiplies the expert's delta. The server's policy bounds it."}
+_LaneName = Annotated[str, Field(max_length=3 * LONGEST_NAME)]
+_TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
 
 
-def _parse_experts(value: Any) -> tuple[ExpertWeight, ...]:
-    """The three ways to write experts, as one. Raises InvalidRequest with the path of what is wrong."""
-    if isinstance(value, Mapping):
-        return tuple(_parse_mapped(name, entry) for name, entry in value.items())
-    if isinstance(value, list):
-        return tuple(_parse_listed(index, entry) for index, entry in enumerate(value))
-    raise InvalidRequest(
-        "'fusion.experts' must map names to weights, as in {\"qa\": 0.8}, or be a list of "
-        '{"expert": name, "weight": number}.',
-        param=field_path(_PATH),
-        code="invalid_type",
+class SupportObject(RequestModel):
+    """Keep only tokens that at least one law of `of` finds likely."""
+
+    of: Annotated[list[_LaneName], Field(min_length=1, max_length=16)] = Field(
+        description="`base`, `tuned` (of every expert), `fused`, or names of lanes."
+    )
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    top_k: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(
+        None, description="Share of the law's largest probability."
+    )
+    outside: Literal["mask", "base"] = Field(
+        "mask", description="Remove the token, or leave it to the base alone."
     )
 
-
-def _parse_mapped(name: str, entry: Any) -> ExpertWeight:
-    path = (*_PATH, name)
-    if isinstance(entry, Mapping):
-        _require_known(entry, {"weight"}, path)
-        return _expert(name, entry.get("weight", 1.0), (*path, "weight"))
-    return _expert(name, entry, path)
+    def support(self) -> Support:
+        return Support(tuple(self.of), self.top_p, self.top_k, self.min_p, self.outside)
 
 
-def _parse_listed(index: int, entry: Any) -> ExpertWeight:
-    path = (*_PATH, index)
-    if not isinstance(entry, Mapping):
-        raise InvalidRequest(
-            f"'{field_path(path)}' must be an object with 'expert' and 'weight'.",
-            param=field_path(path),
-            code="invalid_type",
+class GateObject(RequestModel):
+    """Where the base gives its best token at least this probability it decides alone; the experts' lanes do not run."""
+
+    confidence: Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class LanePromptObject(RequestModel):
+    """A prompt of a lane's own; give one field. `prefix` goes before the request's prompt. `"chat"` is short for
+    `{"route": "chat"}`."""
+
+    route: Literal["chat", "plain"] | None = None
+    text: Annotated[str, Field(min_length=1)] | None = None
+    tokens: _TokenIds | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    prefix: Annotated[str, Field(min_length=1)] | None = None
+
+    def lane_prompt(self) -> LanePrompt:
+        return LanePrompt(
+            route=self.route,
+            text=self.text,
+            tokens=tuple(self.tokens) if self.tokens else None,
+            messages=tuple(message.rendered() for message in self.messages) if self.messages else None,
+            prefix=self.prefix,
         )
-    _require_known(entry, {"expert", "weight"}, path)
-    name = entry.get("expert")
-    if not isinstance(name, str):
-        where = field_path((*path, "expert"))
-        raise InvalidRequest(f"'{where}' must be the name of an expert.", param=where, code="invalid_type")
-    return _expert(name, entry.get("weight", 1.0), (*path, "weight"))
 
 
-def _expert(name: str, weight: Any, path: tuple[int | str, ...]) -> ExpertWeight:
-    """`path` is the weight's."""
-    where = field_path(path)
-    if len(name) > _LONGEST_NAME:
-        raise UnknownModel(f"There is no expert '{shorten(name)}' here.", param=field_path(_PATH))
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise InvalidRequest(f"'{where}' must be a number.", param=where, code="invalid_type")
-    try:
-        return ExpertWeight(name, float(weight))
-    except OverflowError as error:  # whole numbers of JSON have any length
-        raise InvalidRequest(f"'{where}' is too large.", param=where) from error
+def _route_or_object(value: Any) -> Any:
+    return {"route": value} if isinstance(value, str) else value
 
 
-def _require_known(entry: Mapping[str, Any], known: set[str], path: tuple[int | str, ...]) -> None:
-    for name in entry:
-        if name not in known:
-            where = field_path((*path, name))
-            raise InvalidRequest(
-                f"'{where}' is not there yet; this version takes {' and '.join(sorted(known))} for an expert.",
-                param=where,
-                code="unsupported_parameter",
-            )
-
-
-ExpertWeights = Annotated[
-    tuple[ExpertWeight, ...],
-    PlainValidator(_parse_experts),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {
-                    "type": "object",
-                    "additionalProperties": {
-                        "anyOf": [
-                            _WEIGHT,
-                            {
-                                "type": "object",
-                                "properties": {"weight": _WEIGHT},
-                                "additionalProperties": False,
-                            },
-                        ]
-                    },
-                },
-                {
-                    "type": "array",
-                    "items": {
-                        "type": "object",
-                        "properties": {"expert": {"type": "string"}, "weight": _WEIGHT},
-                        "required": ["expert"],
-                        "additionalProperties": False,
-                    },
-                },
-            ],
-            "examples": [{"qa": 0.8}, {"qa": {"weight": 0.8}}, [{"expert": "qa", "weight": 0.8}]],
-        }
-    ),
-]
+LanePromptEntry = Annotated[LanePromptObject, BeforeValidator(_route_or_object)]
 
 
 class FusionObject(RequestModel):
-    """What to do with the base's logits: `l_base + sum of weight * (l_tuned - l_untuned)` over the experts."""
+    """What stands beside every rule. The parameters of a rule stand next to it; its own class adds them."""
 
-    rule: Annotated[str, Field(max_length=_LONGEST_NAME), WithJsonSchema({"const": "proxy"})] | None = None
-    experts: ExpertWeights | None = None
-    prompts: dict[str, Literal["chat", "plain"]] | None = Field(
+    rule_class: ClassVar[type[Rule]]
+
+    support: SupportObject | None = None
+    target_entropy: Annotated[float, Field(ge=0.0)] | None = Field(
         None,
-        description="Chat only. Per lane (`base`, `EXPERT.tuned`, `EXPERT.untuned`): `chat` renders the messages with "
-        "a chat template, `plain` gives the lane their text alone.",
+        description="Nats. Solve the temperature at each position so that the fused law has this entropy.",
+    )
+    gate: GateObject | None = None
+    prompts: dict[_LaneName, LanePromptEntry] | None = Field(
+        None,
+        description="Per lane (`base`, `EXPERT.tuned`, `EXPERT.untuned`, `base@VARIANT`): `chat` renders the request's "
+        "messages with a chat template, `plain` gives the lane their text alone, an object gives a prompt of its own.",
+    )
+    explain: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
+        None,
+        description="k > 0: say for each token what every lane thought of it, with its k likeliest tokens.",
+    )
+    on_expert_failure: Annotated[Any, NotYet("fail")] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_parameters_of_other_rules(cls, value: Any) -> Any:
+        for name in value if isinstance(value, Mapping) else ():
+            if name not in cls.model_fields:
+                _refuse(cls.rule_class, str(name))
+        return value
+
+    def fusion(self, experts: tuple[ExpertWeight, ...] = ()) -> Fusion:
+        """As the engine wants it. `experts` are those of the model's name, for rules that take any. Raises
+        InvalidRequest."""
+        names = _parameters(self.rule_class)
+        given = {name: _plain(value) for name in names if (value := getattr(self, name)) is not None}
+        if experts:
+            given.setdefault("experts", experts)
+        return replace(
+            self.fusion_beside(),
+            rule=self.rule_class(**given),
+            support=None if self.support is None else self.support.support(),
+            target_entropy=self.target_entropy,
+            gate=None if self.gate is None else Gate(self.gate.confidence),
+        )
+
+    def fusion_beside(self) -> Fusion:
+        """What does not change the law: explanation and prompts."""
+        prompts = {name: entry.lane_prompt() for name, entry in (self.prompts or {}).items()}
+        return Fusion(explain=self.explain or 0, prompts=prompts)
+
+
+def _plain(value: Any) -> Any:
+    """Lists as tuples and messages as templates want them."""
+    if isinstance(value, list):
+        return tuple(_plain(entry) for entry in value)
+    return value.rendered() if isinstance(value, Message) else value
+
+
+def _refuse(rule: type[Rule], name: str) -> None:
+    """There is no such field; say whose it may be."""
+    owners = [other.name for other in RULES.values() if name in _parameters(other)]
+    own = ", ".join(_parameters(rule)) or "no parameters"
+    where = field_path(("fusion", name))
+    raise InvalidRequest(
+        f"'{where}' is no parameter of rule '{rule.name}', which takes {own}"
+        + (f"; it belongs to rule {' and '.join(owners)}." if owners else "."),
+        param=where,
+        code="unknown_parameter",
     )
 
-    support: Annotated[Any, NotYet()] = None
-    explain: Annotated[Any, NotYet(0)] = None
-    on_expert_failure: Annotated[Any, NotYet("fail")] = None
-    target_entropy: Annotated[Any, NotYet()] = None
+
+def _parameters(rule: type[Rule]) -> list[str]:
+    return [parameter.name for parameter in fields(rule)]  # type: ignore[arg-type]
+
+
+def _text_or_ids(value: Any) -> str | tuple[int, ...]:
+    if isinstance(value, str) and value:
+        return value
+    if (
+        isinstance(value, list)
+        and value
+        and all(type(token) is int and 0 <= token < 2**31 for token in value)
+    ):
+        return tuple(value)
+    raise PydanticCustomError("prompt_type", "It must be a text or a list of token ids, and not empty")
+
+
+def _exponent(value: Any) -> float | str:
+    if value in ("inf", "-inf") or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return value if isinstance(value, str) else max(-1e9, min(1e9, value))
+    raise PydanticCustomError("exponent_type", 'It must be a number, "inf" or "-inf"')
+
+
+#: How a parameter's type is written in JSON, where it is not as the rule's dataclass has it.
+_JSON_TYPES: Mapping[str, Any] = {
+    "experts": ExpertWeights,
+    "negative_prompt": Annotated[
+        str | tuple[int, ...],
+        PlainValidator(_text_or_ids),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"type": "string", "minLength": 1},
+                    {
+                        "type": "array",
+                        "minItems": 1,
+                        "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1},
+                    },
+                ]
+            }
+        ),
+    ],
+    "r": Annotated[
+        float | str,
+        PlainValidator(_exponent),
+        WithJsonSchema(
+            {"anyOf": [{"type": "number", "minimum": -100, "maximum": 100}, {"enum": ["inf", "-inf"]}]}
+        ),
+    ],
+    "negative_messages": Annotated[list[Message], Field(min_length=1)],
+    "models": dict[_LaneName, float],
+    "formula": Annotated[str, Field(min_length=1, max_length=2000)],
+}
+
+
+def _model_of(rule: type[Rule]) -> type[FusionObject]:
+    """The fusion object with the parameters of one rule. Null means left out, as everywhere."""
+    hints = get_type_hints(rule)
+    required = {parameter.name for parameter in fields(rule) if parameter.default is MISSING}  # type: ignore[arg-type]
+    parameters: dict[str, Any] = {"rule": (Literal[rule.name] | None, None)}
+    for parameter in fields(rule):  # type: ignore[arg-type]
+        bounds = {
+            keyword: parameter.metadata[name]
+            for keyword, name in (("ge", "low"), ("le", "high"))
+            if math.isfinite(parameter.metadata.get(name, math.inf))
+        }
+        kind = _JSON_TYPES.get(parameter.name, hints[parameter.name])
+        parameters[parameter.name] = (
+            kind | None,
+            Field(
+                None,
+                description=parameter.metadata.get("description"),
+                json_schema_extra={} if parameter.name in required else {"default": _json(parameter.default)},
+                **bounds,
+            ),
+        )
+    return create_model(
+        f"{rule.__name__}Fusion",
+        __base__=FusionObject,
+        __doc__=rule.__doc__,
+        __module__=__name__,
+        **parameters,
+    )
+
+
+def _json(default: Any) -> Any:
+    return list(default) if isinstance(default, tuple) else default
+
+
+def _named_rule(value: Any) -> str | None:
+    """The rule of a fusion object as it came."""
+    rule = value.get("rule") if isinstance(value, Mapping) else getattr(value, "rule", None)
+    if rule is None:
+        return DEFAULT_RULE
+    if not isinstance(rule, str) or rule not in RULES:
+        named = (
+            f"There is no rule '{shorten(rule)}'" if isinstance(rule, str) else "'fusion.rule' must be a name"
+        )
+        raise InvalidRequest(f"{named}; the rules are {', '.join(sorted(RULES))}.", param="fusion.rule")
+    return rule
+
+
+def _models() -> list[Any]:
+    models = []
+    for name, rule in RULES.items():
+        model = _model_of(rule)
+        model.rule_class = rule
+        models.append(Annotated[model, Tag(name)])
+    return models
+
+
+if TYPE_CHECKING:
+    AnyFusion = FusionObject
+else:
+    AnyFusion = Annotated[reduce(or_, _models()), Discriminator(_named_rule)]
 
 
 class FusionSummary(BaseModel):
     """What fusion did to a response, over all of its choices.
 
     `mean_kl` is the mean over generated positions of KL(fused || base) in nats; `flips` counts the positions where the
-    fused argmax differs from the base's; `generations` says which version of each expert answered.
+    fused argmax differs from the base's; both are null for rules that do not run the base. `generations` says which
+    version of each expert answered. `mean_weights`, for rules that solve weights, is their mean per expert.
     """
 
     rule: str
     sum_of_weights: float
     generations: dict[str, int]
-    mean_kl: float
-    flips: int
+    mean_kl: float | None
+    flips: int | None
+    mean_weights: dict[str, float] | None = None

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field
 
 from proxyserve.api.schemas.base import RequestModel
-from proxyserve.api.schemas.chat import Message
 from proxyserve.api.schemas.common import ModelName, TokenId
+from proxyserve.api.schemas.message import Message
 
 
 class ModelBody(BaseModel):

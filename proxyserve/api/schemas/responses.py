@@ -16,13 +16,17 @@ class PromptTokensDetails(BaseModel):
 
 
 class UsageBody(BaseModel):
-    """`lane_tokens` counts, per model, the tokens that ran through it; cached prompt tokens did not run."""
+    """`lane_tokens` counts, per model, the tokens that ran through it; cached prompt tokens did not run. With a gate,
+    `gated_tokens` counts the tokens that the base alone decided, and `skipped_lane_tokens`, per model, those that its
+    lanes never ran."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
     lane_tokens: dict[str, int]
+    gated_tokens: int | None = None
+    skipped_lane_tokens: dict[str, int] | None = None
 
 
 def finish_name(reason: FinishReason | None) -> Any:

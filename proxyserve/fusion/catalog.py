@@ -1,0 +1,91 @@
+"""What rules can refer to: the models, the presets and the calibrations of a server."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from proxyserve.errors import InvalidRequest, UnknownModel
+from proxyserve.fusion.calibration import Calibration
+from proxyserve.fusion.program import BASE_LANE
+from proxyserve.models.loaded_model import LoadedModel
+from proxyserve.models.model_set import ModelSet
+
+if TYPE_CHECKING:
+    from proxyserve.fusion.fusion import Fusion
+
+_VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+@dataclass(frozen=True, eq=False)
+class Catalog:
+    """Names and what they stand for. `calibrations` are keyed by expert."""
+
+    models: ModelSet
+    presets: Mapping[str, Fusion] = field(default_factory=dict)
+    calibrations: Mapping[str, Calibration] = field(default_factory=dict)
+
+    def pair(self, expert: str) -> tuple[str, str]:
+        """Names of the expert's two lanes. Raises UnknownModel, and InvalidRequest if it has no untuned model."""
+        where = f"fusion.experts.{expert}"
+        if self.models.expert(expert, param=where).untuned is None:
+            raise InvalidRequest(
+                f"Expert '{expert}' was loaded without an untuned model, which this rule needs; rule 'arm' does not.",
+                param=where,
+            )
+        return f"{expert}.tuned", f"{expert}.untuned"
+
+    def tuned(self, expert: str) -> str:
+        """Name of the lane of the expert's tuned model. Raises UnknownModel."""
+        self.models.expert(expert, param=f"fusion.experts.{expert}")
+        return f"{expert}.tuned"
+
+    def lane(self, name: str, param: str) -> str:
+        """The lane that `name` means: `base` (or the base's own name), `EXPERT.tuned`, `EXPERT.untuned` or an untuned
+        model's own name, each with or without `@VARIANT`. Raises UnknownModel, naming the field `param`."""
+        model, at, variant = name.partition("@")
+        if at and not _VARIANT.fullmatch(variant):
+            raise InvalidRequest(
+                f"'{name}': after '@' comes the name of a prompt, made of letters, digits, '_' and '-'.",
+                param=param,
+            )
+        canonical = self._canonical(model)
+        if canonical is None:
+            raise UnknownModel(f"There is no model '{model}' here; use {self._known()}.", param=param)
+        return f"{canonical}{at}{variant}"
+
+    def _canonical(self, model: str) -> str | None:
+        if model in (BASE_LANE, self.models.base.name):
+            return BASE_LANE
+        expert, _, role = model.partition(".")
+        found = self.models.experts.get(expert)
+        if found is not None and (role == "tuned" or (role == "untuned" and found.untuned is not None)):
+            return model
+        for name, other in self.models.experts.items():
+            if other.untuned is not None and other.untuned.name == model:
+                return f"{name}.untuned"
+        return None
+
+    def _known(self) -> str:
+        names = [BASE_LANE]
+        own = {expert.untuned.name for expert in self.models.experts.values() if expert.untuned is not None}
+        names += sorted(own - {self.models.base.name})
+        for name, expert in self.models.experts.items():
+            names.append(f"{name}.tuned")
+            if expert.untuned is not None:
+                names.append(f"{name}.untuned")
+        return ", ".join(names)
+
+    def model(self, lane: str) -> LoadedModel:
+        """The model of a lane that `lane` or a rule has named."""
+        model = lane.partition("@")[0]
+        if model == BASE_LANE:
+            return self.models.base
+        name, _, role = model.partition(".")
+        expert = self.models.experts[name]
+        found = expert.tuned if role == "tuned" else expert.untuned
+        if found is None:
+            raise ValueError(f"lane {lane} has no model")
+        return found
