@@ -46,7 +46,7 @@ def prepare(
     _check_bias(submission, program)
     _check_entropy(submission)
     stop_ids = frozenset().union(*(spec.model.eos_ids for spec in program.lanes))
-    experts = (name.partition(".")[0] for spec in program.lanes for name in spec.names if "." in name)
+    experts = (name.partition(".tuned")[0] for spec in program.lanes for name in spec.names if ".tuned" in name)
     generations = {name: catalog.models.expert(name).generation for name in dict.fromkeys(experts)}
     salt = submission.salt if share_prefixes else f"{submission.salt}\0{submission.request_id}"
     choices: list[Choice] = []

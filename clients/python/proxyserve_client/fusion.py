@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
-#: How a lane gets a chat: through a chat template, or as the messages' text alone.
-PromptForm = Literal["chat", "plain"]
+#: How a lane is prompted: by a chat template, by the messages' text alone, or by a prompt of its own, such as
+#: `{"text": "..."}`, `{"tokens": [...]}`, `{"messages": [...]}` or `{"prefix": "..."}`.
+PromptForm = Literal["chat", "plain"] | Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeight:
-    """One expert and the real number that multiplies its delta. Raises ValueError for an empty name or a weight that
-    is not finite; which finite weights are allowed is the server's policy."""
+    """One expert and the real number that multiplies its delta, times the factors of `schedule` if there is one: pairs
+    of a generated token's number, rising from 0, and the factor from there on. Raises ValueError for an empty name or a
+    weight that is not finite; which finite weights are allowed is the server's policy."""
 
     expert: str
     weight: float = 1.0
+    schedule: Sequence[tuple[int, float]] = ()
 
     def __post_init__(self) -> None:
         if not self.expert:
@@ -26,24 +29,33 @@ class ExpertWeight:
         if not math.isfinite(self.weight):
             raise ValueError(f"the weight of expert '{self.expert}' must be finite, not {self.weight}")
 
+    def to_json(self) -> float | dict[str, Any]:
+        """As it stands in a request."""
+        if not self.schedule:
+            return self.weight
+        return {"weight": self.weight, "schedule": [list(pair) for pair in self.schedule]}
+
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
     """The `fusion` object of a request. Rule `proxy`: `base + sum of weight * (tuned - untuned)`.
 
-    `prompts` is for chats only and says, per lane (`base`, `EXPERT.tuned`, `EXPERT.untuned`), in which form that lane
-    gets the messages. Lanes that it does not name get the server's choice.
+    `prompts` says, per lane (`base`, `EXPERT.tuned`, `EXPERT.untuned`, `base@VARIANT`), how that lane is prompted; lanes
+    that it does not name get the server's choice. `parameters` are the rule's own (`{"beta": 2.0}`) and what stands
+    beside every rule (`support`, `target_entropy`, `gate`, `explain`); the server checks them.
     """
 
     experts: tuple[ExpertWeight, ...] = ()
-    rule: Literal["proxy"] = "proxy"
+    rule: str = "proxy"
     prompts: Mapping[str, PromptForm] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = [entry.expert for entry in self.experts]
         if len(set(names)) < len(names):
             raise ValueError(f"each expert has one weight, but these are named: {', '.join(names)}")
         object.__setattr__(self, "prompts", MappingProxyType(dict(self.prompts)))
+        object.__setattr__(self, "parameters", MappingProxyType(dict(self.parameters)))
 
     @classmethod
     def proxy(cls, weights: Mapping[str, float] | None = None, /, **more_weights: float) -> Fusion:
@@ -52,19 +64,29 @@ class Fusion:
         entries = [*(weights or {}).items(), *more_weights.items()]
         return cls(tuple(ExpertWeight(name, weight) for name, weight in entries))
 
+    @classmethod
+    def of_rule(cls, rule: str, experts: Mapping[str, float] | None = None, /, **parameters: Any) -> Fusion:
+        """Any rule of the server: `Fusion.of_rule("upscale", {"qa": 1}, beta=1.5)`,
+        `Fusion.of_rule("guidance", negative_prompt="...", scale=2)`."""
+        entries = (experts or {}).items()
+        return cls(tuple(ExpertWeight(*entry) for entry in entries), rule, parameters=parameters)
+
     def with_prompts(self, prompts: Mapping[str, PromptForm]) -> Fusion:
-        """The same fusion with other prompt forms: `.with_prompts({"base": "plain"})`."""
-        return Fusion(self.experts, self.rule, prompts)
+        """The same fusion with other prompts: `.with_prompts({"base": "plain"})`."""
+        return replace(self, prompts=prompts)
+
+    def with_parameters(self, **parameters: Any) -> Fusion:
+        """The same fusion with these parameters as well: `.with_parameters(explain=3)`."""
+        return replace(self, parameters={**self.parameters, **parameters})
 
     def to_dict(self) -> dict[str, Any]:
         """The value of the field `fusion` in a request's JSON."""
-        body: dict[str, Any] = {
-            "rule": self.rule,
-            "experts": {entry.expert: entry.weight for entry in self.experts},
-        }
+        body: dict[str, Any] = {"rule": self.rule}
+        if self.experts or self.rule == "proxy":  # some rules take none
+            body["experts"] = {entry.expert: entry.to_json() for entry in self.experts}
         if self.prompts:
             body["prompts"] = dict(self.prompts)
-        return body
+        return {**body, **self.parameters}
 
     def extra_body(self) -> dict[str, Any]:
         """For the plain `openai` client: `client.chat.completions.create(..., extra_body=fusion.extra_body())`."""
@@ -73,8 +95,16 @@ class Fusion:
     def model_name(self, base: str) -> str:
         """The same fusion as a model name, `atlas+qa:0.8`, for tools that can set nothing but `model`. Raises
         ValueError where a name cannot say it."""
-        if self.prompts:
-            raise ValueError("a model name has no place for prompts; send the fusion object instead")
+        if (
+            self.prompts
+            or self.parameters
+            or self.rule != "proxy"
+            or any(entry.schedule for entry in self.experts)
+        ):
+            raise ValueError(
+                "a model name has no place for prompts, parameters, schedules or another rule than 'proxy'; send the "
+                "fusion object instead"
+            )
         for entry in self.experts:
             if "+" in entry.expert or ":" in entry.expert:
                 raise ValueError(

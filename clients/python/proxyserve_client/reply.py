@@ -16,15 +16,15 @@ class FusionReport:
     """What fusion did to an answer, over all of its choices.
 
     `mean_kl` is the mean over generated positions of KL(fused || base) in nats, `flips` the number of positions where
-    the fused argmax differs from the base's, `generations` the version of each expert that wrote the answer. `more`
-    holds what a newer server reports beside these.
+    the fused argmax differs from the base's (both None where the base takes no part), `generations` the version of each
+    expert that wrote the answer. `more` holds what the server reports beside these, such as `mean_weights`.
     """
 
     rule: str
     sum_of_weights: float
     generations: Mapping[str, int]
-    mean_kl: float
-    flips: int
+    mean_kl: float | None
+    flips: int | None
     more: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod

@@ -59,3 +59,15 @@ def test_what_a_model_name_cannot_say_is_refused() -> None:
         Fusion.proxy(qa=1.0).with_prompts({"base": "plain"}).model_name("atlas")
     with pytest.raises(ValueError, match=r"'a\+b' cannot"):
         Fusion.proxy({"a+b": 1.0}).model_name("atlas")
+
+
+def test_every_rule_can_be_asked_for() -> None:
+    lifted = Fusion.of_rule("upscale", {"qa": 1}, beta=1.5).with_parameters(explain=2)
+    assert lifted.to_dict() == {"rule": "upscale", "experts": {"qa": 1}, "beta": 1.5, "explain": 2}
+    guided = Fusion.of_rule("guidance", negative_prompt="no", scale=2)
+    assert guided.to_dict() == {"rule": "guidance", "negative_prompt": "no", "scale": 2}
+    scheduled = Fusion((ExpertWeight("qa", 0.5, ((0, 1.0), (32, 0.25))),))
+    assert scheduled.to_dict()["experts"] == {"qa": {"weight": 0.5, "schedule": [[0, 1.0], [32, 0.25]]}}
+    for fusion in (lifted, guided, scheduled):
+        with pytest.raises(ValueError, match="send the fusion object"):
+            fusion.model_name("atlas")
