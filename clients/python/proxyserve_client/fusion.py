@@ -40,8 +40,8 @@ class ExpertWeight:
 class Fusion:
     """The `fusion` object of a request. Rule `proxy`: `base + sum of weight * (tuned - untuned)`.
 
-    `prompts` says, per lane (`base`, `EXPERT.tuned`, `EXPERT.untuned`, `base@VARIANT`), how that lane is prompted; lanes
-    that it does not name get the server's choice. `parameters` are the rule's own (`{"beta": 2.0}`) and what stands
+    `prompts` says, per lane (`base`, `EXPERT.tuned`, `EXPERT.untuned`, `base@VARIANT`), how it is prompted; lanes that
+    it does not name get the server's choice. `parameters` are the rule's own (`{"beta": 2.0}`) and what stands
     beside every rule (`support`, `target_entropy`, `gate`, `explain`); the server checks them.
     """
 
