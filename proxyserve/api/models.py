@@ -14,10 +14,11 @@ router = APIRouter(tags=["models"])
 
 @router.get("/v1/models", summary="List models", responses=error_answers(401))
 async def list_models(request: Request) -> ModelList:
-    """The base, the base with each expert at weight 1, and the presets."""
+    """The base, the base with each expert at weight 1 (those with an untuned model), and the presets."""
     state = server_state(request)
     base = state.models.base.name
-    names = [base, *(f"{base}+{name}" for name in state.models.experts), *state.catalog.presets]
+    pairs = [name for name, expert in state.models.experts.items() if expert.untuned is not None]
+    names = [base, *(f"{base}+{name}" for name in pairs), *state.catalog.presets]
     return ModelList(data=[_model(state, name) for name in names])
 
 

@@ -33,6 +33,7 @@ from proxyserve.engine.preparation import bind_fusion, context_room, memory_room
 from proxyserve.engine.runner import Runner
 from proxyserve.engine.submission import LanePrompts, Submission
 from proxyserve.engine.verify import verify_paged
+from proxyserve.errors import InvalidRequest
 from proxyserve.fusion.calibration import Calibration
 from proxyserve.fusion.catalog import Catalog
 from proxyserve.fusion.fusion import MAX_SUPPORT_LAWS, Fusion
@@ -66,8 +67,8 @@ class EngineCounters:
 class Engine:
     """Holds the models, their KV blocks and the requests. Not thread-safe: `prepare` may be called from anywhere,
     everything else from one thread. `presets` are fusions with names, `calibrations` those of experts. Raises LoadError
-    if a model cannot be served or memory does not suffice, InvalidRequest or UnknownModel for a preset that cannot
-    work, and ValueError for settings that do not fit together or the device."""
+    if a model cannot be served or memory does not suffice, InvalidRequest for a preset that cannot work, and ValueError
+    for settings that do not fit together or the device."""
 
     def __init__(
         self,
@@ -81,10 +82,10 @@ class Engine:
     ) -> None:
         self.models = models
         self.catalog = Catalog(models, dict(presets or {}), dict(calibrations or {}))
-        for preset in self.catalog.presets.values():
-            preset.compile(self.catalog)
         self.config = config or EngineConfig()
         self.policy = policy or FusionPolicy()
+        for name, preset in self.catalog.presets.items():
+            self._check_preset(name, preset)
         if self.config.max_batch_tokens <= self.policy.max_experts:
             # The last tokens of a request's lanes run in one step, and all of its lanes may be on one model.
             raise ValueError(
@@ -132,6 +133,12 @@ class Engine:
             max_batch_tokens=self.config.max_batch_tokens,
         )
         self._choices: dict[str, Choice] = {}
+
+    def _check_preset(self, name: str, preset: Fusion) -> None:
+        try:
+            self.policy.check(preset, preset.compile(self.catalog), admin=True, vetted=True)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"Preset '{name}': {error.message}", param=error.param) from None
 
     # Requests ------------------------------------------------------------------------------------------------
 
@@ -231,7 +238,7 @@ class Engine:
                 _wanted(row.choice, laws[number]),
                 kl=kl[number],
                 flip=flips[number],
-                weights=() if row.alone else tuple(weights[number][: len(row.choice.program.terms)]),
+                weights=_weights(row, weights[number]),
                 gated=row.alone,
             )
             for number, row in enumerate(rows)
@@ -308,6 +315,16 @@ class Engine:
         assert all(
             choice.scheduled.state is not RequestState.FINISHED for choice in self._choices.values()
         ), "a finished choice is still known"
+
+
+def _weights(row: FusedRow, solved: Sequence[float]) -> tuple[float, ...]:
+    """Of the program's terms in this row; `solved` are those of the batch, rounded to float32."""
+    program = row.choice.program
+    if row.alone:
+        return ()
+    if program.law is not None:
+        return tuple(solved[: len(program.terms)])
+    return tuple(term.weight_at(len(row.choice.output)) for term in program.terms)
 
 
 def _wanted(choice: Choice, law: TokenLogprob | None) -> TokenLogprob | None:

@@ -42,11 +42,13 @@ def prepare(
         submission, program, blocks, block_size
     )  # first, so that no overlong prompt is walked through
     for spec in program.lanes:
-        _check_prompt(spec)
+        _check_prompt(spec, submission)
     _check_bias(submission, program)
     _check_entropy(submission)
     stop_ids = frozenset().union(*(spec.model.eos_ids for spec in program.lanes))
-    experts = (name.partition(".tuned")[0] for spec in program.lanes for name in spec.names if ".tuned" in name)
+    experts = (
+        name.partition(".tuned")[0] for spec in program.lanes for name in spec.names if ".tuned" in name
+    )
     generations = {name: catalog.models.expert(name).generation for name in dict.fromkeys(experts)}
     salt = submission.salt if share_prefixes else f"{submission.salt}\0{submission.request_id}"
     choices: list[Choice] = []
@@ -96,17 +98,25 @@ def memory_room(program: BoundProgram, blocks: Mapping[ModelKey, int], block_siz
     )
 
 
-def _check_prompt(spec: LaneSpec) -> None:
+def _prompt_field(spec: LaneSpec, submission: Submission) -> str:
+    """Where the request says what this lane is prompted with."""
+    if spec.names[0] in submission.fusion.prompts:
+        return f"fusion.prompts.{spec.names[0]}"
+    return "prompt"
+
+
+def _check_prompt(spec: LaneSpec, submission: Submission) -> None:
+    where = _prompt_field(spec, submission)
     if not spec.prompt:
         raise InvalidRequest(
-            f"The prompt of lane '{spec.names[0]}' is empty; give at least one token.", param="prompt"
+            f"The prompt of lane '{spec.names[0]}' is empty; give at least one token.", param=where
         )
     for token in spec.prompt:
         if token not in spec.model.vocabulary:
             raise InvalidRequest(
                 f"Token id {token} is not in the vocabulary of '{spec.model.name}' "
                 f"(ids 0 to {spec.model.vocabulary.size - 1}).",
-                param="prompt",
+                param=where,
             )
 
 
@@ -138,7 +148,7 @@ def _check_length(
             raise InvalidRequest(
                 f"The prompt has {length} tokens in lane '{spec.names[0]}', and the context of "
                 f"'{spec.model.name}' is {context} tokens, which must also hold the answer; shorten the prompt.",
-                param="prompt",
+                param=_prompt_field(spec, submission),
                 code="context_length_exceeded",
             )
     in_context, in_memory = context_room(program), memory_room(program, blocks, block_size)

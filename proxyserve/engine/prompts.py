@@ -58,7 +58,7 @@ class _Prompts:
         # The base is always rendered: its prompt is what the answer counts and what an explanation may add.
         self._lanes = {name: catalog.model(name) for name in dict.fromkeys((BASE_LANE, *program.lanes))}
         for name in self._own:
-            if name not in self._lanes:
+            if name not in self._lanes and name not in program.idle_lanes:
                 raise InvalidRequest(
                     f"'{name}' is no lane of this request; its lanes are {', '.join(self._lanes)}.",
                     param=f"fusion.prompts.{name}",

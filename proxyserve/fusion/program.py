@@ -99,13 +99,19 @@ class Program:
     @property
     def lanes(self) -> tuple[str, ...]:
         """Names of the lanes that must run, the base first if it is among them."""
-        names = dict.fromkeys(self._lane_names())
+        names = dict.fromkeys(self._lane_names(self.active_terms))
         return tuple(sorted(names, key=lambda name: name != BASE_LANE))
 
-    def _lane_names(self) -> Iterator[str]:
+    @property
+    def idle_lanes(self) -> tuple[str, ...]:
+        """Names of the lanes that it speaks of and that need not run, their weights being 0."""
+        running = set(self.lanes)
+        return tuple(name for name in dict.fromkeys(self._lane_names(self.terms)) if name not in running)
+
+    def _lane_names(self, terms: tuple[Term, ...]) -> Iterator[str]:
         # An origin of weight 0 still runs: a token that it rules out stays out.
         yield self.origin
-        for term in self.active_terms:
+        for term in terms:
             yield term.lane
             if term.minus is not None:
                 yield term.minus

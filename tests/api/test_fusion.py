@@ -14,7 +14,7 @@ from proxyserve.api.presets import parse_fusion, parse_presets
 from proxyserve.config import EngineConfig, ServerConfig
 from proxyserve.engine.engine import Engine
 from proxyserve.engine.loop import AsyncEngine
-from proxyserve.errors import InvalidRequest, UnknownModel
+from proxyserve.errors import InvalidRequest
 from proxyserve.fusion.calibration import Calibration, CalibrationPoint
 from proxyserve.fusion.policy import FusionPolicy
 from proxyserve.models.model_set import ModelSet
@@ -218,6 +218,21 @@ def test_prompts_per_lane(served: Live) -> None:
     )
 
 
+def test_prompts_of_idle_lanes_are_no_error(served: Live) -> None:
+    """A weight that happens to be 0 must not make the rest of a request wrong."""
+    plain = answer(served, logprobs=1)
+    still = answer(served, logprobs=1, fusion={"rule": "guidance", "scale": 1, "negative_prompt": "Bye"})
+    assert still["choices"] == plain["choices"]
+    off = {"experts": {"qa": 0}, "prompts": {"qa.tuned": {"text": "Bye"}}}
+    assert answer(served, logprobs=1, fusion=off)["choices"] == plain["choices"]
+
+
+def test_bad_tokens_of_a_lane_are_named(served: Live) -> None:
+    fusion = {"experts": {"qa": 1}, "prompts": {"qa.tuned": {"tokens": [10**6]}}}
+    response = served.post("/v1/completions", **{**BASE, "fusion": fusion})
+    assert response.json()["error"]["param"] == "fusion.prompts.qa.tuned"
+
+
 def test_context_aware_decoding_is_guidance(served: Live) -> None:
     aware = {"rule": "guidance", "scale": 1.5, "negative_prompt": "there"}
     spelled = {
@@ -333,7 +348,7 @@ def test_bad_presets(name: str, text: str, words: str) -> None:
 
 
 def test_presets_are_checked_at_the_start(tiny_models: ModelSet) -> None:
-    with pytest.raises(UnknownModel, match="ghost"):
+    with pytest.raises(InvalidRequest, match=r"Preset 'x': .*ghost"):
         Engine(
             tiny_models, EngineConfig(kv_memory=2**20), presets={"x": parse_fusion({"experts": {"ghost": 1}})}
         )
