@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from proxyserve.cli import options, serve
 from proxyserve.cli.main import app
 from proxyserve.cli.serve import ServeSettings
+from proxyserve.fusion.calibration import Calibration, CalibrationPoint, write_calibrations
 from proxyserve.models.family import ExpertSource
 from tests.tiny import TinyFamily
 
@@ -95,6 +96,25 @@ def test_yaml_and_unknown_names(started: list[Started], tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["serve", "/base", "--config", str(file)]).exit_code == 2
 
 
+def test_presets_calibrations_and_roles(started: list[Started], tmp_path: Path) -> None:
+    write_calibrations(tmp_path / "c.json", {"qa": Calibration("qa", (CalibrationPoint(0.0, 1.0, 2.0),))})
+    (tmp_path / "admins").write_text("key\n")
+    file = tmp_path / "server.yaml"
+    file.write_text("presets:\n  house: {rule: dynamic, experts: {qa: 1}}\n")
+    arguments = ["--protect", "qa", "--explain-to-all", "--calibration", str(tmp_path / "c.json")]
+    arguments += ["--admin-key-file", str(tmp_path / "admins"), "--config", str(file)]
+    result = CliRunner().invoke(app, ["serve", "/base", *arguments])
+    assert result.exit_code == 0, result.output
+    settings = started[0][2]
+    assert json.loads(settings.presets["house"]) == {"rule": "dynamic", "experts": {"qa": 1}}
+    assert settings.calibrations["qa"].points[0].general_loss == 2.0
+    assert settings.policy.protected == {"qa"} and settings.policy.explain_to_all
+    assert settings.server.admin_key_file == tmp_path / "admins"
+    line = CliRunner().invoke(app, ["serve", "/base", "--preset", 'a={"rule": "arm"}', "--preset", "b={}"])
+    assert line.exit_code == 0 and started[1][2].presets == {"a": '{"rule": "arm"}', "b": "{}"}
+    assert CliRunner().invoke(app, ["serve", "/base", "--preset", "house"]).exit_code == 2
+
+
 def test_settings_that_contradict_each_other(started: list[Started]) -> None:
     result = CliRunner().invoke(app, ["serve", "/base", "--max-batch", "64", "--max-batch-tokens", "32"])
     assert result.exit_code == 2 and "max_batch_tokens" in result.output
@@ -117,6 +137,25 @@ def test_refusals_are_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in missing.stderr
     open_to_all = run_command("serve", str(tmp_path), "--host", "0.0.0.0")
     assert open_to_all.returncode == 1 and "--api-key-file" in open_to_all.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--preset", "x={"], "not JSON"),
+        (["--preset", 'x={"rule": "none"}'], "the rules are"),
+        (["--preset", 'x={"experts": {"ghost": 1}}'], "ghost"),
+        (["--preset", 'x={"rule": "formula", "formula": "base + x"}'], "made of itself"),
+        (["--protect", "ghost"], "no such expert"),
+        (["--calibration", __file__], "no file of calibrations"),
+    ],
+    ids=str,
+)
+def test_what_the_operator_got_wrong(arguments: list[str], words: str) -> None:
+    result = run_command("demo", "--port", "0", *arguments)
+    assert result.returncode == 1, result.stderr
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_demo_paths() -> None:
