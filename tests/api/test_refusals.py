@@ -138,6 +138,7 @@ FUSION_REFUSALS = [
     ({"rule": "mixture", "models": {"base": 2, "qa.tuned": -1}}, "fusion.models.qa.tuned", "0 or more"),
     ({"rule": "mixture", "models": {"base": 1}, "r": "big"}, "fusion.r", "inf"),
     ({"rule": "mixture", "models": {"base": 1}, "r": 101}, "fusion.r", "between"),
+    ({"rule": "mixture", "models": {"base": 1}, "r": 1e-5}, "fusion.r", "0.01"),
     ({"rule": "formula", "formula": "base + * qa"}, "fusion.formula", "character 8"),
     ({"rule": "formula", "formula": "base + 9*qa"}, "fusion.formula", "-4 to 4"),
     ({"rule": "formula", "formula": "base - base"}, "fusion.formula", ""),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from proxyserve.engine.engine import Engine
 from proxyserve.engine.submission import LanePrompts, Submission
 from proxyserve.fusion.fusion import Fusion, proxy
-from proxyserve.types import OutputEvent, SamplingParams, TokenLogprob
+from proxyserve.types import OutputEvent, SamplingParams, TokenExplanation, TokenLogprob
 
 
 @dataclass
@@ -18,6 +18,7 @@ class Collected:
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    explanations: list[TokenExplanation] = field(default_factory=list)
     last: OutputEvent | None = None
 
     def add(self, event: OutputEvent) -> None:
@@ -25,6 +26,7 @@ class Collected:
         self.tokens.extend(event.token_ids)
         self.text += event.text
         self.logprobs.extend(event.logprobs or ())
+        self.explanations.extend(event.explanations or ())
         if event.finish_reason is not None:
             self.last = event
 

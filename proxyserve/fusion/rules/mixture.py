@@ -15,6 +15,9 @@ from proxyserve.fusion.rule import Rule, check_number
 #: How far from 1 the weights may sum, for numbers such as 0.33.
 _SLACK = 1e-3
 
+#: log of the mean of exp(r l) divides by r what float32 has rounded.
+SMALLEST_EXPONENT = 0.01
+
 
 @dataclass(frozen=True, slots=True)
 class Mixture(Rule):
@@ -32,12 +35,17 @@ class Mixture(Rule):
         default_factory=dict, metadata={"description": "Lanes and their weights, which sum to 1."}
     )
     r: float | Literal["inf", "-inf"] = field(
-        default=1.0, metadata={"description": "Exponent of the mean, from -100 to 100, or 'inf' or '-inf'."}
+        default=1.0, metadata={"description": "Exponent of the mean: 0, 0.01 to 100 in size, 'inf' or '-inf'."}
     )
 
     def check(self) -> None:
         if not isinstance(self.r, str):
             check_number("r", self.r, -100.0, 100.0)
+            if 0.0 < abs(self.r) < SMALLEST_EXPONENT:
+                raise InvalidRequest(
+                    f"'r' must be 0 or at least {SMALLEST_EXPONENT:g} away from it; nearer, float32 loses the law.",
+                    param="fusion.r",
+                )
         for name, weight in self.models.items():
             if not math.isfinite(weight) or weight < 0.0:
                 raise InvalidRequest(
