@@ -298,12 +298,12 @@ def test_every_rule_is_its_papers_formula(family: Family) -> None:
             assert explanation.kl == pytest.approx(papers.kl(law, laws["base"]), abs=1e-4, rel=1e-3), name
             assert explanation.flip == (int(laws["base"].argmax()) != token), name
             if not output:
-                first.append(law.exp())
+                first.append(law.clamp(min=-40.0))
             output.append(token)
         assert len(output) == STEPS
     for number, law in enumerate(first):
         for other in first[:number]:
-            assert float((law - other).abs().max()) > 1e-4, "rules that do the same prove nothing"
+            assert float((law - other).abs().max()) > 0.01, "rules that do the same prove nothing"
 
 
 def test_alone_and_in_the_crowd(tiny: Family) -> None:
