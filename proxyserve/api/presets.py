@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from proxyserve.api.errors import validation_problem
-from proxyserve.api.schemas.fusion import AnyFusion, FusionObject
+from proxyserve.api.schemas.fusion import FusionObject
+from proxyserve.api.schemas.rule_models import AnyFusion
 from proxyserve.errors import InvalidRequest
 from proxyserve.fusion.fusion import Fusion
 from proxyserve.models.model_set import NAME

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from proxyserve.api.schemas.base import NotYet, RequestModel
-from proxyserve.api.schemas.fusion import AnyFusion
+from proxyserve.api.schemas.rule_models import AnyFusion
 from proxyserve.types import MAX_SEED
 
 #: Longest name of a model and longest `user`, in characters.

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, replace
-from functools import reduce
-from operator import or_
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_type_hints
+from dataclasses import fields, replace
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    Discriminator,
-    Field,
-    PlainValidator,
-    Tag,
-    WithJsonSchema,
-    create_model,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from proxyserve.api.errors import field_path, shorten
+from proxyserve.api.errors import field_path
 from proxyserve.api.schemas.base import NotYet, RequestModel
-from proxyserve.api.schemas.experts import LONGEST_NAME, ExpertWeights
+from proxyserve.api.schemas.experts import LONGEST_NAME
 from proxyserve.api.schemas.message import Message
 from proxyserve.errors import InvalidRequest
 from proxyserve.fusion.fusion import Fusion, Gate, Support
@@ -33,16 +19,14 @@ from proxyserve.fusion.rule import Rule
 from proxyserve.fusion.rules import RULES
 from proxyserve.fusion.weights import ExpertWeight
 
-DEFAULT_RULE = "proxy"
-
-_LaneName = Annotated[str, Field(max_length=3 * LONGEST_NAME)]
-_TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+LaneName = Annotated[str, Field(max_length=3 * LONGEST_NAME)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
 
 
 class SupportObject(RequestModel):
     """Keep only tokens that at least one law of `of` finds likely."""
 
-    of: Annotated[list[_LaneName], Field(min_length=1, max_length=16)] = Field(
+    of: Annotated[list[LaneName], Field(min_length=1, max_length=16)] = Field(
         description="`base`, `tuned` (of every expert), `fused`, or names of lanes."
     )
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
@@ -70,7 +54,7 @@ class LanePromptObject(RequestModel):
 
     route: Literal["chat", "plain"] | None = None
     text: Annotated[str, Field(min_length=1)] | None = None
-    tokens: _TokenIds | None = None
+    tokens: TokenIds | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     prefix: Annotated[str, Field(min_length=1)] | None = None
 
@@ -102,7 +86,7 @@ class FusionObject(RequestModel):
         description="Nats. Solve the temperature at each position so that the fused law has this entropy.",
     )
     gate: GateObject | None = None
-    prompts: dict[_LaneName, LanePromptEntry] | None = Field(
+    prompts: dict[LaneName, LanePromptEntry] | None = Field(
         None,
         description="Per lane (`base`, `EXPERT.tuned`, `EXPERT.untuned`, `base@VARIANT`): `chat` renders the request's "
         "messages with a chat template, `plain` gives the lane their text alone, an object gives a prompt of its own.",
@@ -164,118 +148,6 @@ def _refuse(rule: type[Rule], name: str) -> None:
 
 def _parameters(rule: type[Rule]) -> list[str]:
     return [parameter.name for parameter in fields(rule)]  # type: ignore[arg-type]
-
-
-def _text_or_ids(value: Any) -> str | tuple[int, ...]:
-    if isinstance(value, str) and value:
-        return value
-    if (
-        isinstance(value, list)
-        and value
-        and all(type(token) is int and 0 <= token < 2**31 for token in value)
-    ):
-        return tuple(value)
-    raise PydanticCustomError("prompt_type", "It must be a text or a list of token ids, and not empty")
-
-
-def _exponent(value: Any) -> float | str:
-    if value in ("inf", "-inf") or (isinstance(value, int | float) and not isinstance(value, bool)):
-        return value if isinstance(value, str) else max(-1e9, min(1e9, value))
-    raise PydanticCustomError("exponent_type", 'It must be a number, "inf" or "-inf"')
-
-
-#: How a parameter's type is written in JSON, where it is not as the rule's dataclass has it.
-_JSON_TYPES: Mapping[str, Any] = {
-    "experts": ExpertWeights,
-    "negative_prompt": Annotated[
-        str | tuple[int, ...],
-        PlainValidator(_text_or_ids),
-        WithJsonSchema(
-            {
-                "anyOf": [
-                    {"type": "string", "minLength": 1},
-                    {
-                        "type": "array",
-                        "minItems": 1,
-                        "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1},
-                    },
-                ]
-            }
-        ),
-    ],
-    "r": Annotated[
-        float | str,
-        PlainValidator(_exponent),
-        WithJsonSchema(
-            {"anyOf": [{"type": "number", "minimum": -100, "maximum": 100}, {"enum": ["inf", "-inf"]}]}
-        ),
-    ],
-    "negative_messages": Annotated[list[Message], Field(min_length=1)],
-    "models": dict[_LaneName, float],
-    "formula": Annotated[str, Field(min_length=1, max_length=2000)],
-}
-
-
-def _model_of(rule: type[Rule]) -> type[FusionObject]:
-    """The fusion object with the parameters of one rule. Null means left out, as everywhere."""
-    hints = get_type_hints(rule)
-    required = {parameter.name for parameter in fields(rule) if parameter.default is MISSING}  # type: ignore[arg-type]
-    parameters: dict[str, Any] = {"rule": (Literal[rule.name] | None, None)}
-    for parameter in fields(rule):  # type: ignore[arg-type]
-        bounds = {
-            keyword: parameter.metadata[name]
-            for keyword, name in (("ge", "low"), ("le", "high"))
-            if math.isfinite(parameter.metadata.get(name, math.inf))
-        }
-        kind = _JSON_TYPES.get(parameter.name, hints[parameter.name])
-        parameters[parameter.name] = (
-            kind | None,
-            Field(
-                None,
-                description=parameter.metadata.get("description"),
-                json_schema_extra={} if parameter.name in required else {"default": _json(parameter.default)},
-                **bounds,
-            ),
-        )
-    return create_model(
-        f"{rule.__name__}Fusion",
-        __base__=FusionObject,
-        __doc__=rule.__doc__,
-        __module__=__name__,
-        **parameters,
-    )
-
-
-def _json(default: Any) -> Any:
-    return list(default) if isinstance(default, tuple) else default
-
-
-def _named_rule(value: Any) -> str | None:
-    """The rule of a fusion object as it came."""
-    rule = value.get("rule") if isinstance(value, Mapping) else getattr(value, "rule", None)
-    if rule is None:
-        return DEFAULT_RULE
-    if not isinstance(rule, str) or rule not in RULES:
-        named = (
-            f"There is no rule '{shorten(rule)}'" if isinstance(rule, str) else "'fusion.rule' must be a name"
-        )
-        raise InvalidRequest(f"{named}; the rules are {', '.join(sorted(RULES))}.", param="fusion.rule")
-    return rule
-
-
-def _models() -> list[Any]:
-    models = []
-    for name, rule in RULES.items():
-        model = _model_of(rule)
-        model.rule_class = rule
-        models.append(Annotated[model, Tag(name)])
-    return models
-
-
-if TYPE_CHECKING:
-    AnyFusion = FusionObject
-else:
-    AnyFusion = Annotated[reduce(or_, _models()), Discriminator(_named_rule)]
 
 
 class FusionSummary(BaseModel):
