@@ -44,7 +44,8 @@ class Catalog:
 
     def lane(self, name: str, param: str) -> str:
         """The lane that `name` means: `base` (or the base's own name), `EXPERT.tuned`, `EXPERT.untuned` or an untuned
-        model's own name, each with or without `@VARIANT`. Raises UnknownModel, naming the field `param`."""
+        model's own name (which several experts may share), each with or without `@VARIANT`. Raises UnknownModel, naming
+        the field `param`."""
         model, at, variant = name.partition("@")
         if at and not _VARIANT.fullmatch(variant):
             raise InvalidRequest(
@@ -63,9 +64,13 @@ class Catalog:
         found = self.models.experts.get(expert)
         if found is not None and (role == "tuned" or (role == "untuned" and found.untuned is not None)):
             return model
-        for name, other in self.models.experts.items():
-            if other.untuned is not None and other.untuned.name == model:
-                return f"{name}.untuned"
+        return model if self._untuned(model) is not None else None
+
+    def _untuned(self, name: str) -> LoadedModel | None:
+        """The untuned model of that name, whichever experts have it."""
+        for expert in self.models.experts.values():
+            if expert.untuned is not None and expert.untuned.name == name:
+                return expert.untuned
         return None
 
     def _known(self) -> str:
@@ -84,8 +89,11 @@ class Catalog:
         if model == BASE_LANE:
             return self.models.base
         name, _, role = model.partition(".")
-        expert = self.models.experts[name]
-        found = expert.tuned if role == "tuned" else expert.untuned
+        expert = self.models.experts.get(name)
+        if expert is not None and role:
+            found = expert.tuned if role == "tuned" else expert.untuned
+        else:
+            found = self._untuned(model)
         if found is None:
             raise ValueError(f"lane {lane} has no model")
         return found

@@ -35,7 +35,8 @@ class Mixture(Rule):
         default_factory=dict, metadata={"description": "Lanes and their weights, which sum to 1."}
     )
     r: float | Literal["inf", "-inf"] = field(
-        default=1.0, metadata={"description": "Exponent of the mean: 0, 0.01 to 100 in size, 'inf' or '-inf'."}
+        default=1.0,
+        metadata={"description": "Exponent of the mean: 0, 0.01 to 100 in size, 'inf' or '-inf'."},
     )
 
     def check(self) -> None:
