@@ -19,6 +19,7 @@ from proxyserve.api.errors import StartupError
 from proxyserve.cli.bench import bench_command
 from proxyserve.cli.demo import demo_command
 from proxyserve.cli.evaluate import eval_command
+from proxyserve.cli.explore import explore_command
 from proxyserve.cli.formula import formula_command
 from proxyserve.cli.serve import serve_command
 from proxyserve.errors import ProxyserveError
@@ -29,6 +30,7 @@ app.command("demo")(demo_command)
 app.command("eval")(eval_command)
 app.command("bench")(bench_command)
 app.command("formula")(formula_command)
+app.command("explore")(explore_command)
 
 
 def _show_version(wanted: bool) -> None:
