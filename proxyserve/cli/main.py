@@ -17,6 +17,7 @@ from rich.text import Text
 from proxyserve import __version__
 from proxyserve.api.errors import StartupError
 from proxyserve.cli.bench import bench_command
+from proxyserve.cli.calibrate import calibrate_command
 from proxyserve.cli.demo import demo_command
 from proxyserve.cli.evaluate import eval_command
 from proxyserve.cli.explore import explore_command
@@ -29,6 +30,7 @@ app.command("serve")(serve_command)
 app.command("demo")(demo_command)
 app.command("eval")(eval_command)
 app.command("bench")(bench_command)
+app.command("calibrate")(calibrate_command)
 app.command("formula")(formula_command)
 app.command("explore")(explore_command)
 

@@ -1,0 +1,242 @@
+"""`proxyserve calibrate`: which weight an expert should have."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from proxyserve.cli import options
+from proxyserve.demo.corpus import document
+from proxyserve.demo.family import family_paths
+from proxyserve.demo.skills import SKILLS
+from proxyserve.demo.world import make_world
+from proxyserve.errors import ProxyserveError
+from proxyserve.evaluation.calibrate import Scored, calibrate, weight_steps, windows
+from proxyserve.evaluation.likelihood import Likelihood
+from proxyserve.fusion.calibration import Calibration, write_calibrations
+from proxyserve.fusion.catalog import Catalog
+from proxyserve.models.family import ExpertSource, load_family
+from proxyserve.models.loading import choose_placement
+from proxyserve.models.model_set import ModelSet
+from proxyserve.text.tokenizer import Tokenizer
+
+#: Documents of general text for the demo family; none of them was trained on.
+_DEMO_DOCUMENTS, _DEMO_SEED = 60, 71
+_DEMO_PEOPLE = 10
+
+#: Longest piece of general text, in tokens.
+_WINDOW = 512
+
+Task = list[tuple[str, str]]
+
+
+def calibrate_command(
+    base: Annotated[
+        Path | None, typer.Argument(metavar="[BASE]", help="Folder of the base; default: the demo family.")
+    ] = None,
+    expert: options.ExpertOption = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            metavar="[NAME=]FILE",
+            help='Lines {"prompt": ..., "answer": ...}; the stop token is scored too. One per expert.',
+        ),
+    ] = None,
+    general: Annotated[
+        Path | None,
+        typer.Option("--general", exists=True, dir_okay=False, help="Text that should not get worse."),
+    ] = None,
+    budget: Annotated[
+        float,
+        typer.Option(
+            "--budget", min=0.0, help="Rise of the loss on general text that is allowed: 0.01 is 1 %."
+        ),
+    ] = 0.01,
+    max_weight: Annotated[float, typer.Option("--max-weight", min=0.0, help="Largest weight to try.")] = 2.0,
+    step: Annotated[float, typer.Option("--step", min=0.0, help="Distance of the weights.")] = 0.1,
+    save: Annotated[
+        Path | None, typer.Option("--save", help="Write the curves for `proxyserve serve --calibration`.")
+    ] = None,
+    chart: Annotated[Path | None, typer.Option("--chart", help="Write the curves as PNG.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    threads: options.Threads = 1,
+) -> None:
+    """Losses of rule `proxy` by weight, on each expert's task and on general text, and the weight to use: the one that
+    gains most on the task while general text gets worse by no more than the budget."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    weights = weight_steps(max_weight, step)
+    calibrations: dict[str, Calibration] = {}
+    with Console(stderr=True).status("loading") as status:
+        models = _load(base, expert, dtype, device)
+        likelihood = Likelihood(Catalog(models))
+        tasks = _tasks(models, task) if base is not None else _demo_tasks(expert)
+        texts = (
+            _general(models, general) if base is not None or general is not None else _demo_general(models)
+        )
+        for name, examples in tasks.items():
+            scored = [_scored(models.base.tokenizer, *example) for example in examples]
+            calibrations[name] = calibrate(likelihood, name, scored, texts, weights, status.update)
+    if json_output:
+        typer.echo(json.dumps(_as_json(calibrations, budget), indent=2))
+    else:
+        for calibration in calibrations.values():
+            _show(calibration, budget)
+    if save is not None:
+        write_calibrations(save, calibrations)
+    if chart is not None:
+        from proxyserve.evaluation.calibration_chart import save_calibration_chart
+
+        save_calibration_chart(list(calibrations.values()), budget, chart)
+
+
+def _load(base: Path | None, experts: list[str] | None, dtype: str, device: str) -> ModelSet:
+    placement = choose_placement(device, dtype)
+    if base is None:
+        family = family_paths()
+        sources = [ExpertSource(name, family.experts[name], family.untuned) for name in _demo_names(experts)]
+        return load_family(family.base, sources, placement=placement)
+    if not experts:
+        raise typer.BadParameter("name the experts to calibrate", param_hint="--expert")
+    return load_family(base, [options.parse_expert(text) for text in experts], placement=placement)
+
+
+def _demo_names(experts: list[str] | None) -> list[str]:
+    """The experts of the demo family that are asked for, by name alone; all of them by default."""
+    for name in experts or ():
+        if name not in SKILLS:
+            raise typer.BadParameter(
+                f"the demo family has no expert '{name}', but {', '.join(SKILLS)}; for models of your own name BASE",
+                param_hint="--expert",
+            )
+    return experts or list(SKILLS)
+
+
+def _tasks(models: ModelSet, given: Sequence[str] | None) -> dict[str, Task]:
+    """Examples by expert. A file without a name is for the only expert."""
+    tasks: dict[str, Task] = {}
+    for entry in given or ():
+        name, equals, file = entry.partition("=")
+        if not equals:
+            if len(models.experts) != 1:
+                raise typer.BadParameter(f"'{entry}': say whose task it is, EXPERT=FILE", param_hint="--task")
+            name, file = next(iter(models.experts)), entry
+        if name not in models.experts:
+            raise typer.BadParameter(f"there is no expert '{name}'", param_hint="--task")
+        tasks[name] = _read_task(Path(file))
+    for name in models.experts:
+        if name not in tasks:
+            raise typer.BadParameter(f"expert '{name}' has no task: --task {name}=FILE", param_hint="--task")
+    return tasks
+
+
+def _read_task(file: Path) -> Task:
+    examples: Task = []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ProxyserveError(f"{file} cannot be read: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            prompt, answer = entry["prompt"], entry["answer"]
+        except (ValueError, TypeError, KeyError):
+            prompt = answer = None
+        if not (isinstance(prompt, str) and isinstance(answer, str) and prompt):
+            raise ProxyserveError(f'{file}:{number} must be {{"prompt": text, "answer": text}}')
+        examples.append((prompt, answer))
+    return examples
+
+
+def _demo_tasks(experts: list[str] | None) -> dict[str, Task]:
+    """Questions about people that the test does not ask about."""
+    people = make_world().validation[:_DEMO_PEOPLE]
+    names = _demo_names(experts)
+    return {
+        name: [(example.prompt, example.answer) for example in SKILLS[name].examples(people)]
+        for name in names
+    }
+
+
+def _scored(tokenizer: Tokenizer, prompt: str, answer: str) -> Scored:
+    stop = sorted(tokenizer.eos_ids)[:1]
+    text = (*tokenizer.encode(answer, add_special_tokens=False), *stop)
+    return Scored(tuple(tokenizer.encode(prompt)), text)
+
+
+def _general(models: ModelSet, file: Path | None) -> list[Scored]:
+    if file is None:
+        raise typer.BadParameter("give a text that should not get worse", param_hint="--general")
+    return _windows(models, [file.read_text(encoding="utf-8")])
+
+
+def _demo_general(models: ModelSet) -> list[Scored]:
+    world, rng = make_world(), random.Random(_DEMO_SEED)
+    return _windows(models, [document(rng, world.people) for _ in range(_DEMO_DOCUMENTS)])
+
+
+def _windows(models: ModelSet, texts: Sequence[str]) -> list[Scored]:
+    tokenizer = models.base.tokenizer
+    first = sorted(tokenizer.eos_ids)[0]
+    length = min(_WINDOW, min(model.context_length for model in models.models.values()) - 1)
+    pieces = (windows(tokenizer.encode(text, add_special_tokens=False), first, length) for text in texts)
+    return [piece for own in pieces for piece in own]
+
+
+def _show(calibration: Calibration, budget: float) -> None:
+    base = calibration.points[0]
+    best, largest = calibration.best_within(budget), calibration.largest_within(budget)
+    table = Table(title=f"{calibration.expert}: loss in nats per token", title_justify="left")
+    for column in ("weight", "task", "general", "general, relative"):
+        table.add_column(column, justify="right")
+    table.add_column("task loss")
+    most = max(point.task_loss for point in calibration.points)
+    for point in calibration.points:
+        relative = point.general_loss / base.general_loss - 1.0
+        table.add_row(
+            f"{point.weight:g}",
+            f"{point.task_loss:.4f}",
+            f"{point.general_loss:.4f}",
+            f"{relative:+.2%}",
+            "█" * round(24 * point.task_loss / most) if most > 0 else "",
+            style="bold" if point.weight == best else "dim" if relative > budget else "",
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"gains most within {budget:.2%}: {best:g}; largest within it (rule edit): {largest:g}",
+        highlight=False,
+    )
+    fusion = json.dumps({"rule": "proxy", "experts": {calibration.expert: best}})
+    console.print(f"--preset '{calibration.expert}-calibrated={fusion}'", highlight=False, soft_wrap=True)
+
+
+def _as_json(calibrations: Mapping[str, Calibration], budget: float) -> dict[str, Any]:
+    return {
+        "budget": budget,
+        "experts": {
+            name: {
+                "best": found.best_within(budget),
+                "largest": found.largest_within(budget),
+                "preset": {"rule": "proxy", "experts": {name: found.best_within(budget)}},
+                "points": [
+                    {"weight": p.weight, "task_loss": p.task_loss, "general_loss": p.general_loss}
+                    for p in found.points
+                ],
+            }
+            for name, found in calibrations.items()
+        },
+    }
