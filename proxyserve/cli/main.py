@@ -22,6 +22,7 @@ from proxyserve.cli.demo import demo_command
 from proxyserve.cli.evaluate import eval_command
 from proxyserve.cli.explore import explore_command
 from proxyserve.cli.formula import formula_command
+from proxyserve.cli.score import score_command
 from proxyserve.cli.serve import serve_command
 from proxyserve.errors import ProxyserveError
 
@@ -30,6 +31,7 @@ app.command("serve")(serve_command)
 app.command("demo")(demo_command)
 app.command("eval")(eval_command)
 app.command("bench")(bench_command)
+app.command("score")(score_command)
 app.command("calibrate")(calibrate_command)
 app.command("formula")(formula_command)
 app.command("explore")(explore_command)

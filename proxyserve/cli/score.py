@@ -1,0 +1,186 @@
+"""`proxyserve score`: what each model thought of each token, of a given text or of a server's answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import torch
+import typer
+from rich.console import Console
+
+from proxyserve.api.explanations import explained
+from proxyserve.api.presets import parse_fusion
+from proxyserve.cli import options
+from proxyserve.cli.explained import coloured, report, totals
+from proxyserve.demo.family import family_paths
+from proxyserve.engine.prompts import text_prompts
+from proxyserve.errors import ProxyserveError
+from proxyserve.evaluation.likelihood import Likelihood
+from proxyserve.fusion.catalog import Catalog
+from proxyserve.fusion.fusion import Fusion
+from proxyserve.fusion.model_name import parse_model_name
+from proxyserve.models.family import ExpertSource, load_family
+from proxyserve.models.loading import choose_placement
+
+_PATIENCE = 120.0
+
+
+def score_command(
+    base: Annotated[
+        Path | None, typer.Argument(metavar="[BASE]", help="Folder of the base; default: the demo family.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option("--text", help="Text to score, with models loaded here.")
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option("--server", help="Instead: show what this server answers, http://127.0.0.1:8000."),
+    ] = None,
+    prompt: Annotated[str, typer.Option("--prompt", help="What comes before; not scored.")] = "",
+    model: Annotated[
+        str | None, typer.Option("--model", help="BASE, BASE+EXPERT:WEIGHT..., or a server's preset.")
+    ] = None,
+    fusion: Annotated[
+        str | None, typer.Option("--fusion", metavar="JSON", help="A fusion object instead.")
+    ] = None,
+    expert: options.ExpertOption = None,
+    top: Annotated[int, typer.Option("--top", min=1, max=20, help="Likeliest tokens per law, in JSON.")] = 3,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, help="Longest answer of the server.")
+    ] = 64,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="Of the server's answer.")
+    ] = 0.0,
+    api_key_file: options.ApiKeyFile = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    threads: options.Threads = 1,
+) -> None:
+    """Per token: fused log-prob, the base's, how far each expert pushed it, KL to the base, and flips.
+
+    With --text the text is scored exactly, every position at once. With --server the server generates and explains.
+    Green tokens were pushed up, red ones down; underlined ones are flips.
+    """
+    if (text is None) == (server is None):
+        raise typer.BadParameter("give either --text or --server")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    wanted = None if fusion is None else _read_json(fusion)
+    if server is not None:
+        body = {"prompt": prompt, "model": model, "max_tokens": max_tokens, "temperature": temperature}
+        found = _ask(server, body, {**(wanted or {}), "explain": top}, api_key_file)
+    else:
+        found = _score(base, expert, model, wanted, prompt, text or "", top, dtype, device)
+    console = Console()
+    entries = []
+    for entry in found:
+        entries.append(entry)
+        if not json_output:
+            console.print(coloured(entry), end="")
+    if json_output:
+        typer.echo(json.dumps({"entries": entries, **totals(entries)}, indent=2))
+        return
+    console.print()
+    console.print(report(entries))
+
+
+def _read_json(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"not JSON: {error}", param_hint="--fusion") from error
+    if not isinstance(value, dict):
+        raise typer.BadParameter("must be an object", param_hint="--fusion")
+    return value
+
+
+def _score(
+    base: Path | None,
+    experts: list[str] | None,
+    model: str | None,
+    fusion: dict[str, Any] | None,
+    prompt: str,
+    text: str,
+    top: int,
+    dtype: str,
+    device: str,
+) -> Iterator[dict[str, Any]]:
+    """Load the models and explain every token of `text`."""
+    sources = [options.parse_expert(entry) for entry in experts or []]
+    if base is None:
+        family = family_paths()
+        base = family.base
+        sources = [ExpertSource(name, tuned, family.untuned) for name, tuned in family.experts.items()]
+    with Console(stderr=True).status("loading") as status:
+        models = load_family(base, sources, placement=choose_placement(device, dtype), progress=status.update)
+        catalog = Catalog(models)
+        wanted = _fusion(catalog, model, fusion)
+        tokenizer = models.base.tokenizer
+        # Without a prompt the text begins after what the tokenizer or the model takes for a beginning.
+        beginning = prompt or tokenizer.decode(sorted(tokenizer.eos_ids)[:1], skip_special_tokens=False)
+        prompts = text_prompts(catalog, wanted, beginning)
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        status.update("scoring")
+        entries = Likelihood(catalog).explain(wanted, prompts, ids, top)
+    for entry in explained(entries, tokenizer):
+        yield entry.model_dump()
+
+
+def _fusion(catalog: Catalog, model: str | None, fusion: dict[str, Any] | None) -> Fusion:
+    if model is not None and fusion is not None:
+        raise typer.BadParameter("give --model or --fusion, not both", param_hint="--fusion")
+    if fusion is not None:
+        return parse_fusion(fusion)
+    return parse_model_name(model or catalog.models.base.name, catalog)
+
+
+def _ask(
+    server: str, body: dict[str, Any], fusion: dict[str, Any], key_file: Path | None
+) -> Iterator[dict[str, Any]]:
+    """The explained tokens of a streamed answer, as they come."""
+    if body["model"] is None:
+        raise typer.BadParameter("the server needs to know which model", param_hint="--model")
+    if not body["prompt"]:
+        raise typer.BadParameter("the server needs something to continue", param_hint="--prompt")
+    headers = {} if key_file is None else {"authorization": f"Bearer {_first_key(key_file)}"}
+    try:
+        with httpx.stream(
+            "POST",
+            server.rstrip("/").removesuffix("/v1") + "/v1/completions",
+            json={**body, "fusion": fusion, "stream": True},
+            headers=headers,
+            timeout=_PATIENCE,
+        ) as response:
+            if response.status_code != 200:
+                raise ProxyserveError(f"The server refuses: {_message(response.read())}")
+            for line in response.iter_lines():
+                data = line.removeprefix("data: ")
+                if data == line or data == "[DONE]":
+                    continue
+                chunk = json.loads(data)
+                if "error" in chunk:
+                    raise ProxyserveError(f"The server failed midway: {chunk['error']['message']}")
+                for choice in chunk["choices"]:
+                    yield from choice["explain"]
+    except httpx.HTTPError as error:
+        raise ProxyserveError(f"{server} cannot be reached: {error}") from error
+
+
+def _first_key(file: Path) -> str:
+    lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
+    key = next((line for line in lines if line and not line.startswith("#")), "")
+    if not key or key.startswith("sha256:"):
+        raise typer.BadParameter(f"{file} must hold the key itself", param_hint="--api-key-file")
+    return key
+
+
+def _message(content: bytes) -> str:
+    try:
+        return str(json.loads(content)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return content[:200].decode(errors="replace")
