@@ -4,6 +4,7 @@ prompt (own ids) ........ | output (shared suffix of the request)
 ◀──────────── wanted ────────────▶
 ◀── computed ──▶                          KV of these tokens is in the lane's blocks
 ◀ cached ▶                                of them, found in the prefix cache instead of being run
+◀──── reached ────▶                       the most that were ever computed, before blocks were taken back
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Lane:
 
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
+    reached: int = 0
     cached: int = 0
     tokens_run: int = 0
     _keys: list[BlockKey] = field(default_factory=list)
@@ -69,12 +71,14 @@ class Lane:
         self.blocks = list(blocks)
         self._published = len(blocks)
         self.computed = len(blocks) * block_size
+        self.reached = max(self.reached, self.computed)
         if self.tokens_run == 0:  # not when it starts again after preemption: those tokens were its own work
             self.cached = self.computed
 
     def advance(self, count: int, pool: BlockPool, block_size: int) -> None:
         """`count` more tokens have been computed; publish the blocks that became full."""
         self.computed += count
+        self.reached = max(self.reached, self.computed)
         self.tokens_run += count
         full = self.computed // block_size
         if full > self._published:
