@@ -13,7 +13,8 @@ from torch import Tensor
 from proxyserve_kernels import Backend, Ref, Row, RowBatch, Support
 from proxyserve_kernels import reference as slow
 from proxyserve_kernels.entropy import MAX_TEMPERATURE, MIN_TEMPERATURE
-from tests.kernels.strategies import batches, examples, widths_for
+from tests.kernels.strategies import DEVICE, batches, examples, widths_for
+from tests.kernels.test_invariance import assert_same_bits
 
 INF = math.inf
 
@@ -93,3 +94,33 @@ def test_broken_rows_and_those_that_do_not_ask(backend: Backend) -> None:
     found = backend.temperatures(batch, torch.tensor([0.5, 0.5, 0.5, 0.5, math.nan]))
     assert found.isnan().tolist() == [False, True, True, True, True]
     assert found[0].item() == backend.temperatures(single(scores[0]), torch.tensor([0.5])).item()
+
+
+def test_entropies_are_exact(backend: Backend) -> None:
+    """Also those of almost nothing, where one token has nearly all of the law."""
+    generator = torch.Generator().manual_seed(1)
+    scores = (
+        torch.randn(24, 1000, generator=generator) * torch.tensor([0.3, 1.0, 4.0])[torch.arange(24) % 3, None]
+    )
+    scores[::2, 7] += 12.0
+    batch = RowBatch.of([scores.to(DEVICE)], [Row(Ref(0, row), 1000) for row in range(24)])
+    targets = torch.tensor([1e-4, 1e-3, 0.02, 0.4, 1.5, 3.0, 5.0, 6.5])[torch.arange(24) // 3]
+    found = backend.temperatures(batch, targets).cpu()
+    assert entropies_at(batch, found) == pytest.approx(targets.tolist(), rel=1e-5)
+
+
+def test_a_row_is_the_same_alone_and_in_a_batch(backend: Backend) -> None:
+    """Bit for bit, with neighbours that are wider, take longer, are broken or do not ask."""
+
+    @examples(backend, 40, 3)
+    @given(batch=batches(widths_for(backend)), seed=st.integers(0, 1000))
+    def check(batch: RowBatch, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        targets = 4 * torch.rand(batch.size, generator=generator) ** 3
+        targets[torch.rand(batch.size, generator=generator) < 0.2] = math.nan
+        together = backend.temperatures(batch, targets)
+        for row in range(batch.size):
+            alone = RowBatch.of(batch.sources, [slow.row_of(batch, row)])
+            assert_same_bits(backend.temperatures(alone, targets[row : row + 1])[0], together[row])
+
+    check()

@@ -23,9 +23,8 @@ from proxyserve_kernels.bench.inputs import SHAPES, SHAPES_NOTE, controls, fused
 from proxyserve_kernels.bench.machine import copy_rate
 from proxyserve_kernels.bench.rotation import Rotation, input_bytes
 from proxyserve_kernels.bench.shared import Bench
-from proxyserve_kernels.torch_backend.solve import GRID, STEPS
 from proxyserve_kernels.triton_backend.launch import Wishes, launch_stats
-from proxyserve_kernels.triton_backend.solve import Curves
+from proxyserve_kernels.triton_backend.solve import GRID, STEPS, Curves
 from proxyserve_kernels.triton_backend.table import build_table
 from proxyserve_kernels.triton_backend.tuning import TILES, Tile, tile_for
 

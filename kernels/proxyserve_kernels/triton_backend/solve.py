@@ -16,12 +16,16 @@ from proxyserve_kernels.tilt import (
     Tilt,
     solve_rows,
 )
-from proxyserve_kernels.torch_backend.solve import GRID, STEPS, start
 from proxyserve_kernels.torch_backend.tilt import MOST_TERMS
 from proxyserve_kernels.triton_backend.device import tilt as kernels
 from proxyserve_kernels.triton_backend.launch import padded
 from proxyserve_kernels.triton_backend.table import RowTable, build_table
 from proxyserve_kernels.triton_backend.tuning import ROW_OPTIONS, tile_for
+
+#: Points of the grid on which BOTH looks for the cell of the least minimum.
+GRID = 16
+#: Steps after the start; three or four are usual.
+STEPS = 10
 
 
 class Curves:
@@ -223,6 +227,16 @@ def _roots(batch: RowBatch, controls: SolveControls) -> tuple[None, Tensor, Tens
         found[kernels.REVERSE_AT.value].float(),
         converged,
     )
+
+
+def start(target: Tensor, variance: Tensor, third: Tensor, backward: Tensor) -> Tensor:
+    """First guess from the series forward = k2 a^2 / 2 + k3 a^3 / 3, reverse = k2 a^2 / 2 + k3 a^3 / 6."""
+    variance = variance.clamp(min=1e-30)
+    a = (2 * target / variance).sqrt()
+    order = torch.where(backward, 1 / 3, 2 / 3)
+    # Nowhere to go and nothing to go there with: any multiplier is right.
+    a = torch.where((variance < 1e-12) & (target <= kernels.NOISE.value), 1.0, a)
+    return a / (1 + order * third * a / variance).clamp(min=0.25).sqrt()
 
 
 def _paper(batch: RowBatch, _controls: SolveControls) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from proxyserve_kernels.torch_backend.solve import NOISE as _NOISE
-from proxyserve_kernels.torch_backend.solve import TOLERANCE as _TOLERANCE
 from proxyserve_kernels.triton_backend.device.layout import (
     BASE,
     CLIP_AT,
@@ -34,7 +32,9 @@ LOW, HIGH, AT, DONE, CLAMPED, FORWARD_AT, REVERSE_AT = (
 )
 STATE = 7
 
-TOLERANCE, NOISE = tl.constexpr(_TOLERANCE), tl.constexpr(_NOISE)
+# A row is done when its divergence is this close to the target, relative to it, or its multiplier moves less; or this
+# close in nats: sums of float32 know no better.
+TOLERANCE, NOISE = tl.constexpr(1e-5), tl.constexpr(1e-7)
 
 
 @triton.jit
@@ -164,14 +164,19 @@ def gather_grid(planes, out, blocks, plane, rows, points, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def halley(value, slope, bend, target):
-    """Halley's step for sqrt(value(a)) = sqrt(target), given value' and value''."""
+def step_to(value, slope, bend, target):
+    """The step at which value(a) is `target`, given value' and value'', its root continued as in `torch_backend.roots`;
+    infinite where it never is."""
     root = tl.sqrt(tl.where(value < 1e-30, 1e-30, value))
-    error = root - tl.sqrt(tl.where(target < 0.0, 0.0, target))
     first = slope / (2 * root)
-    second = (0.5 * bend - first * first) / root
-    below = 2 * first * first - error * second
-    return -2 * error * first / tl.where(below < 1e-30, 1e-30, below)
+    first = tl.where(first < 1e-30, 1e-30, first)
+    gap = (tl.sqrt(tl.where(target < 0.0, 0.0, target)) - root) / first
+    rate = (first - 0.5 * bend / first) / root
+    left = 1 - rate * gap
+    straight = tl.abs(rate * gap) < 1e-8
+    far = tl.where(gap < 0.0, float("-inf"), float("inf"))
+    bent = -tl.log(tl.where(left > 0.0, left, 1.0)) / tl.where(straight, 1.0, rate)
+    return tl.where(straight, gap, tl.where(left > 0.0, bent, far))
 
 
 @triton.jit(do_not_specialize=["blocks", "plane", "rows"])
@@ -188,9 +193,9 @@ def solve_step(
     rows,
     BLOCKS: tl.constexpr,
 ):
-    """Grid (rows). One safeguarded step from the moments at the state's multiplier; the same arithmetic, line by line,
-    as `torch_backend.solve`. `partitions` float64 are those of the base; `state` float64 [STATE, pitch], `rows` its
-    pitch."""
+    """Grid (rows). One safeguarded step from the moments at the state's multiplier, inside a bracket: to the root as
+    continued, or for BOTH Newton's on the derivative of its objective. `partitions` float64 are those of the base;
+    `state` float64 [STATE, pitch], `rows` its pitch."""
     row = tl.program_id(0).to(tl.int64)
     state += row
     if tl.load(state + DONE * rows) != 0.0:
@@ -210,7 +215,7 @@ def solve_step(
     both = match == BOTH
     target = tl.where(backward, reverse_target, forward_target)
     value = tl.where(backward, value_r, value_f)
-    step = halley(value, tl.where(backward, slope_r, slope_f), tl.where(backward, bend_r, bend_f), target)
+    step = step_to(value, tl.where(backward, slope_r, slope_f), tl.where(backward, bend_r, bend_f), target)
     too_low = value < target
     near = tl.abs(value - target) <= target * TOLERANCE + NOISE
     gap_f, gap_r = value_f - forward_target, value_r - reverse_target
