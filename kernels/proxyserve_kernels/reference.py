@@ -534,13 +534,18 @@ def _least(objective: Callable[[float], float], low: float, high: float) -> floa
 
 
 def _paper(batch: RowBatch, row: int) -> RowSolution:
-    """The published grid: 0.0, 0.1 .. 2.0 for one term at a time; first term and lowest a on ties."""
+    """The published grid: 0.0, 0.1 .. 2.0 for one term at a time, the objective summed over all terms' targets; first
+    term and lowest a on ties."""
     base, deltas, pairs = _base_law(batch, row), _term_deltas(batch, row), pair_divergences(batch, row)
     best, best_term, best_a = math.inf, 0, 0.0
     for term, _ in _terms(batch, row):
         line = _Line(base, deltas[term])
         for step in range(21):
-            objective = line.objective(step / 10, float(pairs.forward[term]), float(pairs.reverse[term]))
+            a = step / 10
+            objective = sum(
+                line.objective(a, float(pairs.forward[other]), float(pairs.reverse[other]))
+                for other, _ in _terms(batch, row)
+            )
             if objective < best:
                 best, best_term, best_a = objective, term, step / 10
     weights = torch.zeros(batch.terms, dtype=torch.float64)

@@ -40,8 +40,8 @@ class Match(IntEnum):
     BOTH = 3
     #: The largest a with forward(a) <= `budget`.
     BUDGET = 4
-    #: The published search: a in 0.0, 0.1 .. 2.0 for one term at a time (the others 0), least objective of BOTH with
-    #: that term's own targets; ties go to the first term and the lowest a. The row's weights are not used.
+    #: The published search: a in 0.0, 0.1 .. 2.0 for one term at a time (the others 0), least objective of BOTH summed
+    #: over all terms' targets; ties go to the first term and the lowest a. The row's weights are not used.
     PAPER = 5
 
 

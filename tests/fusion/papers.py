@@ -120,13 +120,15 @@ def dynamic(
 
 
 def paper_search(base: Tensor, pairs: Sequence[Pair]) -> tuple[Tensor, int, float]:
-    """The published brute force: (fused law, which expert, its weight)."""
+    """The published brute force, one expert at a time, the objective summed over all: (fused law, which expert, its
+    weight)."""
+    targets = [(kl(tuned, untuned), kl(untuned, tuned)) for tuned, untuned in pairs]
     found, least = (base, 0, 0.0), math.inf
     for number, (tuned, untuned) in enumerate(pairs):
-        forward, reverse = kl(tuned, untuned), kl(untuned, tuned)
         for step in range(21):
             law = normalised(base + step / 10 * (tuned - untuned))
-            objective = (kl(law, base) - forward) ** 2 + (kl(base, law) - reverse) ** 2
+            forward, reverse = kl(law, base), kl(base, law)
+            objective = sum((forward - f) ** 2 + (reverse - r) ** 2 for f, r in targets)
             if objective < least:
                 found, least = (law, number, step / 10), objective
     return found

@@ -368,9 +368,11 @@ def test_the_papers_grid_written_out(backend: Backend) -> None:
                 tried = batch.with_weights(weights)
                 law, base = slow.raw_law(tried, row), slow.reference_law(tried, row)
                 forward, reverse = slow.kl(law, base), slow.kl(base, law)
-                miss = (forward - float(pairs.forward[term])) ** 2 + (
-                    reverse - float(pairs.reverse[term])
-                ) ** 2
+                miss = sum(
+                    (forward - float(pairs.forward[other])) ** 2
+                    + (reverse - float(pairs.reverse[other])) ** 2
+                    for other in range(2)
+                )
                 tries.append((miss, term, point / 10, forward, reverse))
         _, term, weight, forward, reverse = min(tries)
         expected = [0.0, 0.0]

@@ -66,13 +66,18 @@ def _paper(batch: RowBatch, _controls: SolveControls) -> tuple[Tensor, Tensor, T
     weights = torch.zeros(batch.size, T)
     best = []
     for row, present in enumerate((batch.positive[..., 0] != ABSENT).tolist()):
+        terms = [term for term in range(T) if present[term]]
+        goals, curves = [], []
+        for term in terms:
+            goals.append(line.load(row, [float(other == term) for other in range(T)]))
+            curves.append(line.grid(PAPER_GRID))
+        # The objective sums over the terms' divergences: all but a constant of it is the distance to their mean.
+        forward_goal = sum(forward for forward, _ in goals) / max(1, len(goals))
+        reverse_goal = sum(reverse for _, reverse in goals) / max(1, len(goals))
         lowest, won = math.inf, (0.0, 0.0, 0.0)
-        for term in range(T):
-            if not present[term]:
-                continue
-            goals = line.load(row, [float(other == term) for other in range(T)])
-            for point, (forward, reverse) in zip(PAPER_GRID, line.grid(PAPER_GRID), strict=True):
-                misfit = (forward - goals[0]) ** 2 + (reverse - goals[1]) ** 2
+        for term, curve in zip(terms, curves, strict=True):
+            for point, (forward, reverse) in zip(PAPER_GRID, curve, strict=True):
+                misfit = (forward - forward_goal) ** 2 + (reverse - reverse_goal) ** 2
                 if misfit < lowest:
                     lowest, won = misfit, (point, forward, reverse)
                     weights[row] = 0.0

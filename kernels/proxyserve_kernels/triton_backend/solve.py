@@ -248,23 +248,27 @@ def _paper(batch: RowBatch, _controls: SolveControls) -> tuple[Tensor, Tensor, T
         torch.tensor(PAPER_GRID, dtype=torch.float64, device=device).expand(table.bucket, -1).contiguous()
     )
     present = (batch.positive[..., 0] != ABSENT).to(device)
+    # The objective sums over the terms' divergences: all but a constant of it is the distance to their mean.
+    count = present.sum(dim=1, keepdim=True).clamp(min=1)
+    forward_goal = pair_forward[:B, :T].masked_fill(~present, 0.0).sum(dim=1, keepdim=True) / count
+    reverse_goal = pair_reverse[:B, :T].masked_fill(~present, 0.0).sum(dim=1, keepdim=True) / count
     misfits, forwards, reverses = [], [], []
     for term in range(T):
         columns = table.weight_columns()
         columns.zero_()
         columns[:B, term] = present[:, term].float()
         value_f, value_r = (values[:B] for values in Curves(table).grid(points))
-        misfit = (value_f - pair_forward[:B, term, None]) ** 2 + (value_r - pair_reverse[:B, term, None]) ** 2
+        misfit = (value_f - forward_goal) ** 2 + (value_r - reverse_goal) ** 2
         misfits.append(misfit.masked_fill(~present[:, term, None] | misfit.isnan(), torch.inf))
         forwards.append(value_f)
         reverses.append(value_r)
     # argmin takes the first of equals: the first term, the lowest multiplier.
     misfit = torch.cat(misfits, dim=1)
     best = misfit.argmin(dim=1, keepdim=True)
-    count = len(PAPER_GRID)
-    found = points[:B].gather(1, best % count)[:, 0].float()
+    steps = len(PAPER_GRID)
+    found = points[:B].gather(1, best % steps)[:, 0].float()
     fine = torch.isfinite(misfit.gather(1, best)[:, 0])
-    weights = torch.zeros(B, T, device=device).scatter(1, best // count, found[:, None])
+    weights = torch.zeros(B, T, device=device).scatter(1, best // steps, found[:, None])
     forward = torch.cat(forwards, dim=1).gather(1, best)[:, 0].float()
     reverse = torch.cat(reverses, dim=1).gather(1, best)[:, 0].float()
     return weights, found, forward, reverse, fine
