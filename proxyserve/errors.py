@@ -54,5 +54,14 @@ class NotReady(ProxyserveError):
     """The server cannot take requests now (loading, draining or dead); the message says which."""
 
 
+class UpstreamFailed(ProxyserveError):
+    """The other server that runs the base gave no usable answer. `status` is that of its HTTP answer, None where there
+    was none. The message holds nothing of the answer's body."""
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class LoadError(ProxyserveError):
     """A model, tokenizer or expert that cannot be served; the message says why and what to change."""

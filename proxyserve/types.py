@@ -165,6 +165,10 @@ class FusionReport:
     positions where the fused argmax differs from the base's; both are None where the base takes no part. `generations`
     maps each expert to the generation that served the request. `mean_weights`, where weights are solved per position,
     maps each expert to the mean of its weight.
+
+    With a base on another server, which returns its likeliest tokens only: `certified` is the number of tokens whose
+    greedy choice is sure to be the one over the base's whole law, `mean_unseen_mass` the mean of the base's probability
+    that was not returned; KL and flips are over the returned ids.
     """
 
     rule: str
@@ -173,6 +177,8 @@ class FusionReport:
     mean_kl: float | None
     flips: int | None
     mean_weights: Mapping[str, float] | None = None
+    certified: int | None = None
+    mean_unseen_mass: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,11 @@ def _submissions(
             param="prompt",
         )
     check_shape(body, limits, top_logprobs=body.logprobs, param="logprobs")
+    if body.return_tokens_as_token_ids and body.logprobs is None:
+        raise InvalidRequest(
+            "'return_tokens_as_token_ids' is about the names in 'logprobs', which is not asked for; give both or none.",
+            param="return_tokens_as_token_ids",
+        )
     fusion = resolve_fusion(body.model, body.fusion, state.catalog)
     vetted = body.model in state.catalog.presets
     sampling = sampling_params(
@@ -97,6 +102,7 @@ class _CompletionShape:
         self._head = response_head("cmpl", body.model)
         self.id: str = self._head["id"]
         self._wants_logprobs = body.logprobs is not None
+        self._names_by_id = bool(body.return_tokens_as_token_ids)
         self._wants_explanations = wants_explanations(body.fusion)
         self._tokenizer = tokenizer
         self._builders: dict[int, CompletionLogprobsBuilder] = {}
@@ -132,7 +138,9 @@ class _CompletionShape:
             return None
         builder = self._builders.get(number)
         if builder is None:
-            builder = self._builders[number] = CompletionLogprobsBuilder(self._tokenizer)
+            builder = self._builders[number] = CompletionLogprobsBuilder(
+                self._tokenizer, by_id=self._names_by_id
+            )
         return builder.add(entries)
 
     def _explain(self, entries: Sequence[TokenExplanation]) -> dict[str, Any]:

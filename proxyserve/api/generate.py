@@ -112,7 +112,8 @@ class Generation:
         return body
 
     def fusion(self) -> FusionSummary | None:
-        """Over all choices, None for requests to the plain base. `mean_kl` weighs every generated position alike."""
+        """Over all choices, None for requests to a plain base of this server. `mean_kl` weighs every generated position
+        alike."""
         if not self._reports:
             return None
         report = self._reports[0][1]
@@ -128,6 +129,9 @@ class Generation:
                 expert: self._mean(lambda report, expert=expert: (report.mean_weights or {}).get(expert, 0.0))  # type: ignore[misc]
                 for expert in report.mean_weights
             }
+        if report.certified is not None:
+            summary.certified = sum(report.certified or 0 for _, report in self._reports)
+            summary.mean_unseen_mass = self._mean(lambda report: report.mean_unseen_mass or 0.0)
         return summary
 
     def _mean(self, value: Callable[[FusionReport], float]) -> float:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from proxyserve.api.schemas.chat import ChatLogprobs, ChatTokenLogprob, TopLogprob
 from proxyserve.api.schemas.completions import CompletionLogprobs
+from proxyserve.text.token_names import id_name, text_name
 from proxyserve.types import TokenLogprob
 
 if TYPE_CHECKING:
@@ -33,10 +34,12 @@ def chat_logprobs(entries: Iterable[TokenLogprob], tokenizer: Tokenizer) -> Chat
 
 
 class CompletionLogprobsBuilder:
-    """Makes the parallel lists of one choice, piece by piece: `text_offset` goes on from call to call."""
+    """Makes the parallel lists of one choice, piece by piece: `text_offset` goes on from call to call. With `by_id`
+    tokens are named by id and not by text."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, by_id: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._by_id = by_id
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._offset = 0
 
@@ -56,16 +59,11 @@ class CompletionLogprobsBuilder:
         named: dict[str, float] = {}
         for token, value in dict([*entry.top, (entry.token_id, entry.logprob)]).items():
             name = self._name(token)
-            named[f"token_id:{token}" if name in named else name] = finite(value)
+            named[id_name(token) if name in named else name] = finite(value)
         return named
 
     def _name(self, token: int) -> str:
-        """The token's text, or `bytes:\\xNN...` where it is a part of a character."""
-        raw = self._tokenizer.token_bytes(token)
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+        return id_name(token) if self._by_id else text_name(self._tokenizer, token)
 
 
 def _named(token: int, logprob: float, tokenizer: Tokenizer) -> TopLogprob:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ import yaml
 
 from proxyserve.config import KernelChoice
 from proxyserve.models.family import ExpertSource
+from proxyserve.models.upstream import RemoteSource
 
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
@@ -37,6 +39,61 @@ def parse_expert(text: str) -> ExpertSource:
     if not (name and equals and tuned) or (comma and not untuned):
         raise typer.BadParameter(f"'{text}' is not of the form NAME=TUNED_FOLDER,UNTUNED_FOLDER")
     return ExpertSource(name, Path(tuned), Path(untuned) if comma else None)
+
+
+def parse_base(
+    text: str,
+    *,
+    tokenizer: Path | None,
+    model: str | None,
+    api_key_file: Path | None,
+    top_k: int | None,
+    timeout: float | None,
+    context: int | None,
+) -> Path | RemoteSource:
+    """A folder, or a server's URL with the `--base-...` options, which a folder has no use for."""
+    if not text.startswith(("http://", "https://")):
+        given = {
+            "--base-tokenizer": tokenizer,
+            "--base-model": model,
+            "--base-api-key-file": api_key_file,
+            "--base-top-k": top_k,
+            "--base-timeout": timeout,
+            "--base-context": context,
+        }
+        for name, value in given.items():
+            if value is not None:
+                raise typer.BadParameter(
+                    "it is for a BASE that is a URL, http://... or https://...; leave it out for a folder",
+                    param_hint=name,
+                )
+        return Path(text)
+    if tokenizer is None:
+        raise typer.BadParameter(
+            "a BASE on another server needs the folder of its tokenizer here", param_hint="--base-tokenizer"
+        )
+    default = RemoteSource(text.rstrip("/"), tokenizer)
+    return replace(
+        default,
+        model=model,
+        api_key=None if api_key_file is None else _first_line(api_key_file),
+        top_k=default.top_k if top_k is None else top_k,
+        timeout=default.timeout if timeout is None else timeout,
+        context=context,
+    )
+
+
+def _first_line(file: Path) -> str:
+    """The key in a file of one line. What the file holds is never repeated."""
+    try:
+        lines = file.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{file} cannot be read", param_hint="--base-api-key-file") from error
+    if len(lines) != 1 or not (lines[0].isascii() and lines[0].isprintable()):
+        raise typer.BadParameter(
+            f"{file} must hold one key and nothing else", param_hint="--base-api-key-file"
+        )
+    return lines[0]
 
 
 def _read_config(context: typer.Context, parameter: typer.CallbackParam, path: Path | None) -> Path | None:
@@ -176,6 +233,60 @@ ServedName = Annotated[
     str | None,
     typer.Option(
         "--served-name", envvar=_envvar("SERVED_NAME"), help="Name of the base; default: its folder's."
+    ),
+]
+BaseTokenizer = Annotated[
+    Path | None,
+    typer.Option(
+        "--base-tokenizer",
+        envvar=_envvar("BASE_TOKENIZER"),
+        help="Remote base: folder of its tokenizer (its generation_config.json is read too).",
+    ),
+]
+BaseModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--base-model",
+        envvar=_envvar("BASE_MODEL"),
+        help="Remote base: its name on the other server; default: the first that is listed there.",
+    ),
+]
+BaseApiKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--base-api-key-file",
+        envvar=_envvar("BASE_API_KEY_FILE"),
+        exists=True,
+        dir_okay=False,
+        help="Remote base: file with the key for the other server.",
+    ),
+]
+BaseTopK = Annotated[
+    int | None,
+    typer.Option(
+        "--base-top-k",
+        envvar=_envvar("BASE_TOP_K"),
+        min=1,
+        max=1000,
+        help="Remote base: how many log-probs to ask for at each position; default 20.",
+    ),
+]
+BaseTimeout = Annotated[
+    float | None,
+    typer.Option(
+        "--base-timeout",
+        envvar=_envvar("BASE_TIMEOUT"),
+        min=0.1,
+        help="Remote base: seconds for one token, retries included; default 60.",
+    ),
+]
+BaseContext = Annotated[
+    int | None,
+    typer.Option(
+        "--base-context",
+        envvar=_envvar("BASE_CONTEXT"),
+        min=2,
+        help="Remote base: its context in tokens; default: what the other server says, else 4096.",
     ),
 ]
 ExpertOption = Annotated[

@@ -23,6 +23,7 @@ from proxyserve.fusion.calibration import Calibration, read_calibrations
 from proxyserve.fusion.policy import FusionPolicy
 from proxyserve.models.family import ExpertSource, load_family
 from proxyserve.models.loading import choose_placement
+from proxyserve.models.upstream import RemoteSource
 from proxyserve_kernels import backend_for
 
 
@@ -39,10 +40,21 @@ class ServeSettings:
 
 def serve_command(
     base: Annotated[
-        Path, typer.Argument(metavar="BASE", envvar="PROXYSERVE_BASE", help="Folder of the large model.")
+        str,
+        typer.Argument(
+            metavar="BASE",
+            envvar="PROXYSERVE_BASE",
+            help="Folder of the large model, or the URL of an OpenAI-style server that has it (http://host:8001/v1).",
+        ),
     ],
     expert: options.ExpertOption = None,
     served_name: options.ServedName = None,
+    base_tokenizer: options.BaseTokenizer = None,
+    base_model: options.BaseModelName = None,
+    base_api_key_file: options.BaseApiKeyFile = None,
+    base_top_k: options.BaseTopK = None,
+    base_timeout: options.BaseTimeout = None,
+    base_context: options.BaseContext = None,
     host: options.Host = "127.0.0.1",
     port: options.Port = 8000,
     device: options.Device = "auto",
@@ -86,7 +98,16 @@ def serve_command(
         admin_key_file=admin_key_file,
         drain_seconds=drain_seconds,
     )
-    serve(base, [options.parse_expert(text) for text in expert or []], settings, served_name=served_name)
+    source = options.parse_base(
+        base,
+        tokenizer=base_tokenizer,
+        model=base_model,
+        api_key_file=base_api_key_file,
+        top_k=base_top_k,
+        timeout=base_timeout,
+        context=base_context,
+    )
+    serve(source, [options.parse_expert(text) for text in expert or []], settings, served_name=served_name)
 
 
 def make_settings(
@@ -142,7 +163,11 @@ def make_settings(
 
 
 def serve(
-    base: Path, experts: Sequence[ExpertSource], settings: ServeSettings, *, served_name: str | None = None
+    base: Path | RemoteSource,
+    experts: Sequence[ExpertSource],
+    settings: ServeSettings,
+    *,
+    served_name: str | None = None,
 ) -> None:
     """Load, show the start-up table, listen until a signal. Raises LoadError and StartupError."""
     check_binding(settings.server)  # before minutes of loading, not after

@@ -9,6 +9,7 @@ from rich.text import Text
 from proxyserve import __version__
 from proxyserve.config import ServerConfig
 from proxyserve.engine.engine import Engine
+from proxyserve.models.remote import AnyModel, RemoteModel
 
 
 def startup_table(engine: Engine, server: ServerConfig) -> Group:
@@ -26,6 +27,9 @@ def startup_table(engine: Engine, server: ServerConfig) -> Group:
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for key, model in engine.models.models.items():
         memory = engine.memory[key]
+        if isinstance(model, RemoteModel):
+            table.add_row(model.name, "remote", "", "remote", "remote", "", f"{model.context_length:,}")
+            continue
         table.add_row(
             model.name,
             type(model.module).__name__.removesuffix("ForCausalLM"),
@@ -36,7 +40,7 @@ def startup_table(engine: Engine, server: ServerConfig) -> Group:
             f"{model.context_length:,}",
         )
     base = engine.models.base
-    lines = [f"base {base.name}: {len(base.vocabulary.ids()):,} tokens, {base.dtype} on {base.device}"]
+    lines = [f"base {base.name}: {len(base.vocabulary.ids()):,} tokens, {_whereabouts(base)}"]
     for expert in engine.models.experts.values():
         untuned = expert.untuned.name if expert.untuned else "none"
         shared = len(expert.vocabulary.ids())
@@ -55,6 +59,14 @@ def startup_table(engine: Engine, server: ServerConfig) -> Group:
     keys = f"keys from {' and '.join(files)}" if files else "no keys, loopback only"
     lines.append(f"http://{server.host}:{server.port}/v1 ({keys}); http://{server.host}:{server.port}/docs")
     return Group(table, *(Text(line) for line in lines))
+
+
+def _whereabouts(base: AnyModel) -> str:
+    if not isinstance(base, RemoteModel):
+        return f"{base.dtype} on {base.device}"
+    source = base.client.source
+    named = "named by id" if base.client.by_id else "named by text, so that some cannot be told apart"
+    return f"{base.client.model} at {source.url}, remote: its {source.top_k} likeliest tokens, {named}"
 
 
 def _size(count: int) -> str:

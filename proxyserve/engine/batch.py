@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from proxyserve.engine.choice import Choice
+from proxyserve.engine.forward import Forward
 from proxyserve.scheduler.lane import Lane
 from proxyserve.scheduler.scheduler import LaneWork
 from proxyserve.types import ModelKey, TokenLogprob
@@ -49,14 +50,16 @@ class FusedRow:
 
 class LogitRows:
     """Where the logits of each lane's last token lie: in what the models returned in this step, or, for the base of a
-    request that awaits its other lanes, in what an earlier step kept."""
+    request that awaits its other lanes, in what an earlier step kept. Lanes of remote models have a second row, with
+    the highest log-prob that each token can have."""
 
     def __init__(
         self,
         rows: Sequence[FusedRow],
         work: Mapping[ModelKey, Sequence[LaneWork]],
-        logits: Mapping[ModelKey, Tensor],
+        forward: Forward,
     ) -> None:
+        logits = forward.logits
         self._places: dict[int, Place] = {}
         for source, model in enumerate(logits):
             lasts = (item for item in work[model] if item.last)
@@ -66,10 +69,32 @@ class LogitRows:
             (id(choice.scheduled.lanes[0]), (len(logits), row)) for row, choice in enumerate(held)
         )
         kept = [choice.held for choice in held if choice.held is not None]
-        self.sources = (*logits.values(), *([torch.cat(kept)] if kept else []))
+        sources = [*logits.values(), *([torch.cat(kept)] if kept else [])]
+        self._highest: dict[int, Place] = {}
+        self._unseen: dict[int, float] = {}
+        for model, remote in forward.remote.items():
+            lanes = [item.lane for item in work[model] if item.last]
+            for row, (lane, unseen) in enumerate(zip(lanes, remote.unseen, strict=True)):
+                self._highest[id(lane)] = len(sources), row
+                self._unseen[id(lane)] = unseen
+            sources.append(remote.highest)
+        self.sources = tuple(sources)
 
     def place(self, lane: Lane) -> Place:
         return self._places[id(lane)]
+
+    def highest(self, lane: Lane) -> Place:
+        """The row of what each token has at most; for lanes of local models their logits, which are exact."""
+        return self._highest.get(id(lane), self._places[id(lane)])
+
+    def returned(self, lane: Lane, token: int) -> bool:
+        """Whether the lane's model gave `token` a log-prob."""
+        source, row = self.place(lane)
+        return bool(self.sources[source][row, token] > -math.inf)
+
+    def unseen(self, lane: Lane) -> float:
+        """The probability of all that a remote lane's server did not return; 0 for other lanes."""
+        return self._unseen.get(id(lane), 0.0)
 
     def row(self, lane: Lane) -> Tensor:
         """The lane's logits, [1, width], as a copy that outlives the step."""
@@ -77,8 +102,9 @@ class LogitRows:
         return self.sources[source][row : row + 1].clone()
 
 
-def build_batch(rows: Sequence[FusedRow], logits: LogitRows) -> RowBatch:
-    """Which rows of `logits` make up each fused row, and how."""
+def build_batch(rows: Sequence[FusedRow], logits: LogitRows, *, highest: bool = False) -> RowBatch:
+    """Which rows of `logits` make up each fused row, and how. A remote origin rules out what its server did not return;
+    with `highest` it gives that, as remote lanes in terms always do, the most that it can have."""
     most = max(0 if row.alone else len(row.choice.program.terms) for row in rows)
     unused: list[Place] = [(ABSENT, 0)]
     base, positive, negative, weights = [], [], [], []
@@ -86,11 +112,12 @@ def build_batch(rows: Sequence[FusedRow], logits: LogitRows) -> RowBatch:
         program, lanes = row.choice.program, row.choice.scheduled.lanes
         terms = () if row.alone else program.terms
         rest = most - len(terms)
-        base.append(logits.place(lanes[0 if row.alone else program.origin]))
-        positive.append([*(logits.place(lanes[term.lane]) for term in terms), *unused * rest])
+        origin = lanes[0 if row.alone else program.origin]
+        base.append(logits.highest(origin) if highest else logits.place(origin))
+        positive.append([*(logits.highest(lanes[term.lane]) for term in terms), *unused * rest])
         negative.append(
             [
-                *(unused[0] if term.minus is None else logits.place(lanes[term.minus]) for term in terms),
+                *(unused[0] if term.minus is None else logits.highest(lanes[term.minus]) for term in terms),
                 *unused * rest,
             ]
         )
@@ -189,7 +216,7 @@ def build_controls(rows: Sequence[FusedRow], temperatures: Tensor | None) -> Pic
         seeds=_ints([choice.seed for choice in choices]),
         positions=_ints([choice.position for choice in choices]),
         raw=[_listed(row) for row in rows],
-        adjustments=_adjustments(choices),
+        adjustments=adjustments(choices),
     )
 
 
@@ -203,7 +230,7 @@ def _listed(row: FusedRow) -> int | None:
     return max((wish for wish in wishes if wish is not None), default=None)
 
 
-def _adjustments(choices: Sequence[Choice]) -> Adjustments | None:
+def adjustments(choices: Sequence[Choice]) -> Adjustments | None:
     """Bias and penalties of the rows that have any. Ids that the models do not share are removed by a bias of -inf."""
     bias: list[tuple[int, int, float]] = []
     seen: list[tuple[int, int, int, float, float, float]] = []

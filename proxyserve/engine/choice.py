@@ -26,9 +26,18 @@ _U64 = 2**64
 
 
 @dataclass(frozen=True, slots=True)
+class Certificate:
+    """Of a token over a remote base. `certified`: the greedy choice is sure to be the one over the base's whole law.
+    `unseen` is the base's probability that was not returned."""
+
+    certified: bool
+    unseen: float
+
+
+@dataclass(frozen=True, slots=True)
 class Sampled:
     """A token and what is known about how it was chosen. `weights` are those of the program's terms at this position;
-    `gated`: the base alone decided."""
+    `gated`: the base alone decided. `certificate` is None where no remote law took part."""
 
     token: int
     logprob: TokenLogprob | None = None
@@ -37,6 +46,7 @@ class Sampled:
     flip: bool = False
     weights: tuple[float, ...] = ()
     gated: bool = False
+    certificate: Certificate | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -59,6 +69,8 @@ class Choice:
     kl_total: float = 0.0
     flips: int = 0
     gated_tokens: int = 0
+    certified: int = 0
+    unseen_total: float = 0.0
     weight_totals: dict[str, float] = field(default_factory=dict)  # of solved weights, by expert
 
     @property
@@ -111,6 +123,9 @@ class Choice:
         self.kl_total += sampled.kl
         self.flips += sampled.flip
         self.gated_tokens += sampled.gated
+        if sampled.certificate is not None:
+            self.certified += sampled.certificate.certified
+            self.unseen_total += sampled.certificate.unseen
         if self.program.law is not None:
             for term, weight in zip(self.program.terms, sampled.weights, strict=True):
                 if term.expert is not None:
@@ -145,7 +160,7 @@ class Choice:
         for lane in lanes:
             lane_tokens[lane.model.name] = lane_tokens.get(lane.model.name, 0) + lane.tokens_run
             # The last token is never run, in any lane.
-            missing = max(0, lane.missing - 1)
+            missing = max(0, lane.wanted - 1 - lane.reached)
             if missing:
                 skipped[lane.model.name] = skipped.get(lane.model.name, 0) + missing
         usage = Usage(
@@ -157,7 +172,8 @@ class Choice:
 
     def _fusion(self) -> FusionReport | None:
         fusion = self.submission.fusion
-        if fusion.is_base:
+        remote = bool(self.program.remote_weights)
+        if fusion.is_base and not remote:
             return None
         tokens = max(1, len(self.output))
         compared = self.program.base is not None
@@ -170,6 +186,8 @@ class Choice:
             mean_weights=None
             if self.program.law is None
             else {expert: total / tokens for expert, total in self.weight_totals.items()},
+            certified=self.certified if remote else None,
+            mean_unseen_mass=self.unseen_total / tokens if remote else None,
         )
 
 

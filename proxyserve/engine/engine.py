@@ -25,11 +25,14 @@ from proxyserve.engine.batch import (
     target_entropies,
     token_logprobs,
 )
+from proxyserve.engine.certificate import certify
 from proxyserve.engine.choice import Choice, Sampled
 from proxyserve.engine.explain import explain
+from proxyserve.engine.forward import run_models
 from proxyserve.engine.kv_storage import KVStorage
-from proxyserve.engine.memory import ModelMemory, plan_memory
+from proxyserve.engine.memory import ModelMemory, plan_memory, plan_remote
 from proxyserve.engine.preparation import bind_fusion, context_room, memory_room, prepare
+from proxyserve.engine.remote_runner import RemoteRunner
 from proxyserve.engine.runner import Runner
 from proxyserve.engine.submission import LanePrompts, Submission
 from proxyserve.engine.verify import verify_paged
@@ -38,8 +41,12 @@ from proxyserve.fusion.calibration import Calibration
 from proxyserve.fusion.catalog import Catalog
 from proxyserve.fusion.fusion import MAX_SUPPORT_LAWS, Fusion
 from proxyserve.fusion.policy import FusionPolicy
+from proxyserve.fusion.remote_base import over_remote_base
 from proxyserve.kv.block_pool import BlockPool
+from proxyserve.kv.virtual_pool import VirtualPool
+from proxyserve.models.loaded_model import LoadedModel
 from proxyserve.models.model_set import ModelSet
+from proxyserve.models.remote import RemoteModel
 from proxyserve.scheduler.request import RequestState
 from proxyserve.scheduler.scheduler import Plan, Scheduler
 from proxyserve.types import FinishReason, ModelKey, OutputEvent, TokenLogprob
@@ -106,15 +113,22 @@ class Engine:
         )
         self.backend.warm_up(needs, progress)
         progress("planning memory and checking the models in paged mode")
-        self.runners = {key: Runner(model) for key, model in models.models.items()}
-        self.memory: Mapping[ModelKey, ModelMemory] = plan_memory(
-            {key: runner.shapes for key, runner in self.runners.items()},
-            models.models,
-            budget=self.config.kv_memory,
-            block_size=self.config.block_size,
-            max_batch=self.config.max_batch,
-        )
-        for key, runner in self.runners.items():
+        local = {key: Runner(model) for key, model in models.models.items() if isinstance(model, LoadedModel)}
+        remote = {
+            key: RemoteRunner(model) for key, model in models.models.items() if isinstance(model, RemoteModel)
+        }
+        self.runners: Mapping[ModelKey, Runner | RemoteRunner] = {**remote, **local}
+        self.memory: Mapping[ModelKey, ModelMemory] = {
+            **{key: self._plan_remote(runner.model) for key, runner in remote.items()},
+            **plan_memory(
+                {key: runner.shapes for key, runner in local.items()},
+                {key: runner.model for key, runner in local.items()},
+                budget=self.config.kv_memory,
+                block_size=self.config.block_size,
+                max_batch=self.config.max_batch,
+            ),
+        }
+        for key, runner in local.items():
             runner.attach(
                 KVStorage(
                     runner.shapes,
@@ -125,7 +139,10 @@ class Engine:
                 )
             )
             verify_paged(runner)
-        self.pools = {key: BlockPool(memory.blocks) for key, memory in self.memory.items()}
+        self.pools = {
+            key: VirtualPool(memory.blocks) if key in remote else BlockPool(memory.blocks)
+            for key, memory in self.memory.items()
+        }
         self.scheduler = Scheduler(
             self.pools,
             block_size=self.config.block_size,
@@ -134,9 +151,19 @@ class Engine:
         )
         self._choices: dict[str, Choice] = {}
 
+    def _plan_remote(self, model: RemoteModel) -> ModelMemory:
+        return plan_remote(
+            model,
+            block_size=self.config.block_size,
+            max_batch=self.config.max_batch,
+            lanes=self.policy.max_experts + 1,
+        )
+
     def _check_preset(self, name: str, preset: Fusion) -> None:
         try:
-            self.policy.check(preset, preset.compile(self.catalog), admin=True, vetted=True)
+            program = preset.compile(self.catalog)
+            self.policy.check(preset, program, admin=True, vetted=True)
+            over_remote_base(program, preset, self.catalog)
         except InvalidRequest as error:
             raise InvalidRequest(f"Preset '{name}': {error.message}", param=error.param) from None
 
@@ -195,7 +222,8 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[OutputEvent]:
         """Run one step: at most one packed forward per model and one fused pick. Returns an event per choice that
-        got a token or ended. A step that raises inside ends the requests in it with an error and nothing else."""
+        got a token or ended. A step that raises inside ends the requests in it with an error and nothing else; a remote
+        model that does not answer ends those that wanted it."""
         plan = self.scheduler.schedule()
         self.counters.preemptions += len(plan.preempted)
         if plan.empty:
@@ -206,14 +234,19 @@ class Engine:
             *(FusedRow(self._choices[request.request_id], alone=True) for request in plan.probing),
         ]
         try:
-            computed = {model: self.runners[model].run(work) for model, work in plan.work.items()}
-            logits = LogitRows(rows, plan.work, computed)
+            forward = run_models(self.runners, plan.work)
+            failures = forward.failures
+            rows = [row for row in rows if row.choice.key not in failures]
+            logits = LogitRows(rows, plan.work, forward)
             sampled = self._sample(rows, logits) if rows else []
         except Exception as error:  # whatever it was, the process and all other requests go on
             logger.exception("a step failed; the requests in it are ended")
             return self._fail(plan, f"The step that computed this request failed: {type(error).__name__}.")
         self.scheduler.commit(plan)
         events = self._accept(rows, sampled)
+        for key, reason in failures.items():
+            choice = self._choices[key]
+            events.append(self._finish(choice, choice.end(FinishReason.ERROR, reason)))
         if not self.config.prefix_cache:
             for pool in self.pools.values():
                 pool.drop_cache()
@@ -244,6 +277,7 @@ class Engine:
             for number, row in enumerate(rows)
         ]
         reasons = explain(self.backend, rows, logits, sampled, laws)
+        certificates = certify(self.backend, rows, logits)
         results: list[Sampled | None] = []
         for number, row in enumerate(rows):
             row.choice.scheduled.awaiting = False
@@ -254,7 +288,9 @@ class Engine:
                 row.choice.scheduled.awaiting = True
                 results.append(None)
             else:
-                results.append(replace(sampled[number], explanation=reasons[number]))
+                results.append(
+                    replace(sampled[number], explanation=reasons[number], certificate=certificates[number])
+                )
         return results
 
     def _accept(self, rows: Sequence[FusedRow], sampled: Sequence[Sampled | None]) -> list[OutputEvent]:

@@ -11,6 +11,7 @@ import torch
 from proxyserve.engine.kv_storage import LayerShape, bytes_per_token
 from proxyserve.errors import LoadError
 from proxyserve.models.loaded_model import LoadedModel
+from proxyserve.models.remote import RemoteModel
 from proxyserve.types import ModelKey
 
 _CPU_SHARE, _CPU_MOST = 0.25, 2 * 2**30
@@ -40,6 +41,8 @@ def plan_memory(
 
     Raises LoadError if the budget does not hold even two blocks per model.
     """
+    if not shapes:
+        return {}
     block_bytes = {key: bytes_per_token(shapes[key], models[key].dtype) * block_size for key in shapes}
     total = _default_budget(next(iter(models.values())).device) if budget is None else budget
     blocks = total // sum(block_bytes.values())
@@ -54,6 +57,13 @@ def plan_memory(
         own = min(blocks, most)
         plan[key] = ModelMemory(models[key].bytes, own * size, own, own * block_size)
     return plan
+
+
+def plan_remote(model: RemoteModel, *, block_size: int, max_batch: int, lanes: int) -> ModelMemory:
+    """Blocks without bytes, enough for `max_batch` full contexts and for one request with `lanes` lanes on the
+    model."""
+    blocks = (max_batch + lanes) * -(-model.context_length // block_size)
+    return ModelMemory(0, 0, blocks, blocks * block_size)
 
 
 def _default_budget(device: torch.device) -> int:

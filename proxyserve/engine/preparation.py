@@ -13,6 +13,7 @@ from proxyserve.fusion.catalog import Catalog
 from proxyserve.fusion.fusion import Fusion
 from proxyserve.fusion.policy import FusionPolicy
 from proxyserve.fusion.program import BASE_LANE
+from proxyserve.fusion.remote_base import over_remote_base
 from proxyserve.scheduler.lane import Lane
 from proxyserve.scheduler.request import ScheduledRequest
 from proxyserve.text.detokenizer import Detokenizer
@@ -81,7 +82,8 @@ def prepare(
 def bind_fusion(fusion: Fusion, catalog: Catalog, prompts: LanePrompts) -> BoundProgram:
     """The program of a request. An explanation also wants to hear the base."""
     watched = (BASE_LANE,) if fusion.explain else ()
-    return bind(fusion.compile(catalog), catalog, prompts.of, watched=watched)
+    program = over_remote_base(fusion.compile(catalog), fusion, catalog)
+    return bind(program, catalog, prompts.of, watched=watched)
 
 
 def context_room(program: BoundProgram) -> int:

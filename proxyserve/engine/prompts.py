@@ -11,7 +11,7 @@ from proxyserve.fusion.catalog import Catalog
 from proxyserve.fusion.fusion import Fusion
 from proxyserve.fusion.lane_prompt import LanePrompt
 from proxyserve.fusion.program import BASE_LANE
-from proxyserve.models.loaded_model import LoadedModel
+from proxyserve.models.remote import AnyModel
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -109,7 +109,7 @@ class _Prompts:
         text = self._template(name).tokenizer.render_chat(messages)
         return tuple(self._lanes[name].tokenizer.encode(prefix + text, add_special_tokens=False))
 
-    def _template(self, name: str) -> LoadedModel:
+    def _template(self, name: str) -> AnyModel:
         """The model whose chat template lane `name` uses."""
         expert, _, role = name.partition("@")[0].partition(".")
         candidates = [self._lanes[name]]

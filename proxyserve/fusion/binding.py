@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from proxyserve.fusion.catalog import Catalog
 from proxyserve.fusion.program import BASE_LANE, FUSED_LAW, Program, WeightLaw
 from proxyserve.fusion.weights import Schedule, factor_at
-from proxyserve.models.loaded_model import LoadedModel
+from proxyserve.models.remote import AnyModel, RemoteModel
 from proxyserve.models.vocabulary import SharedVocabulary
 
 
@@ -16,7 +16,7 @@ from proxyserve.models.vocabulary import SharedVocabulary
 class LaneSpec:
     """One lane to run: a model on a prompt. `names` are the roles it plays (`base`, `qa.untuned`, …)."""
 
-    model: LoadedModel
+    model: AnyModel
     prompt: tuple[int, ...]
     names: tuple[str, ...]
 
@@ -67,6 +67,21 @@ class BoundProgram:
     def law(self) -> WeightLaw | None:
         """How weights are solved, if they are."""
         return self.program.law
+
+    @property
+    def remote_weights(self) -> dict[int, float]:
+        """What the laws of remote lanes count in the scores, by lane, schedules left aside; lanes that only run to be
+        reported on have no entry."""
+        weights = {self.origin: self.program.origin_weight}
+        for term in self.terms:
+            weights[term.lane] = weights.get(term.lane, 0.0) + term.weight
+            if term.minus is not None:
+                weights[term.minus] = weights.get(term.minus, 0.0) - term.weight
+        return {
+            lane: weight
+            for lane, weight in weights.items()
+            if isinstance(self.lanes[lane].model, RemoteModel)
+        }
 
     @property
     def is_linear(self) -> bool:

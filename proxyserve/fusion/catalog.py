@@ -12,6 +12,7 @@ from proxyserve.fusion.calibration import Calibration
 from proxyserve.fusion.program import BASE_LANE
 from proxyserve.models.loaded_model import LoadedModel
 from proxyserve.models.model_set import ModelSet
+from proxyserve.models.remote import AnyModel
 
 if TYPE_CHECKING:
     from proxyserve.fusion.fusion import Fusion
@@ -83,7 +84,7 @@ class Catalog:
                 names.append(f"{name}.untuned")
         return ", ".join(names)
 
-    def model(self, lane: str) -> LoadedModel:
+    def model(self, lane: str) -> AnyModel:
         """The model of a lane that `lane` or a rule has named."""
         model = lane.partition("@")[0]
         if model == BASE_LANE:

@@ -10,6 +10,8 @@ from proxyserve.errors import LoadError
 from proxyserve.models.loaded_model import LoadedModel
 from proxyserve.models.loading import Placement, choose_placement, load_model
 from proxyserve.models.model_set import NAME, ModelSet, make_expert
+from proxyserve.models.remote import load_remote
+from proxyserve.models.upstream import RemoteSource
 from proxyserve.types import ModelKey
 
 
@@ -23,17 +25,24 @@ class ExpertSource:
 
 
 def load_family(
-    base: Path,
+    base: Path | RemoteSource,
     experts: Sequence[ExpertSource] = (),
     *,
     base_name: str | None = None,
     placement: Placement | None = None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> ModelSet:
-    """Load everything, each folder once. The base is called `base_name` or after its folder; an untuned model that
-    several experts share is called after its folder. Raises LoadError; `progress` is told what is being loaded."""
+    """Load everything, each folder once. The base is called `base_name` or after its folder (a remote one after its
+    name there); an untuned model that several experts share is called after its folder. Raises LoadError; `progress` is
+    told what is being loaded."""
     placement = placement or choose_placement()
-    name = base_name or _name_of(base)
+    remote = None
+    if isinstance(base, RemoteSource):
+        progress(f"asking {base.url}")
+        remote = load_remote(base, name=base_name, device=placement.device)
+        name = remote.name
+    else:
+        name = base_name or _name_of(base)
     if not NAME.fullmatch(name):
         raise LoadError(
             f"'{name}' cannot name the base; give --served-name letters, digits, '_' and '-' only"
@@ -59,7 +68,8 @@ def load_family(
         taken.add(candidate)
         return candidate
 
-    base_model = load(base, name)
+    base_model = load(base, name) if isinstance(base, Path) else remote
+    assert base_model is not None
     pairs = []
     for expert in experts:
         if not NAME.fullmatch(expert.name):

@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from proxyserve.errors import LoadError, UnknownModel
 from proxyserve.models.loaded_model import Expert, LoadedModel
+from proxyserve.models.remote import AnyModel
 from proxyserve.models.vocabulary import require_compatible
 from proxyserve.types import ModelKey
 
@@ -18,7 +19,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 class ModelSet:
     """The base and its experts, checked against each other. Immutable."""
 
-    def __init__(self, base: LoadedModel, experts: Iterable[Expert] = ()) -> None:
+    def __init__(self, base: AnyModel, experts: Iterable[Expert] = ()) -> None:
         self.base = base
         by_name: dict[str, Expert] = {}
         for expert in experts:
@@ -38,9 +39,9 @@ class ModelSet:
         return expert
 
     @property
-    def models(self) -> Mapping[ModelKey, LoadedModel]:
+    def models(self) -> Mapping[ModelKey, AnyModel]:
         """Every distinct model once, base first."""
-        found = {self.base.key: self.base}
+        found: dict[ModelKey, AnyModel] = {self.base.key: self.base}
         for expert in self.experts.values():
             for model in (expert.tuned, expert.untuned):
                 if model is not None:
@@ -49,7 +50,7 @@ class ModelSet:
 
 
 def make_expert(
-    name: str, base: LoadedModel, tuned: LoadedModel, untuned: LoadedModel | None, *, generation: int = 1
+    name: str, base: AnyModel, tuned: LoadedModel, untuned: LoadedModel | None, *, generation: int = 1
 ) -> Expert:
     """Pair tuned and untuned after checking their tokenizers against the base's. Raises LoadError."""
     if not NAME.fullmatch(name):

@@ -181,3 +181,23 @@ def test_users_do_not_share_the_prefix_cache(live: Live) -> None:
     assert cached(user="ann") > 0
     assert cached(user="bob") == 0
     assert cached() == 0
+
+
+def test_tokens_are_named_by_id_where_asked(live: Live, tiny_models: ModelSet) -> None:
+    """As vLLM does, so that one server can be the base of another."""
+    body = {"model": "atlas+qa", "prompt": "The quick", "max_tokens": 4, "temperature": 0, "logprobs": 3}
+    by_text = ask(live, **body)["choices"][0]
+    by_id = ask(live, **body, return_tokens_as_token_ids=True)["choices"][0]
+    assert by_id["text"] == by_text["text"]
+    ids = [int(name.removeprefix("token_id:")) for name in by_id["logprobs"]["tokens"]]
+    assert tiny_models.base.tokenizer.decode(ids) == by_text["text"]
+    for key in ("token_logprobs", "text_offset"):
+        assert by_id["logprobs"][key] == by_text["logprobs"][key]
+    for named, other in zip(
+        by_id["logprobs"]["top_logprobs"], by_text["logprobs"]["top_logprobs"], strict=True
+    ):
+        assert all(name.startswith("token_id:") for name in named)
+        assert list(named.values()) == list(other.values())
+    chunks = live.stream(PATH, **body, return_tokens_as_token_ids=True)
+    streamed = [name for chunk in chunks for name in chunk["choices"][0]["logprobs"]["tokens"]]
+    assert streamed == by_id["logprobs"]["tokens"]

@@ -55,3 +55,11 @@ def test_offsets_go_on_between_pieces() -> None:
     builder = CompletionLogprobsBuilder(tokenizer)
     offsets = [builder.add([TokenLogprob(token, -1.0)]).text_offset for token in (0, 1, 0)]
     assert offsets == [[0], [2], [4]]
+
+
+def test_names_by_id() -> None:
+    tokenizer: Any = ByteTokenizer(b"a", b"a", b"\xc3")
+    entry = TokenLogprob(2, -3.0, ((0, -1.0), (1, -2.0)))
+    columns = CompletionLogprobsBuilder(tokenizer, by_id=True).add([entry])
+    assert columns.tokens == ["token_id:2"]
+    assert columns.top_logprobs == [{"token_id:0": -1.0, "token_id:1": -2.0, "token_id:2": -3.0}]

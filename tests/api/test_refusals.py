@@ -269,6 +269,8 @@ VALUES: list[tuple[dict[str, Any], str, Any, str]] = [
     (TEXT, "logit_bias", {str(token): 1 for token in range(1025)}, "logit_bias"),
     (TEXT, "logit_bias", [1], "logit_bias"),
     (TEXT, "logprobs", -1, "logprobs"),
+    (TEXT, "return_tokens_as_token_ids", True, "return_tokens_as_token_ids"),
+    (TEXT, "return_tokens_as_token_ids", 1, "return_tokens_as_token_ids"),
     (TEXT, "logprobs", 21, "logprobs"),
     (TEXT, "logprobs", True, "logprobs"),
     (TEXT, "stream", "true", "stream"),

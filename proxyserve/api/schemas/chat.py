@@ -82,7 +82,9 @@ class ChatCompletion(BaseModel):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: UsageBody
-    fusion: FusionSummary | None = Field(None, description="Left out for requests to the plain base.")
+    fusion: FusionSummary | None = Field(
+        None, description="Left out for requests to a plain base of this server."
+    )
 
 
 class ChatDelta(BaseModel):

@@ -80,6 +80,9 @@ class CompletionRequest(GenerationRequest):
         None,
         description="How many of the most likely tokens to give at each position, beside the chosen one.",
     )
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description="Name tokens in `logprobs` by id, `token_id:123`, so that no two have one name."
+    )
 
     best_of: Annotated[Any, NotYet(1)] = None
     echo: Annotated[Any, NotYet(False)] = None
@@ -117,4 +120,6 @@ class Completion(BaseModel):
     system_fingerprint: str
     choices: list[CompletionChoice]
     usage: UsageBody | None = None
-    fusion: FusionSummary | None = Field(None, description="Left out for requests to the plain base.")
+    fusion: FusionSummary | None = Field(
+        None, description="Left out for requests to a plain base of this server."
+    )

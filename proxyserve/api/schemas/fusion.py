@@ -156,6 +156,10 @@ class FusionSummary(BaseModel):
     `mean_kl` is the mean over generated positions of KL(fused || base) in nats; `flips` counts the positions where the
     fused argmax differs from the base's; both are null for rules that do not run the base. `generations` says which
     version of each expert answered. `mean_weights`, for rules that solve weights, is their mean per expert.
+
+    Where the base is on another server, which returns its likeliest tokens only, `certified` counts generated tokens
+    whose greedy choice is sure to be the one over the base's whole law, `mean_unseen_mass` is the mean of the base's
+    probability that was not returned, and KL and flips are over the returned tokens.
     """
 
     rule: str
@@ -164,3 +168,5 @@ class FusionSummary(BaseModel):
     mean_kl: float | None
     flips: int | None
     mean_weights: dict[str, float] | None = None
+    certified: int | None = None
+    mean_unseen_mass: float | None = None

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 from proxyserve.errors import InvalidRequest, UnknownModel
 from proxyserve.fusion.catalog import Catalog
 from proxyserve.fusion.formula_text import parse_formula, point_at
-from proxyserve.fusion.program import BASE_LANE, Program, Term
+from proxyserve.fusion.program import BASE_LANE, Program
 from proxyserve.fusion.rule import Rule
+from proxyserve.fusion.sums import as_sum
 
 if TYPE_CHECKING:
     from proxyserve.fusion.fusion import Fusion
@@ -37,7 +38,10 @@ class Formula(Rule):
         coefficients = _coefficients(self, catalog, ())
         if not coefficients:
             raise InvalidRequest("The formula's terms cancel: nothing is left of it.", param=_PARAM)
-        return _as_sum(coefficients)
+        origin = BASE_LANE
+        if BASE_LANE not in coefficients:
+            origin = max(coefficients, key=lambda lane: coefficients[lane])
+        return as_sum(coefficients, origin, _PARAM)
 
 
 def _coefficients(rule: Formula, catalog: Catalog, within: tuple[str, ...]) -> dict[str, float]:
@@ -79,27 +83,3 @@ def _of_preset(name: str, preset: Fusion, catalog: Catalog, within: tuple[str, .
             param=_PARAM,
         )
     return program.coefficients()
-
-
-def _as_sum(coefficients: dict[str, float]) -> Program:
-    """The sum as an origin and differences. Lanes of opposite signs are paired, so that what they share cancels before
-    anything is rounded; what cannot be paired stands alone."""
-    if BASE_LANE in coefficients:
-        origin = BASE_LANE
-    else:
-        origin = max(coefficients, key=lambda lane: coefficients[lane])
-    left = {lane: coefficient for lane, coefficient in coefficients.items() if lane != origin}
-    terms = []
-    for lane in [lane for lane, coefficient in left.items() if coefficient > 0.0]:
-        for other in [other for other, coefficient in left.items() if coefficient < 0.0]:
-            weight = min(left[lane], -left[other])
-            if weight > 0.0:
-                terms.append(Term(lane, other, weight, param=_PARAM, bounded=True))
-                left[lane] -= weight
-                left[other] += weight
-    terms += [
-        Term(lane, None, coefficient, param=_PARAM, bounded=True)
-        for lane, coefficient in left.items()
-        if coefficient != 0.0
-    ]
-    return Program(origin, coefficients[origin], tuple(terms))

@@ -1,0 +1,41 @@
+"""All models' share of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from proxyserve.engine.remote_runner import RemoteRows, RemoteRunner
+from proxyserve.engine.runner import Runner
+from proxyserve.scheduler.scheduler import LaneWork
+from proxyserve.types import ModelKey
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """`logits` [rows, width] of each model, a row per work item with `last` set; `remote` has the rest of what is known
+    about the rows of remote models. `failures` maps ids of requests to why one of their lanes has no logits."""
+
+    logits: Mapping[ModelKey, Tensor]
+    remote: Mapping[ModelKey, RemoteRows] = field(default_factory=dict)
+
+    @property
+    def failures(self) -> dict[str, str]:
+        return {request: reason for rows in self.remote.values() for request, reason in rows.failures.items()}
+
+
+def run_models(
+    runners: Mapping[ModelKey, Runner | RemoteRunner], work: Mapping[ModelKey, Sequence[LaneWork]]
+) -> Forward:
+    """Run every model's work. Remote models are asked first and listened to last, so that the local ones run while the
+    answers are on their way. Must be called in inference mode."""
+    calls = {}
+    for model, items in work.items():
+        runner = runners[model]
+        if isinstance(runner, RemoteRunner):
+            calls[model] = runner.begin(items)
+    logits = {model: runners[model].run(items) for model, items in work.items() if model not in calls}
+    remote = {model: call.rows() for model, call in calls.items()}
+    return Forward({**logits, **{model: rows.known for model, rows in remote.items()}}, remote)
