@@ -40,7 +40,7 @@ def explained_table(entries: Sequence[dict[str, Any]]) -> Table:
         kl = "" if entry["kl"] is None else f"{entry['kl']:.3f}"
         marks = " ".join(mark for mark, on in (("flip", entry["flip"]), ("gated", entry["gated"])) if on)
         table.add_row(
-            repr(entry["token"]),
+            Text(repr(entry["token"])),  # a plain string would be read as markup: "[/INST]"
             f"{entry['fused']['logprob']:.3f}",
             "" if base is None else f"{base['logprob']:.3f}",
             *pushes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -13,10 +14,14 @@ from rich.console import Console
 from rich.text import Text
 
 from proxyserve.cli import options
+from proxyserve.cli.files import check_writable
 from proxyserve.demo.family import family_paths
+from proxyserve.evaluation.beginning import beginning
 from proxyserve.evaluation.explore import ExploreSettings, explore
 from proxyserve.models.family import ExpertSource, load_family
 from proxyserve.models.loading import choose_placement
+
+_LEARNING_RATE = 1e-4
 
 
 def explore_command(
@@ -26,7 +31,10 @@ def explore_command(
     ] = None,
     untuned: Annotated[Path | None, typer.Option("--untuned", help="Folder of its untuned model.")] = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", help="Beginning of every text; default: the end-of-text token.")
+        str | None,
+        typer.Option(
+            "--prompt", help="Beginning of every text; default: the beginning- or end-of-text token."
+        ),
     ] = None,
     texts: Annotated[int, typer.Option("--texts", min=1, help="How many texts.")] = 10,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest text, in tokens.")] = 48,
@@ -41,8 +49,9 @@ def explore_command(
         bool, typer.Option("--iterative", help="The untuned model learns from each text before the next.")
     ] = False,
     learning_rate: Annotated[
-        float, typer.Option("--learning-rate", min=0.0, help="Of the iterative form; one step per text.")
-    ] = 1e-4,
+        float | None,
+        typer.Option("--learning-rate", help="Of --iterative, one step per text; default: 0.0001."),
+    ] = None,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Suppress the end of the text, as the paper does.")
     ] = False,
@@ -61,6 +70,11 @@ def explore_command(
     """
     if threads is not None:
         torch.set_num_threads(threads)
+    if learning_rate is not None and not iterative:
+        raise typer.BadParameter("only --iterative learns; give it too", param_hint="--learning-rate")
+    if learning_rate is not None and not 0.0 < learning_rate < math.inf:
+        raise typer.BadParameter("must be above 0", param_hint="--learning-rate")
+    check_writable(output, "--output")
     console = Console(stderr=True)
     base, source = _source(expert, tuned, untuned)
     with console.status("loading") as status:
@@ -68,7 +82,7 @@ def explore_command(
         models = load_family(base, [source], placement=placement, progress=status.update)
     found = models.expert(expert)
     tokenizer = found.tuned.tokenizer
-    beginning = tokenizer.encode(prompt) if prompt is not None else sorted(found.tuned.eos_ids)[:1]
+    start = tokenizer.encode(prompt) if prompt is not None else beginning(tokenizer)
     settings = ExploreSettings(
         texts=texts,
         max_tokens=max_tokens,
@@ -76,17 +90,18 @@ def explore_command(
         gamma=gamma,
         alpha=alpha,
         seed=seed,
-        learning_rate=learning_rate if iterative else None,
+        learning_rate=(learning_rate or _LEARNING_RATE) if iterative else None,
         ignore_eos=ignore_eos,
     )
-    lines = []
-    for number, finding in enumerate(explore(found, beginning, settings), 1):
+    if output is not None:
+        output.write_text("", encoding="utf-8")
+    for number, finding in enumerate(explore(found, start, settings), 1):
         current = f", {finding.current:+.2f} after learning" if iterative else ""
         head = f"{number:3} {finding.contrast:+.2f} nats per token{current}"
         Console().print(Text.assemble((head, "bold"), "  ", repr(finding.text)), soft_wrap=True)
-        lines.append(json.dumps(asdict(finding)) + "\n")
-    if output is not None:
-        output.write_text("".join(lines), encoding="utf-8")
+        if output is not None:  # as they come: an exploration that is interrupted keeps what it found
+            with output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(finding)) + "\n")
 
 
 def _source(expert: str, tuned: Path | None, untuned: Path | None) -> tuple[Path, ExpertSource]:

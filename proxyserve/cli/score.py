@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,9 +16,11 @@ from proxyserve.api.explanations import explained
 from proxyserve.api.presets import parse_fusion
 from proxyserve.cli import options
 from proxyserve.cli.explained import coloured, report, totals
+from proxyserve.cli.files import read_text
 from proxyserve.demo.family import family_paths
-from proxyserve.engine.prompts import text_prompts
+from proxyserve.engine.prompts import text_prompts, token_prompts
 from proxyserve.errors import ProxyserveError
+from proxyserve.evaluation.beginning import beginning
 from proxyserve.evaluation.likelihood import Likelihood
 from proxyserve.fusion.catalog import Catalog
 from proxyserve.fusion.fusion import Fusion
@@ -29,7 +31,13 @@ from proxyserve.models.loading import choose_placement
 _PATIENCE = 120.0
 
 
+#: Options that only one of the two forms reads.
+_LOCAL_ONLY = ("base", "expert", "dtype", "device", "threads")
+_SERVER_ONLY = ("max_tokens", "temperature", "api_key_file")
+
+
 def score_command(
+    context: typer.Context,
     base: Annotated[
         Path | None, typer.Argument(metavar="[BASE]", help="Folder of the base; default: the demo family.")
     ] = None,
@@ -68,6 +76,16 @@ def score_command(
     """
     if (text is None) == (server is None):
         raise typer.BadParameter("give either --text or --server")
+    if server is not None:
+        _refuse(context, _LOCAL_ONLY, "the server has its own models; leave it out with --server")
+    else:
+        _refuse(context, _SERVER_ONLY, "nothing is generated with --text; leave it out")
+        if not text:
+            raise typer.BadParameter("the text is empty", param_hint="--text")
+        if base is None and expert:
+            raise typer.BadParameter(
+                "the demo family has its own experts; for others name BASE", param_hint="--expert"
+            )
     if threads is not None:
         torch.set_num_threads(threads)
     wanted = None if fusion is None else _read_json(fusion)
@@ -89,6 +107,15 @@ def score_command(
     console.print(report(entries))
 
 
+def _refuse(context: typer.Context, names: Sequence[str], why: str) -> None:
+    """Raises BadParameter for one of these that was typed. The environment may be set for other commands."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            hint = "BASE" if name == "base" else f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(why, param_hint=hint)
+
+
 def _read_json(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
@@ -96,6 +123,8 @@ def _read_json(text: str) -> dict[str, Any]:
         raise typer.BadParameter(f"not JSON: {error}", param_hint="--fusion") from error
     if not isinstance(value, dict):
         raise typer.BadParameter("must be an object", param_hint="--fusion")
+    if "explain" in value:
+        raise typer.BadParameter("'explain' is what --top says; leave it out", param_hint="--fusion")
     return value
 
 
@@ -121,9 +150,11 @@ def _score(
         catalog = Catalog(models)
         wanted = _fusion(catalog, model, fusion)
         tokenizer = models.base.tokenizer
-        # Without a prompt the text begins after what the tokenizer or the model takes for a beginning.
-        beginning = prompt or tokenizer.decode(sorted(tokenizer.eos_ids)[:1], skip_special_tokens=False)
-        prompts = text_prompts(catalog, wanted, beginning)
+        prompts = (
+            text_prompts(catalog, wanted, prompt)
+            if prompt
+            else token_prompts(catalog, wanted, beginning(tokenizer))
+        )
         ids = tokenizer.encode(text, add_special_tokens=False)
         status.update("scoring")
         entries = Likelihood(catalog).explain(wanted, prompts, ids, top)
@@ -162,17 +193,26 @@ def _ask(
                 data = line.removeprefix("data: ")
                 if data == line or data == "[DONE]":
                     continue
-                chunk = json.loads(data)
-                if "error" in chunk:
-                    raise ProxyserveError(f"The server failed midway: {chunk['error']['message']}")
-                for choice in chunk["choices"]:
-                    yield from choice["explain"]
-    except httpx.HTTPError as error:
+                yield from _explanations(data, server)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ProxyserveError(f"{server} cannot be reached: {error}") from error
 
 
+def _explanations(data: str, server: str) -> list[dict[str, Any]]:
+    """The explained tokens of one event. Raises ProxyserveError for a failure, and for what no proxyserve sends."""
+    try:
+        chunk = json.loads(data)
+        if "error" in chunk:
+            raise ProxyserveError(f"The server failed midway: {chunk['error']['message']}")
+        return [entry for choice in chunk["choices"] for entry in choice["explain"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ProxyserveError(
+            f"{server} does not explain its tokens; --server must be a proxyserve server."
+        ) from error
+
+
 def _first_key(file: Path) -> str:
-    lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
+    lines = (line.strip() for line in read_text(file).splitlines())
     key = next((line for line in lines if line and not line.startswith("#")), "")
     if not key or key.startswith("sha256:"):
         raise typer.BadParameter(f"{file} must hold the key itself", param_hint="--api-key-file")

@@ -52,12 +52,19 @@ class Finding:
 def explore(expert: Expert, prompt: Sequence[int], settings: ExploreSettings) -> Iterator[Finding]:
     """Generate and yield one text after the other. Plain Hugging Face forwards, since the weights of one of the models
     change between texts. Nothing is written to disk. Raises InvalidRequest for settings that rule `contrast` refuses,
-    for an expert without an untuned model and for an empty prompt."""
+    for an expert without an untuned model, for an empty prompt and for texts longer than a context."""
     Contrast((ExpertWeight(expert.name),), settings.gamma, settings.alpha)  # checks them
     if expert.untuned is None:
         raise InvalidRequest(f"Expert '{expert.name}' has no untuned model to contrast with.")
     if not prompt:
         raise InvalidRequest("The prompt must have at least one token.", param="prompt")
+    context = min(expert.tuned.context_length, expert.untuned.context_length)
+    if len(prompt) + settings.max_tokens > context:
+        raise InvalidRequest(
+            f"Prompt and text are up to {len(prompt) + settings.max_tokens} tokens; the context of expert "
+            f"'{expert.name}' is {context}. Lower max_tokens.",
+            param="max_tokens",
+        )
     tuned, untuned = expert.tuned.module, expert.untuned.module
     learner = copy.deepcopy(untuned) if settings.learning_rate is not None else untuned
     optimizer = None
@@ -123,8 +130,10 @@ def _draw(
             )
             for model, cache in zip(models, caches, strict=True)
         ]
-        scores = contrast_scores(laws[0], laws[1], settings.gamma, settings.alpha)
-        scores[blocked] = -torch.inf
+        # Barred before the plausible set is formed: where the tuned model is all but sure of the end of the text, the
+        # set would otherwise hold nothing that may be drawn.
+        allowed = laws[0].index_fill(0, blocked, -torch.inf)
+        scores = contrast_scores(allowed, laws[1], settings.gamma, settings.alpha)
         if settings.temperature == 0.0:
             token = int(scores.argmax())
         else:

@@ -21,6 +21,7 @@ from proxyserve.fusion.catalog import Catalog
 from proxyserve.fusion.fusion import Fusion
 from proxyserve.fusion.program import BASE_LANE
 from proxyserve.models.loaded_model import LoadedModel
+from proxyserve.models.remote import require_local
 from proxyserve.types import LaneView, TokenExplanation
 from proxyserve_kernels import (
     Match,
@@ -58,17 +59,23 @@ class Likelihood:
 
     def bind(self, fusion: Fusion, prompts: LanePrompts) -> BoundProgram:
         """The program whose lanes `chunks` runs, the base among them. Raises InvalidRequest or UnknownModel, also for a
-        gate, which decides during generation."""
+        gate, which decides during generation, and for a target entropy, which is a temperature: log-probs are those
+        before it, so it would change nothing."""
         if fusion.gate is not None:
             raise InvalidRequest(
                 "A gate decides during generation; leave it out to score a text.", param="fusion.gate"
+            )
+        if fusion.target_entropy is not None:
+            raise InvalidRequest(
+                "Log-probs are those before any temperature; leave 'target_entropy' out to score a text.",
+                param="fusion.target_entropy",
             )
         return bind(fusion.compile(self.catalog), self.catalog, prompts.of, watched=(BASE_LANE,))
 
     @torch.inference_mode()
     def chunks(self, program: BoundProgram, text: Sequence[int]) -> Iterator[Chunk]:
         """Run all lanes over the text, once. Raises InvalidRequest if a lane's context is too short."""
-        readers = [_Reader(spec.model, spec.prompt, len(text)) for spec in program.lanes]
+        readers = [_Reader(require_local(spec.model), spec.prompt, len(text)) for spec in program.lanes]
         for start in range(0, len(text), CHUNK):
             tokens = tuple(text[start : start + CHUNK])
             yield Chunk(start, tokens, tuple(reader.read(tokens) for reader in readers))

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from proxyserve.cli.main import app
+from proxyserve.errors import ProxyserveError
 from proxyserve.fusion.calibration import read_calibrations
 from tests.tiny import TinyFamily
 
@@ -46,6 +47,22 @@ def test_refusals(arguments: list[str], tmp_path: Path) -> None:
     assert bad.exit_code == 1 and "task.jsonl:1" in str(bad.exception)
     unnamed = CliRunner().invoke(app, ["calibrate", arguments[1]])
     assert unnamed.exit_code == 2 and "--expert" in unnamed.output
+
+
+def test_files_are_checked(arguments: list[str], tmp_path: Path) -> None:
+    for option in ("--save", "--chart"):
+        result = CliRunner().invoke(app, [*arguments, option, str(tmp_path / "none" / "file")])
+        assert result.exit_code == 2 and option in result.output and "no folder" in result.output
+    twice = CliRunner().invoke(app, [*arguments, "--task", f"qa={tmp_path / 'task.jsonl'}"])
+    assert twice.exit_code == 2 and "two tasks" in twice.output
+    (tmp_path / "general.txt").write_bytes(b"caf\xe9 and more")
+    latin = CliRunner().invoke(app, arguments)
+    assert isinstance(latin.exception, ProxyserveError) and "not UTF-8" in str(latin.exception)
+
+
+def test_a_task_of_ones_own_for_the_demo_family(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["calibrate", "--expert", "qa", "--task", str(tmp_path / "none.jsonl")])
+    assert isinstance(result.exception, ProxyserveError) and "none.jsonl" in str(result.exception)
 
 
 @pytest.mark.slow

@@ -26,3 +26,11 @@ def test_refusals(tmp_path: Path) -> None:
     assert "record" in CliRunner().invoke(app, ["explore", "nobody"]).output
     half = CliRunner().invoke(app, ["explore", "x", "--tuned", str(tmp_path)])
     assert half.exit_code == 2 and "--untuned" in half.output
+    for arguments, words in (
+        (["--learning-rate", "0.1"], "--iterative"),
+        (["--iterative", "--learning-rate", "0"], "above 0"),
+        (["--output", str(tmp_path / "none" / "texts.jsonl")], "no folder"),
+        (["--output", str(tmp_path)], "name a file"),
+    ):
+        result = CliRunner().invoke(app, ["explore", "record", *arguments])
+        assert result.exit_code == 2 and words in result.output, arguments

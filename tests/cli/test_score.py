@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
-from proxyserve.cli.explained import coloured, totals
+from proxyserve.cli.explained import coloured, explained_table, totals
 from proxyserve.cli.main import app
 from proxyserve.config import EngineConfig
 from proxyserve.engine.engine import Engine
 from proxyserve.engine.loop import AsyncEngine
+from proxyserve.errors import ProxyserveError
 from proxyserve.models.model_set import ModelSet
 from tests.api.live import Live, serve
 from tests.tiny import TinyFamily
@@ -40,6 +45,14 @@ def test_colours() -> None:
     assert "rgb(235,198,198)" in str(down.style)
     assert not str(still.style)
     assert "underline" in str(coloured(entry("x", 0.0, flip=True)).style)
+
+
+@pytest.mark.parametrize("token", ["[/INST]", "[red]"])
+def test_tokens_are_no_markup(token: str) -> None:
+    console = Console(file=io.StringIO(), width=100)
+    console.print(coloured(entry(token, 1.0)), explained_table([entry(token, 1.0)]))
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().count(token) == 2
 
 
 def test_totals() -> None:
@@ -118,6 +131,12 @@ def test_refusals(live: Live, local: list[str]) -> None:
         (["score", "--server", live.url, "--prompt", "a"], "--model"),
         (["score", "--server", live.url, "--model", "atlas"], "--prompt"),
         ([*local, "--text", "a", "--fusion", "["], "not JSON"),
+        ([*local, "--text", "a", "--fusion", '{"explain": 2}'], "--top"),
+        ([*local, "--text", ""], "empty"),
+        ([*local, "--text", "a", "--max-tokens", "3"], "--max-tokens"),
+        ([*local, "--server", live.url, "--model", "atlas"], "BASE"),
+        (["score", "--server", live.url, "--device", "cpu"], "--device"),
+        (["score", "--text", "a", "--expert", "qa=/nowhere"], "name BASE"),
         ([*local, "--text", "a", "--fusion", "{}", "--model", "x"], "not both"),
     ):
         result = CliRunner().invoke(app, arguments)
@@ -126,3 +145,24 @@ def test_refusals(live: Live, local: list[str]) -> None:
         app, ["score", "--server", "http://127.0.0.1:9", "--model", "a", "--prompt", "a"]
     )
     assert away.exit_code == 1 and "cannot be reached" in str(away.exception)
+
+
+@pytest.mark.parametrize("event", [b'{"choices": [{"index": 0, "text": "x"}]}', b"no JSON", b"[]"])
+def test_a_server_that_explains_nothing(event: bytes) -> None:
+    class Other(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"data: " + event + b"\n\ndata: [DONE]\n\n")
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        result = CliRunner().invoke(app, ["score", "--server", url, "--model", "a", "--prompt", "a"])
+        server.shutdown()
+    assert isinstance(result.exception, ProxyserveError), result.exception
+    assert "proxyserve server" in str(result.exception)

@@ -75,9 +75,23 @@ def test_the_end_of_a_text(record: Expert) -> None:
     assert own == 0.0 and math.isfinite(ended.contrast)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_sure_end_of_text_can_be_suppressed(record: Expert, temperature: float) -> None:
+    """Where the tuned model is all but sure of the end, it alone is plausible, and something else must be drawn."""
+    prompt = sorted(record.tuned.eos_ids)[:1]
+    for seed in range(3):
+        settings = ExploreSettings(
+            texts=1, max_tokens=80, temperature=temperature, ignore_eos=True, seed=seed
+        )
+        (finding,) = explore(record, prompt, settings)
+        assert len(finding.tokens) == 80 and not set(finding.tokens) & record.tuned.eos_ids
+
+
 def test_refusals(record: Expert) -> None:
     with pytest.raises(InvalidRequest, match="gamma"):
         next(explore(record, [1], ExploreSettings(gamma=-1)))
+    with pytest.raises(InvalidRequest, match="context of expert 'record' is 512"):
+        next(explore(record, [1], ExploreSettings(max_tokens=512)))
     with pytest.raises(InvalidRequest, match="prompt"):
         next(explore(record, [], ExploreSettings()))
     alone = Expert("alone", record.tuned, None, record.vocabulary)

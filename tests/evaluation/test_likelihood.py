@@ -1,4 +1,4 @@
-"""Fused log-probs of given texts against plain Hugging Face forwards, and against the engine."""
+"""Fused log-probs of given texts against plain Hugging Face forwards."""
 
 from __future__ import annotations
 
@@ -108,3 +108,5 @@ def test_refusals(catalog: Catalog) -> None:
         scorer.explain(parse_fusion({}), LanePrompts(()), TEXT)
     with pytest.raises(InvalidRequest, match="gate"):
         scorer.explain(parse_fusion({"gate": {"confidence": 1}}), LanePrompts(PROMPT), TEXT)
+    with pytest.raises(InvalidRequest, match="target_entropy"):
+        scorer.explain(parse_fusion({"target_entropy": 1.0}), LanePrompts(PROMPT), TEXT)
