@@ -11,6 +11,8 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from proxyserve.bench.peaked import Peaks, make_peaked
+
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
@@ -32,42 +34,49 @@ VOCABULARY = 32_000
 
 @dataclass(frozen=True, slots=True)
 class BenchFamily:
-    """Folders of a base and of one expert pair."""
+    """Folders of a base, of an expert pair, and of a second tuned model over the same untuned one."""
 
     base: Path
     tuned: Path
     untuned: Path
+    second: Path
 
     @property
     def folders(self) -> Sequence[Path]:
+        """Of the models that fuse one expert."""
         return (self.base, self.tuned, self.untuned)
 
 
-def build_bench_family(root: Path, *, context: int = 1024) -> BenchFamily:
-    """Write the three random models under `root`. The same every time."""
+def build_bench_family(root: Path, *, context: int = 1024, peaks: Peaks | None = None) -> BenchFamily:
+    """Write the random models under `root`. The same every time. With `peaks` their laws are as peaked, and the pairs
+    as alike, as it says; without, laws are nearly uniform, as those of random models are."""
+    shapes = {"base": BASE, "tuned": EXPERT, "untuned": EXPERT, "second": EXPERT}
+    family = {name: _random(seed, shape, context) for seed, (name, shape) in enumerate(shapes.items())}
+    if peaks is not None:
+        make_peaked(family["base"], family["untuned"], [family["tuned"], family["second"]], peaks)
     tokenizer = _word_tokenizer()
-    folders = []
-    for seed, (name, shape) in enumerate((("base", BASE), ("tuned", EXPERT), ("untuned", EXPERT))):
-        torch.manual_seed(seed)
-        folder = root / name
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=shape.hidden,
-                intermediate_size=shape.intermediate,
-                num_hidden_layers=shape.layers,
-                num_attention_heads=shape.heads,
-                num_key_value_heads=shape.kv_heads,
-                tie_word_embeddings=shape.tied,
-                max_position_embeddings=context,
-                bos_token_id=None,
-                eos_token_id=0,
-            )
+    for name, model in family.items():
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return BenchFamily(**{name: root / name for name in family})
+
+
+def _random(seed: int, shape: ModelShape, context: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=shape.hidden,
+            intermediate_size=shape.intermediate,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            tie_word_embeddings=shape.tied,
+            max_position_embeddings=context,
+            bos_token_id=None,
+            eos_token_id=0,
         )
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        folders.append(folder)
-    return BenchFamily(*folders)
+    ).eval()
 
 
 def _word_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,4 +1,5 @@
-"""Fused decoding in proxyserve beside the plain Hugging Face loop: same models, same prompts, interleaved rounds.
+"""Fused decoding in proxyserve beside the plain Hugging Face loop: same models, same prompts, interleaved rounds; and
+what solving weights costs.
 
 These machines are noisy, so what counts are the ratios within one run. Each round measures every contestant once; the
 best round of each is compared.
@@ -20,13 +21,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from proxyserve.bench.models import VOCABULARY, BenchFamily, build_bench_family
+from proxyserve.bench.peaked import Peaks
+from proxyserve.bench.solving import BATCH as SOLVING_BATCH
+from proxyserve.bench.solving import SolvingResult, measure_solving
 from proxyserve.config import EngineConfig
 from proxyserve.engine.engine import Engine
 from proxyserve.engine.submission import LanePrompts, Submission
 from proxyserve.evaluation.hf_loop import generate_fused
 from proxyserve.fusion.fusion import Fusion, proxy
 from proxyserve.models.family import ExpertSource, load_family
-from proxyserve.models.loading import choose_placement
+from proxyserve.models.loading import Placement, choose_placement
 from proxyserve.types import SamplingParams
 
 FUSED = proxy({"expert": 1.0})
@@ -36,7 +40,8 @@ KV_MEMORY = 2**30
 
 @dataclass(frozen=True, slots=True)
 class BenchSettings:
-    """`prompt` and `new` are tokens per request, `rounds` how often each contestant is measured."""
+    """`batches` are those that are held against the loop; empty: none is. `prompt` and `new` are tokens per request,
+    `rounds` how often each contestant is measured."""
 
     batches: tuple[int, ...] = (1, 8, 32)
     prompt: int = 64
@@ -72,17 +77,26 @@ class BenchRow:
 
 @dataclass(frozen=True, slots=True)
 class BenchResult:
-    """Rows, and what they were measured with."""
+    """Rows, and what they were measured with. `solving` has a result per kind of laws."""
 
     settings: BenchSettings
     machine: dict[str, str]
     rows: tuple[BenchRow, ...]
+    solving: tuple[SolvingResult, ...]
 
     def as_dict(self) -> dict[str, object]:
         return {
             "settings": asdict(self.settings),
             "machine": self.machine,
             "rows": [{**asdict(row), "ratios": row.ratios} for row in self.rows],
+            "solving": [
+                {
+                    "laws": result.laws,
+                    "batch": result.batch,
+                    "rows": [{**asdict(row), "overhead": row.overhead} for row in result.rows],
+                }
+                for result in self.solving
+            ],
         }
 
 
@@ -93,22 +107,45 @@ def run_bench(
     torch.set_num_threads(settings.threads)
     transformers.utils.logging.disable_progress_bar()
     placement = choose_placement(settings.device, settings.dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        progress("making random models")
-        family = build_bench_family(Path(folder))
-        models = load_family(
-            family.base, [ExpertSource("expert", family.tuned, family.untuned)], placement=placement
-        )
-        config = EngineConfig(max_batch=max(settings.batches), kv_memory=KV_MEMORY, prefix_cache=False)
-        engine = Engine(models, config)
-        peers = _load_peers(family, placement.dtype, placement.device)
-        rows = tuple(_measure(engine, peers, batch, settings, progress) for batch in settings.batches)
-    return BenchResult(settings, _machine(placement.device), rows)
+    rows, solving = [], []
+    for peaks in (None, Peaks()):
+        laws = _describe(peaks)
+        progress(f"making random models, {laws}")
+        with tempfile.TemporaryDirectory() as folder:
+            family = build_bench_family(Path(folder), peaks=peaks)
+            engine = _load(family, placement, settings)
+            if peaks is None and settings.batches:
+                peers = _load_peers(family, placement)
+                rows = [_measure(engine, peers, batch, settings, progress) for batch in settings.batches]
+                del peers
+            solving.append(
+                measure_solving(
+                    engine, "expert", "second", laws=laws, prompt=settings.prompt, progress=progress
+                )
+            )
+            del engine
+    return BenchResult(settings, _machine(placement.device), tuple(rows), tuple(solving))
 
 
-def _load_peers(family: BenchFamily, dtype: torch.dtype, device: torch.device) -> list[PreTrainedModel]:
+def _describe(peaks: Peaks | None) -> str:
+    if peaks is None:
+        return "laws of random models, nearly uniform"
+    return f"laws of about {peaks.entropy:g} nats, KL(tuned || untuned) {peaks.kl:g}"
+
+
+def _load(family: BenchFamily, placement: Placement, settings: BenchSettings) -> Engine:
+    experts = [
+        ExpertSource("expert", family.tuned, family.untuned),
+        ExpertSource("second", family.second, family.untuned),
+    ]
+    most = max((*settings.batches, SOLVING_BATCH))
+    config = EngineConfig(max_batch=most, kv_memory=KV_MEMORY, prefix_cache=False)
+    return Engine(load_family(family.base, experts, placement=placement), config)
+
+
+def _load_peers(family: BenchFamily, placement: Placement) -> list[PreTrainedModel]:
     return [
-        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
+        AutoModelForCausalLM.from_pretrained(folder, dtype=placement.dtype).eval().to(placement.device)
         for folder in family.folders
     ]
 

@@ -1,4 +1,4 @@
-"""`proxyserve eval`: the gap-closed table of a demo family, through the engine."""
+"""`proxyserve eval`: the gap-closed tables of a demo family, through the engine."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from proxyserve.cli import options
 from proxyserve.config import EngineConfig
 from proxyserve.demo.family import family_paths
 from proxyserve.demo.world import make_world
+from proxyserve.evaluation.chart import save_chart
 from proxyserve.evaluation.engine_generator import EngineGenerator
 from proxyserve.evaluation.evaluate import evaluate_family
 from proxyserve.evaluation.reference import ReferenceGenerator
-from proxyserve.evaluation.report import markdown_table, rich_table, save_chart, to_json
+from proxyserve.evaluation.report import markdown as as_markdown
+from proxyserve.evaluation.report import sheets, to_json
 from proxyserve.evaluation.systems import Generator
 
 
@@ -30,7 +32,7 @@ def eval_command(
             help="Folders made by `python -m proxyserve.demo.train`; default: the shipped family.",
         ),
     ] = None,
-    weight: Annotated[float, typer.Option("--weight", help="Weight of each skill's expert.")] = 1.0,
+    weight: Annotated[float, typer.Option("--weight", help="Weight of rule proxy, own expert.")] = 1.0,
     people: Annotated[
         int | None, typer.Option("--people", min=1, help="Only so many held-out people.")
     ] = None,
@@ -38,16 +40,21 @@ def eval_command(
         bool, typer.Option("--validation", help="The people that recipes are chosen on, not the test people.")
     ] = False,
     reference: Annotated[
-        bool, typer.Option("--reference", help="Plain Hugging Face models instead of proxyserve's engine.")
+        bool,
+        typer.Option(
+            "--reference",
+            help="Plain Hugging Face models instead of proxyserve's engine, for rule proxy alone.",
+        ),
     ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result as JSON.")] = None,
     chart: Annotated[Path | None, typer.Option("--chart", help="Write a chart as PNG.")] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     threads: options.Threads = 1,
 ) -> None:
-    """Accuracy of base, small models, fused law and oracle on held-out people, and the gap that fusion closes."""
+    """Accuracy of base, small models, fused laws and oracle on held-out people, and the gap that each rule closes, with
+    the right expert alone and with all experts at once."""
     if threads is not None:
         torch.set_num_threads(threads)
     world = make_world()
@@ -68,9 +75,10 @@ def eval_command(
                 )
             )
     if markdown:
-        typer.echo(markdown_table(results))
+        typer.echo(as_markdown(results))
     else:
-        Console().print(rich_table(results))
+        for sheet in sheets(results):
+            Console().print(sheet.as_rich())
     if json_file is not None:
         json_file.write_text(to_json(results))
     if chart is not None:

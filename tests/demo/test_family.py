@@ -13,7 +13,8 @@ from proxyserve.demo.skills import SKILLS
 from proxyserve.demo.world import make_world
 from proxyserve.evaluation.engine_generator import EngineGenerator
 from proxyserve.evaluation.reference import ReferenceGenerator
-from proxyserve.evaluation.systems import Pair, System
+from proxyserve.evaluation.systems import Pair, Question, System
+from proxyserve.fusion.fusion import proxy
 
 PATHS = family_paths()
 FOLDERS = [PATHS.base, PATHS.untuned, *PATHS.experts.values(), *PATHS.oracles.values()]
@@ -57,16 +58,16 @@ def test_fusion_does_what_neither_model_can(name: str) -> None:
     systems = {
         "base": System(PATHS.base),
         "tuned": System(pair.tuned),
-        "fused": System(PATHS.base, {name: (pair, 1.0)}),
+        "fused": System(PATHS.base, {name: pair}, proxy({name: 1.0})),
     }
     right = {}
     for system_name, system in systems.items():
-        prompts = [example.prompt for example in examples]
-        ours = EngineGenerator().generate(prompts, system, skill.max_tokens)
-        plain = ReferenceGenerator().generate(prompts, system, skill.max_tokens)
+        questions = [Question(example.prompt, skill.max_tokens) for example in examples]
+        ours = EngineGenerator().generate(questions, system)
+        plain = ReferenceGenerator().generate(questions, system)
         assert ours == plain
         right[system_name] = sum(
-            answer is not None and skill.correct(example, answer)
+            answer.text is not None and skill.correct(example, answer.text)
             for example, answer in zip(examples, ours, strict=True)
         ) / len(examples)
     assert right["base"] <= 0.1 and right["tuned"] <= 0.4
