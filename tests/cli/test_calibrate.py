@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from proxyserve.cli.main import app
 from proxyserve.errors import ProxyserveError
 from proxyserve.fusion.calibration import read_calibrations
+from tests.cli.output import said
 from tests.tiny import TinyFamily
 
 
@@ -52,9 +53,9 @@ def test_refusals(arguments: list[str], tmp_path: Path) -> None:
 def test_files_are_checked(arguments: list[str], tmp_path: Path) -> None:
     for option in ("--save", "--chart"):
         result = CliRunner().invoke(app, [*arguments, option, str(tmp_path / "none" / "file")])
-        assert result.exit_code == 2 and option in result.output and "no folder" in result.output
+        assert result.exit_code == 2 and option in said(result) and "no folder" in said(result)
     twice = CliRunner().invoke(app, [*arguments, "--task", f"qa={tmp_path / 'task.jsonl'}"])
-    assert twice.exit_code == 2 and "two tasks" in twice.output
+    assert twice.exit_code == 2 and "two tasks" in said(twice)
     (tmp_path / "general.txt").write_bytes(b"caf\xe9 and more")
     latin = CliRunner().invoke(app, arguments)
     assert isinstance(latin.exception, ProxyserveError) and "not UTF-8" in str(latin.exception)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from proxyserve.cli.main import app
+from tests.cli.output import said
 
 
 def test_texts_and_file(tmp_path: Path) -> None:
@@ -33,4 +34,4 @@ def test_refusals(tmp_path: Path) -> None:
         (["--output", str(tmp_path)], "name a file"),
     ):
         result = CliRunner().invoke(app, ["explore", "record", *arguments])
-        assert result.exit_code == 2 and words in result.output, arguments
+        assert result.exit_code == 2 and words in said(result), arguments

@@ -23,6 +23,7 @@ from proxyserve.engine.loop import AsyncEngine
 from proxyserve.errors import ProxyserveError
 from proxyserve.models.model_set import ModelSet
 from tests.api.live import Live, serve
+from tests.cli.output import said
 from tests.tiny import TinyFamily
 
 
@@ -140,7 +141,7 @@ def test_refusals(live: Live, local: list[str]) -> None:
         ([*local, "--text", "a", "--fusion", "{}", "--model", "x"], "not both"),
     ):
         result = CliRunner().invoke(app, arguments)
-        assert result.exit_code == 2 and words in result.output, arguments
+        assert result.exit_code == 2 and words in said(result), arguments
     away = CliRunner().invoke(
         app, ["score", "--server", "http://127.0.0.1:9", "--model", "a", "--prompt", "a"]
     )
