@@ -80,8 +80,8 @@ def prepare(
 
 
 def bind_fusion(fusion: Fusion, catalog: Catalog, prompts: LanePrompts) -> BoundProgram:
-    """The program of a request. An explanation also wants to hear the base."""
-    watched = (BASE_LANE,) if fusion.explain else ()
+    """The program of a request. An explanation or a gate wants to hear the base whatever the rule."""
+    watched = (BASE_LANE,) if fusion.explain or fusion.gate is not None else ()
     program = over_remote_base(fusion.compile(catalog), fusion, catalog)
     return bind(program, catalog, prompts.of, watched=watched)
 

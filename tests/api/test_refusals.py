@@ -144,7 +144,6 @@ FUSION_REFUSALS = [
     ({"rule": "formula", "formula": "base - base"}, "fusion.formula", ""),
     ({"rule": "formula"}, "fusion.formula", ""),
     ({"rule": "edit", "experts": {"qa": 1}}, "fusion.experts.qa", "calibrat"),
-    ({"rule": "contrast", "experts": {"qa": 1}, "gate": {"confidence": 0.5}}, "fusion.gate", "base"),
     (
         {"rule": "contrast", "experts": {"qa": 1}, "support": {"of": ["base"], "top_k": 3}},
         "fusion.support",

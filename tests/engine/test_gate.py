@@ -57,7 +57,7 @@ class Simulation:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     @torch.inference_mode()
-    def _law(self, model: PreTrainedModel, ids: list[int]) -> Tensor:
+    def law(self, model: PreTrainedModel, ids: list[int]) -> Tensor:
         logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1, : self.width]
         return torch.log_softmax(logits.double(), dim=0)
 
@@ -65,10 +65,10 @@ class Simulation:
         """(token, its log-prob, whether the base decided alone) per position."""
         ids, found = list(prompt), []
         for _ in range(STEPS):
-            law = self._law(self.base, ids)
+            law = self.law(self.base, ids)
             sure = float(law.max().exp()) >= confidence
             if not sure:
-                delta = self._law(self.tuned[expert], ids) - self._law(self.untuned, ids)
+                delta = self.law(self.tuned[expert], ids) - self.law(self.untuned, ids)
                 law = torch.log_softmax(law + delta, dim=0)
             token = int(law.argmax())
             found.append((token, float(law[token]), sure))
@@ -123,6 +123,28 @@ def test_sure_and_unsure_both_occur(models: ModelSet, simulation: Simulation) ->
     prompt = models.base.tokenizer.encode(PROMPTS[1])
     decided = [sure for _, _, sure in simulation.answer(prompt, "bio", 0.6)]
     assert True in decided and False in decided
+
+
+@pytest.mark.slow
+def test_nudging_is_a_gate_before_one_tuned_model(models: ModelSet, simulation: Simulation) -> None:
+    """Where the base is unsure the tuned model writes the token, otherwise the base does."""
+    engine = Engine(models, EngineConfig(kv_memory=2**26))
+    prompt = models.base.tokenizer.encode(PROMPTS[1])
+    fusion = {"rule": "mixture", "models": {"bio.tuned": 1}, "gate": {"confidence": 0.6}, "explain": 1}
+    wish = submission("x", prompt, fusion=parse_fusion(fusion), max_tokens=STEPS, logprobs=1)
+    result = run(engine, [wish])["x/0"]
+    ids = list(prompt)
+    for token, logprob, explanation in zip(result.tokens, result.logprobs, result.explanations, strict=True):
+        base = simulation.law(simulation.base, ids)
+        sure = float(base.max().exp()) >= 0.6
+        law = base if sure else simulation.law(simulation.tuned["bio"], ids)
+        assert token == int(law.argmax())
+        assert logprob.logprob == pytest.approx(float(law[token]), abs=1e-4)
+        assert explanation.gated == sure
+        ids.append(token)
+    assert {entry.gated for entry in result.explanations} == {True, False}
+    assert result.last is not None and result.last.fusion is not None
+    assert result.last.fusion.mean_kl is not None, "the base runs, so that the two can be compared"
 
 
 def test_cancelled_while_waiting_for_the_other_lanes(models: ModelSet) -> None:
