@@ -73,8 +73,8 @@ class Support:
 @dataclass(frozen=True, slots=True)
 class Gate:
     """Where the base alone gives some token at least the probability `confidence`, its law is used as it is and the
-    other lanes are not run; they catch up when they are next needed. With a rule that does not use the base (a `mixture`
-    of one tuned model) it is nudging (Fei et al. 2025, arXiv 2410.09300), token by token."""
+    other lanes are not run; they catch up when they are next needed. With a rule that does not use the base (a
+    `mixture` of one tuned model) it is nudging (Fei et al. 2025, arXiv 2410.09300), token by token."""
 
     confidence: float
 
