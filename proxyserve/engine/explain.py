@@ -92,12 +92,9 @@ def _explanation(
     lanes = {name: views[lane] for name, lane in program.lane_of.items() if lane in views}
     weights: dict[str, float] = {}
     push: dict[str, float] = {}
-    for term, weight in zip(program.terms, sampled.weights, strict=False):  # none where the base stood alone
-        if term.expert is None:
-            continue
-        weights[term.expert] = weights.get(term.expert, 0.0) + weight
-        minus = 0.0 if term.minus is None else views[term.minus].logprob
-        push[term.expert] = push.get(term.expert, 0.0) + weight * (views[term.lane].logprob - minus)
+    if not row.alone:
+        logprobs = {lane: view.logprob for lane, view in views.items()}
+        weights, push = program.by_expert(sampled.weights, logprobs)
     compared = _is_compared(program, alone=row.alone)
     return TokenExplanation(
         token_id=sampled.token,

@@ -131,16 +131,10 @@ class Likelihood:
         found = []
         for place, token in enumerate(chunk.tokens):
             views = {name: lanes[number][place] for name, number in program.lane_of.items()}
-            used: dict[str, float] = {}
-            push: dict[str, float] = {}
-            for term, weight in zip(
-                program.terms, weights[place], strict=False
-            ):  # filled up with unused ones
-                if term.expert is not None:
-                    minus = 0.0 if term.minus is None else lanes[term.minus][place].logprob
-                    used[term.expert] = used.get(term.expert, 0.0) + weight
-                    gain = weight * (lanes[term.lane][place].logprob - minus)
-                    push[term.expert] = push.get(term.expert, 0.0) + gain
+            logprobs = {number: own[place].logprob for number, own in enumerate(lanes)}
+            used, push = program.by_expert(
+                weights[place][: len(program.terms)], logprobs
+            )  # then come unused ones
             found.append(TokenExplanation(token, fused[place], views, used, push, kl[place], flips[place]))
         return found
 

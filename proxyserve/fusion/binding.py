@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from proxyserve.fusion.catalog import Catalog
@@ -23,7 +23,7 @@ class LaneSpec:
 
 @dataclass(frozen=True, slots=True)
 class BoundTerm:
-    """`weight * (lane - minus)`; the numbers index the request's lanes. `expert` is whose weight it is, if anyone's."""
+    """`weight * (lane - minus)`; the numbers index the request's lanes. `expert` is whose models take part, if any's."""
 
     lane: int
     minus: int | None
@@ -83,6 +83,23 @@ class BoundProgram:
             if isinstance(self.lanes[lane].model, RemoteModel)
         }
 
+    def by_expert(
+        self, weights: Sequence[float], logprobs: Mapping[int, float]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Per expert, the weight of its terms and what they add to the score of one token, in nats. `weights` are those
+        of the terms, `logprobs` the token's under each lane's law, by lane number."""
+        used: dict[str, float] = {}
+        push: dict[str, float] = {}
+        for term, weight in zip(self.terms, weights, strict=True):
+            if term.expert is None:
+                continue
+            difference = logprobs[term.lane] - (0.0 if term.minus is None else logprobs[term.minus])
+            if self.program.one_sided:
+                difference = max(0.0, difference)
+            used[term.expert] = used.get(term.expert, 0.0) + weight
+            push[term.expert] = push.get(term.expert, 0.0) + weight * difference
+        return used, push
+
     @property
     def is_linear(self) -> bool:
         """Whether it is nothing but the origin and pairs on top."""
@@ -127,7 +144,7 @@ def bind(
             None if term.minus is None else lane_of[term.minus],
             term.weight,
             term.schedule,
-            _expert_of(term.lane),
+            _expert_of(term.lane) or _expert_of(term.minus or ""),
         )
         for term in program.active_terms
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -182,6 +182,15 @@ RULES: dict[str, tuple[dict[str, Any], PaperRule]] = {
 }
 
 
+#: What the terms of expert A add to a token's score.
+PUSHES: dict[str, Callable[[Laws, int], float]] = {
+    "contrast": lambda laws, token: 0.7 * float((laws[f"{A}.tuned"] - laws["small"])[token]),
+    "unlearn": lambda laws, token: -3.0 * max(0.0, float((laws[f"{A}.tuned"] - laws["base"])[token])),
+    "upscale": lambda laws, token: 1.7 * float((laws["base"] - laws["small"])[token]),
+    "edit": lambda laws, token: 0.7 * float((laws[f"{A}.tuned"] - laws["small"])[token]),
+}
+
+
 @dataclass
 class Family:
     """Models in the engine, the same as plain Hugging Face ones, and a prompt."""
@@ -296,6 +305,9 @@ def test_every_rule_is_its_papers_formula(family: Family) -> None:
                 assert value == pytest.approx(float(law[listed]), abs=1e-4), (name, len(output))
             assert explanation.kl == pytest.approx(papers.kl(law, laws["base"]), abs=1e-4, rel=1e-3), name
             assert explanation.flip == (int(laws["base"].argmax()) != token), name
+            if name in PUSHES:
+                expected = PUSHES[name](laws, token)
+                assert explanation.push == pytest.approx({A: expected}, abs=1e-4), name
             if not output:
                 first.append(law.clamp(min=-40.0))
             output.append(token)
