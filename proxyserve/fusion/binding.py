@@ -23,7 +23,7 @@ class LaneSpec:
 
 @dataclass(frozen=True, slots=True)
 class BoundTerm:
-    """`weight * (lane - minus)`; the numbers index the request's lanes. `expert` is whose models take part, if any's."""
+    """`weight * (lane - minus)`; the numbers index the request's lanes. `expert` is whose models it has, if any's."""
 
     lane: int
     minus: int | None
