@@ -127,7 +127,9 @@ class Choice:
             self.certified += sampled.certificate.certified
             self.unseen_total += sampled.certificate.unseen
         if self.program.law is not None:
-            for term, weight in zip(self.program.terms, sampled.weights, strict=True):
+            # Where the base alone decided nothing was solved: the experts counted 0.
+            weights = (0.0,) * len(self.program.terms) if sampled.gated else sampled.weights
+            for term, weight in zip(self.program.terms, weights, strict=True):
                 if term.expert is not None:
                     self.weight_totals[term.expert] = self.weight_totals.get(term.expert, 0.0) + weight
 
