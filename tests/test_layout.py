@@ -29,6 +29,7 @@ RANKS = {
     "models": 3,
     "fusion": 3,
     "engine": 4,
+    "experts": 4,
     # Tools over the engine, for notebooks and GPU machines as well; the HTTP layer and these do not know each other.
     "api": 5,
     "demo": 5,
@@ -41,7 +42,18 @@ STRANGERS = {"api": {"demo", "evaluation", "bench"}, "demo": {"api"}, "evaluatio
 
 # What the HTTP layer and the command line need, and nothing below them.
 HTTP_PACKAGES = ("fastapi", "starlette", "pydantic", "uvicorn", "typer", "prometheus_client")
-WITHOUT_HTTP = ("errors", "types", "config", "text", "kv", "scheduler", "models", "fusion", "engine")
+WITHOUT_HTTP = (
+    "errors",
+    "types",
+    "config",
+    "text",
+    "kv",
+    "scheduler",
+    "models",
+    "fusion",
+    "engine",
+    "experts",
+)
 
 
 def run_python(code: str, *arguments: str, cwd: Path | None = None) -> str:
