@@ -42,6 +42,22 @@ class Forbidden(InvalidRequest):
         super().__init__(message, param=param, code="forbidden")
 
 
+class SwapConflict(ProxyserveError):
+    """The change of an expert cannot begin now: another one is under way, or there is nothing to go back to. `code` is
+    a short machine-readable reason."""
+
+    def __init__(self, message: str, *, code: str = "swap_conflict") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class NoRoom(SwapConflict):
+    """The memory plan has no room for what is to be loaded; the message has the numbers."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="insufficient_memory")
+
+
 class QueueFull(ProxyserveError):
     """Admission refused because too much work is waiting. `retry_after` is in seconds."""
 

@@ -14,7 +14,15 @@ from starlette.requests import ClientDisconnect
 
 from proxyserve.api.schemas.errors import ErrorBody, ErrorDetail, ErrorType
 from proxyserve.api.state import server_state
-from proxyserve.errors import Forbidden, InvalidRequest, NotReady, ProxyserveError, QueueFull, UnknownModel
+from proxyserve.errors import (
+    Forbidden,
+    InvalidRequest,
+    NotReady,
+    ProxyserveError,
+    QueueFull,
+    SwapConflict,
+    UnknownModel,
+)
 
 #: Names that clients invent are repeated in messages only up to this many characters.
 _LONGEST_NAME = 100
@@ -37,6 +45,7 @@ _REJECTIONS: Mapping[int, str] = {
     403: "forbidden",
     404: "not_found",
     405: "method_not_allowed",
+    409: "conflict",
     413: "too_large",
     415: "unsupported_media_type",
     429: "queue_full",
@@ -100,6 +109,8 @@ def problem_of(error: Exception) -> Problem:
             return Problem.of(403, error.message, param=error.param, code=error.code)
         case InvalidRequest():
             return Problem.of(400, error.message, param=error.param, code=error.code)
+        case SwapConflict():
+            return Problem.of(409, error.message, code=error.code)
         case QueueFull():
             headers = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
             return Problem.of(429, error.message, code="queue_full", headers=headers)

@@ -15,8 +15,8 @@ class GenerationStatus:
     `formats` maps "tuned" and "untuned" to the formats of their sources ("merge" for a merge). `bytes` are those of the
     weights that this generation alone holds in memory (shared ones count with their first holder), 0 where it
     holds none. `requests` is the number of choices in flight on it. `progress` goes from 0 to 1 within the phase, None
-    where it does not move. `content_hash` is the SHA-256 of all its files, "" until they have been read. `created` is in
-    seconds since the epoch. `error` says why it failed. `seconds` maps phases that it has gone through to how
+    where it does not move. `content_hash` is the SHA-256 of all its files, "" until they have been read. `created` is
+    in seconds since the epoch. `error` says why it failed. `seconds` maps phases that it has gone through to how
     long they took.
     """
 
@@ -37,8 +37,8 @@ class GenerationStatus:
 class ExpertStatus:
     """`state` is "published" (requests are served), "parked" (loaded when the next request comes), "loading" (the first
     generation is on its way) or "failed" (no generation ever served). `generation` is the one that serves, None if none
-    does; `previous` the one that a rollback would bring back, None if there is none. `generations` has the newest first;
-    failed and retired ones are kept for a while. `last_error` is that of the newest generation that failed, None once a
+    does; `previous` the one that a rollback would bring back, None if there is none. `generations` has the newest
+    first; failed and retired ones are kept for a while. `last_error` is that of the newest generation that failed, None once a
     newer one has been published."""
 
     name: str
