@@ -64,11 +64,13 @@ class ServerConfig:
     """Where and for whom the HTTP server listens. No key file at all means no keys: loopback addresses only, and
     whoever connects is the administrator. Keys of `admin_key_file` may do everything that keys of `api_key_file` may,
     and more.
-    `drain_seconds` is how long running requests may take to finish after SIGTERM."""
+    `drain_seconds` is how long running requests may take to finish after SIGTERM, `load_wait_seconds` how long a
+    request may wait for an expert that must be loaded first."""
 
     host: str = "127.0.0.1"
     port: int = 8000
     api_key_file: Path | None = None
     admin_key_file: Path | None = None
     drain_seconds: float = 30.0
+    load_wait_seconds: float = 30.0
     limits: Limits = field(default_factory=Limits)

@@ -70,6 +70,14 @@ class NotReady(ProxyserveError):
     """The server cannot take requests now (loading, draining or dead); the message says which."""
 
 
+class ExpertParked(NotReady):
+    """The request names an expert whose weights are on disk only; it can be served once they have been loaded."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"Expert '{name}' is not in memory.")
+        self.name = name
+
+
 class UpstreamFailed(ProxyserveError):
     """The other server that runs the base gave no usable answer. `status` is that of its HTTP answer, None where there
     was none. The message holds nothing of the answer's body."""

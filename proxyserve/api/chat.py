@@ -20,6 +20,7 @@ from proxyserve.api.prepare import (
     resolve_fusion,
     room_for_answer,
     sampling_params,
+    with_experts,
 )
 from proxyserve.api.respond import respond, response_head
 from proxyserve.api.schemas.chat import (
@@ -40,6 +41,8 @@ from proxyserve.errors import InvalidRequest
 from proxyserve.types import OutputEvent, TokenExplanation, TokenLogprob
 
 if TYPE_CHECKING:
+    from proxyserve.engine.offer import Lease
+    from proxyserve.fusion.catalog import Catalog
     from proxyserve.text.tokenizer import Tokenizer
 
 router = APIRouter(tags=["generation"], route_class=JsonRoute)
@@ -57,13 +60,21 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
     shape = _ChatShape(body, state.models.base.tokenizer)
     salt = cache_salt(request.state.salt, body.user)
     admin = bool(request.state.admin)
+
+    async def begin(lease: Lease) -> Generation:
+        submission = await prepared(
+            request, lambda: _submission(state, lease.catalog, body, shape.id, salt, admin)
+        )
+        return Generation(state, [submission], lease, request.state.arrived)
+
     with _chat_field_names(body):
-        submission = await prepared(request, lambda: _submission(state, body, shape.id, salt, admin))
-        generation = Generation(state, [submission], request.state.arrived)
+        generation = await with_experts(state, begin)
     return await respond(request, body, generation, shape)
 
 
-def _submission(state: ServerState, body: ChatRequest, request_id: str, salt: str, admin: bool) -> Submission:
+def _submission(
+    state: ServerState, catalog: Catalog, body: ChatRequest, request_id: str, salt: str, admin: bool
+) -> Submission:
     """Raises InvalidRequest or UnknownModel."""
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise InvalidRequest(
@@ -74,16 +85,16 @@ def _submission(state: ServerState, body: ChatRequest, request_id: str, salt: st
         raise InvalidRequest("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
     limits = state.config.limits
     check_shape(body, limits, top_logprobs=body.top_logprobs, param="top_logprobs")
-    fusion = resolve_fusion(body.model, body.fusion, state.catalog)
-    vetted = body.model in state.catalog.presets
-    prompts = chat_prompts(state.catalog, fusion, [message.rendered() for message in body.messages])
+    fusion = resolve_fusion(body.model, body.fusion, catalog)
+    vetted = body.model in catalog.presets
+    prompts = chat_prompts(catalog, fusion, [message.rendered() for message in body.messages])
     sampling = sampling_params(
         body,
         limits,
-        state.models,
+        catalog.models,
         max_tokens=body.max_tokens
         or body.max_completion_tokens
-        or room_for_answer(state.engine.engine, fusion, prompts),
+        or room_for_answer(state.engine.engine, fusion, prompts, catalog),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     return Submission(

@@ -18,6 +18,7 @@ from proxyserve.api.prepare import (
     prepared,
     resolve_fusion,
     sampling_params,
+    with_experts,
 )
 from proxyserve.api.respond import respond, response_head
 from proxyserve.api.schemas.completions import (
@@ -35,6 +36,8 @@ from proxyserve.errors import InvalidRequest
 from proxyserve.types import OutputEvent, TokenExplanation, TokenLogprob
 
 if TYPE_CHECKING:
+    from proxyserve.engine.offer import Lease
+    from proxyserve.fusion.catalog import Catalog
     from proxyserve.text.tokenizer import Tokenizer
 
 router = APIRouter(tags=["generation"], route_class=JsonRoute)
@@ -52,13 +55,23 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     shape = _CompletionShape(body, state.models.base.tokenizer)
     salt = cache_salt(request.state.salt, body.user)
     admin = bool(request.state.admin)
-    submissions = await prepared(request, lambda: _submissions(state, body, shape.id, salt, admin))
-    generation = Generation(state, submissions, request.state.arrived)
-    return await respond(request, body, generation, shape)
+
+    async def begin(lease: Lease) -> Generation:
+        submissions = await prepared(
+            request, lambda: _submissions(state, lease.catalog, body, shape.id, salt, admin)
+        )
+        return Generation(state, submissions, lease, request.state.arrived)
+
+    return await respond(request, body, await with_experts(state, begin), shape)
 
 
 def _submissions(
-    state: ServerState, body: CompletionRequest, request_id: str, salt: str, admin: bool
+    state: ServerState,
+    catalog: Catalog,
+    body: CompletionRequest,
+    request_id: str,
+    salt: str,
+    admin: bool,
 ) -> list[Submission]:
     """One per prompt. Raises InvalidRequest or UnknownModel."""
     limits = state.config.limits
@@ -73,17 +86,17 @@ def _submissions(
             "'return_tokens_as_token_ids' is about the names in 'logprobs', which is not asked for; give both or none.",
             param="return_tokens_as_token_ids",
         )
-    fusion = resolve_fusion(body.model, body.fusion, state.catalog)
-    vetted = body.model in state.catalog.presets
+    fusion = resolve_fusion(body.model, body.fusion, catalog)
+    vetted = body.model in catalog.presets
     sampling = sampling_params(
-        body, limits, state.models, max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS, logprobs=body.logprobs
+        body, limits, catalog.models, max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS, logprobs=body.logprobs
     )
     return [
         Submission(
             f"{request_id}-{number}",
-            text_prompts(state.catalog, fusion, prompt)
+            text_prompts(catalog, fusion, prompt)
             if isinstance(prompt, str)
-            else token_prompts(state.catalog, fusion, prompt),
+            else token_prompts(catalog, fusion, prompt),
             sampling,
             fusion,
             n=body.n or 1,

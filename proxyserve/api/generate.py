@@ -25,6 +25,7 @@ from proxyserve.types import (
 
 if TYPE_CHECKING:
     from proxyserve.engine.loop import ResponseStream
+    from proxyserve.engine.offer import Lease
 
 
 class Generation:
@@ -34,12 +35,14 @@ class Generation:
     closed; closing them early cancels what still runs.
     """
 
-    def __init__(self, state: ServerState, submissions: Sequence[Submission], arrived: float) -> None:
-        """Raises what `AsyncEngine.submit` raises; then nothing is queued. `arrived` is the request's arrival by
-        `time.perf_counter`."""
+    def __init__(
+        self, state: ServerState, submissions: Sequence[Submission], lease: Lease, arrived: float
+    ) -> None:
+        """Raises what `AsyncEngine.submit` raises; then nothing is queued. The submissions were made from what `lease`
+        offers. `arrived` is the request's arrival by `time.perf_counter`."""
         self._n = submissions[0].n
         self._order = {submission.request_id: number for number, submission in enumerate(submissions)}
-        self._stream: ResponseStream = state.engine.submit(submissions)
+        self._stream: ResponseStream = state.engine.submit(submissions, lease)
         self._metrics = state.metrics
         self._arrived = arrived
         self._last_token: dict[int, float] = {}

@@ -1,5 +1,5 @@
 """Prometheus metrics. Names follow those of other servers, with the prefix `proxyserve_`; models are labelled with the
-names that lanes have (`atlas`, `qa.tuned`)."""
+names that lanes have (`atlas`, `qa.tuned`), pools of KV blocks with the first model that uses them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from proxyserve.api.state import server_state
 from proxyserve.types import FinishReason
 
 if TYPE_CHECKING:
-    from proxyserve.engine.loop import EngineStats, ModelStats
+    from proxyserve.engine.loop import EngineStats, PoolStats, TrunkStats
 
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
 _FIRST_TOKEN_SECONDS = (
@@ -118,7 +118,8 @@ class _EngineCollector(Collector):
             stats.kernel_compilations,
         )
         yield from _finished(stats.finished)
-        yield from _models(stats.models)
+        yield from _memory(stats.pools)
+        yield from _models(stats.lane_tokens, stats.trunks)
 
 
 def _finished(finished: Mapping[str, int]) -> Iterator[Metric]:
@@ -135,29 +136,37 @@ def _finished(finished: Mapping[str, int]) -> Iterator[Metric]:
     yield failure
 
 
-def _models(models: Mapping[str, ModelStats]) -> Iterator[Metric]:
-    gauges: Mapping[str, tuple[str, Callable[[ModelStats], float]]] = {
-        "kv_blocks": ("KV blocks of a model.", lambda model: model.blocks_total),
-        "kv_blocks_in_use": ("KV blocks that lanes hold.", lambda model: model.blocks_in_use),
+def _memory(pools: Mapping[str, PoolStats]) -> Iterator[Metric]:
+    gauges: Mapping[str, tuple[str, Callable[[PoolStats], float]]] = {
+        "kv_blocks": ("KV blocks of a pool.", lambda pool: pool.blocks_total),
+        "kv_blocks_in_use": ("KV blocks that lanes hold.", lambda pool: pool.blocks_in_use),
         "kv_blocks_cached": (
             "KV blocks that no lane holds but a prompt may find.",
-            lambda model: model.blocks_cached,
+            lambda pool: pool.blocks_cached,
         ),
     }
-    counters: Mapping[str, tuple[str, Callable[[ModelStats], float]]] = {
-        "lane_tokens": ("Tokens that ran through a model.", lambda model: model.tokens_run),
-        "lane_seconds": ("Time spent running a model.", lambda model: model.seconds_run),
-    }
     for name, (text, value) in gauges.items():
-        gauge = GaugeMetricFamily(f"proxyserve_{name}", text, labels=["model"])
-        for label, model in models.items():
-            gauge.add_metric([label], value(model))
+        gauge = GaugeMetricFamily(f"proxyserve_{name}", text, labels=["pool"])
+        for label, pool in pools.items():
+            gauge.add_metric([label], value(pool))
         yield gauge
-    for name, (text, value) in counters.items():
-        counter = CounterMetricFamily(f"proxyserve_{name}", text, labels=["model"])
-        for label, model in models.items():
-            counter.add_metric([label], value(model))
-        yield counter
+
+
+def _models(lane_tokens: Mapping[str, int], trunks: Mapping[str, TrunkStats]) -> Iterator[Metric]:
+    tokens = CounterMetricFamily(
+        "proxyserve_lane_tokens", "Tokens that ran through a model.", labels=["model"]
+    )
+    for name, count in lane_tokens.items():
+        tokens.add_metric([name], count)
+    yield tokens
+    seconds = CounterMetricFamily(
+        "proxyserve_lane_seconds",
+        "Time spent running a model and the adapters over it.",
+        labels=["model"],
+    )
+    for name, trunk in trunks.items():
+        seconds.add_metric([name], trunk.seconds_run)
+    yield seconds
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

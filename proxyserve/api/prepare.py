@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,7 +15,7 @@ from proxyserve.api.schemas.common import GenerationRequest
 from proxyserve.api.schemas.fusion import FusionObject
 from proxyserve.config import Limits
 from proxyserve.engine.submission import LanePrompts
-from proxyserve.errors import InvalidRequest
+from proxyserve.errors import ExpertParked, InvalidRequest
 from proxyserve.fusion.catalog import Catalog
 from proxyserve.fusion.fusion import Fusion
 from proxyserve.fusion.model_name import parse_model_name
@@ -22,7 +23,9 @@ from proxyserve.fusion.rules.proxy import Proxy
 from proxyserve.types import SamplingParams
 
 if TYPE_CHECKING:
+    from proxyserve.api.state import ServerState
     from proxyserve.engine.engine import Engine
+    from proxyserve.engine.offer import Lease
     from proxyserve.models.model_set import ModelSet
 
 T = TypeVar("T")
@@ -50,6 +53,20 @@ async def prepared(request: Request, work: Callable[[], T]) -> T:
     if len(await request.body()) > _LARGE_BODY:
         return await run_in_threadpool(work)
     return work()
+
+
+async def with_experts(state: ServerState, begin: Callable[[Lease], Awaitable[T]]) -> T:
+    """Run `begin` with the current offer leased. If that finds that an expert must be loaded first, wait for it, for
+    `ServerConfig.load_wait_seconds` in all, and run it again. Raises NotReady if that takes too long or fails."""
+    patience = asyncio.get_running_loop().time() + state.config.load_wait_seconds
+    while True:
+        try:
+            with state.engine.engine.offers.lease() as lease:
+                return await begin(lease)
+        except ExpertParked as parked:
+            if state.experts is None:
+                raise
+            await state.experts.wake(parked.name, patience - asyncio.get_running_loop().time())
 
 
 #: What a request may add to a preset.
@@ -122,10 +139,10 @@ def check_shape(body: GenerationRequest, limits: Limits, *, top_logprobs: int | 
         raise InvalidRequest("'stream_options' needs 'stream': true.", param="stream_options")
 
 
-def room_for_answer(engine: Engine, fusion: Fusion, prompts: LanePrompts) -> int:
+def room_for_answer(engine: Engine, fusion: Fusion, prompts: LanePrompts, catalog: Catalog) -> int:
     """The `max_tokens` of a request that does not say: all that context and KV memory allow; at least 1, which the
     engine then refuses with its reason."""
-    return max(1, engine.room_for_output(fusion, prompts))
+    return max(1, engine.room_for_output(fusion, prompts, catalog))
 
 
 def cache_salt(of_key: str, user: str | None) -> str:

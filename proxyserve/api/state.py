@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from proxyserve.api.metrics import Metrics
     from proxyserve.config import ServerConfig
     from proxyserve.engine.loop import AsyncEngine
+    from proxyserve.experts.manager import ExpertManager
     from proxyserve.fusion.catalog import Catalog
     from proxyserve.models.model_set import ModelSet
 
@@ -20,12 +21,14 @@ if TYPE_CHECKING:
 class ServerState:
     """Made once by `create_app`, found again with `server_state`.
 
-    `stopping` is set once, when the time to drain is over: every answer still in the making then ends in an error.
+    `experts` changes the experts while the server runs, None where they are fixed. `stopping` is set once, when the
+    time to drain is over: every answer still in the making then ends in an error.
     """
 
     engine: AsyncEngine
     config: ServerConfig
     metrics: Metrics
+    experts: ExpertManager | None = None
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property

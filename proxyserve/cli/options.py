@@ -175,7 +175,7 @@ MaxBatchTokens = Annotated[
     typer.Option(
         "--max-batch-tokens",
         envvar=_envvar("MAX_BATCH_TOKENS"),
-        min=16,
+        min=32,
         help="Most tokens one model computes per step; longer prompts are cut into chunks.",
     ),
 ]

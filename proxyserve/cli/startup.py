@@ -8,7 +8,10 @@ from rich.text import Text
 
 from proxyserve import __version__
 from proxyserve.config import ServerConfig
+from proxyserve.engine.arena import Arena
 from proxyserve.engine.engine import Engine
+from proxyserve.engine.memory import spelled
+from proxyserve.engine.runner import Runner
 from proxyserve.models.remote import AnyModel, RemoteModel
 
 
@@ -25,18 +28,24 @@ def startup_table(engine: Engine, server: ServerConfig) -> Group:
         ("context", "right"),
     ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for key, model in engine.models.models.items():
-        memory = engine.memory[key]
+    shown: set[Arena] = set()
+    for model in engine.models.models.values():
         if isinstance(model, RemoteModel):
             table.add_row(model.name, "remote", "", "remote", "remote", "", f"{model.context_length:,}")
             continue
+        runner = engine.runners[model.trunk.key]
+        assert isinstance(runner, Runner)
+        arena = engine.residents.arenas[runner.layout]
+        counted = arena in shown
+        shown.add(arena)
+        [weights, kv] = spelled([model.bytes, arena.bytes])
         table.add_row(
             model.name,
             type(model.module).__name__.removesuffix("ForCausalLM"),
             f"{model.parameters / 1e6:,.1f}M",
-            _size(memory.weights),
-            _size(memory.kv),
-            f"{memory.tokens:,}",
+            weights if model.over is None else f"+ {weights}",
+            "shared" if counted else kv,
+            "" if counted else f"{arena.tokens:,}",
             f"{model.context_length:,}",
         )
     base = engine.models.base
@@ -67,12 +76,3 @@ def _whereabouts(base: AnyModel) -> str:
     source = base.client.source
     named = "named by id" if base.client.by_id else "named by text, so that some cannot be told apart"
     return f"{base.client.model} at {source.url}, remote: its {source.top_k} likeliest tokens, {named}"
-
-
-def _size(count: int) -> str:
-    value = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} GiB"

@@ -15,6 +15,7 @@ from proxyserve.text.detokenizer import Detokenizer
 from proxyserve.types import (
     FinishReason,
     FusionReport,
+    ModelKey,
     OutputEvent,
     TokenExplanation,
     TokenLogprob,
@@ -76,6 +77,11 @@ class Choice:
     @property
     def key(self) -> str:
         return self.scheduled.request_id
+
+    @property
+    def models(self) -> frozenset[ModelKey]:
+        """Those of its lanes."""
+        return frozenset(lane.model for lane in self.scheduled.lanes)
 
     @property
     def vocabulary(self) -> SharedVocabulary:

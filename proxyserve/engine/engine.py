@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from proxyserve.config import EngineConfig, Limits
+from proxyserve.engine.arena import Arena, Layout
 from proxyserve.engine.batch import (
     FusedRow,
     LogitRows,
@@ -29,19 +30,18 @@ from proxyserve.engine.certificate import certify
 from proxyserve.engine.choice import Choice, Sampled
 from proxyserve.engine.explain import explain
 from proxyserve.engine.forward import run_models
-from proxyserve.engine.kv_storage import KVStorage
-from proxyserve.engine.memory import ModelMemory, plan_memory, plan_remote
-from proxyserve.engine.preparation import bind_fusion, context_room, memory_room, prepare
+from proxyserve.engine.memory import Tenants, blocks_of_remote, kv_budget, plan_arenas
+from proxyserve.engine.offer import Lease, Offer, Offers
+from proxyserve.engine.preparation import bind_fusion, check_presets, context_room, memory_room, prepare
 from proxyserve.engine.remote_runner import RemoteRunner
+from proxyserve.engine.residents import AnyRunner, Residents
 from proxyserve.engine.runner import Runner
 from proxyserve.engine.submission import LanePrompts, Submission
 from proxyserve.engine.verify import verify_paged
-from proxyserve.errors import InvalidRequest
 from proxyserve.fusion.calibration import Calibration
 from proxyserve.fusion.catalog import Catalog
 from proxyserve.fusion.fusion import MAX_SUPPORT_LAWS, Fusion
 from proxyserve.fusion.policy import FusionPolicy
-from proxyserve.fusion.remote_base import over_remote_base
 from proxyserve.kv.block_pool import BlockPool
 from proxyserve.kv.virtual_pool import VirtualPool
 from proxyserve.models.loaded_model import LoadedModel
@@ -73,9 +73,10 @@ class EngineCounters:
 
 class Engine:
     """Holds the models, their KV blocks and the requests. Not thread-safe: `prepare` may be called from anywhere,
-    everything else from one thread. `presets` are fusions with names, `calibrations` those of experts. Raises LoadError
-    if a model cannot be served or memory does not suffice, InvalidRequest for a preset that cannot work, and ValueError
-    for settings that do not fit together or the device."""
+    everything else from one thread. `presets` are fusions with names, `calibrations` those of experts. `runners` are
+    those that have been made and verified already, `grows` says that experts may come later. Raises LoadError if a
+    model cannot be served or memory does not suffice, InvalidRequest for a preset that cannot work, and ValueError for
+    settings that do not fit together or the device."""
 
     def __init__(
         self,
@@ -86,106 +87,141 @@ class Engine:
         *,
         presets: Mapping[str, Fusion] | None = None,
         calibrations: Mapping[str, Calibration] | None = None,
+        runners: Iterable[Runner] = (),
+        grows: bool = False,
     ) -> None:
-        self.models = models
-        self.catalog = Catalog(models, dict(presets or {}), dict(calibrations or {}))
+        catalog = Catalog(models, dict(presets or {}), dict(calibrations or {}))
         self.config = config or EngineConfig()
-        self.policy = policy or FusionPolicy()
-        for name, preset in self.catalog.presets.items():
-            self._check_preset(name, preset)
-        if self.config.max_batch_tokens <= self.policy.max_experts:
-            # The last tokens of a request's lanes run in one step, and all of its lanes may be on one model.
+        offer = Offer(catalog, policy or FusionPolicy())
+        self.offers = Offers(offer)
+        check_presets(offer)
+        if self.config.max_batch_tokens <= 2 * self.policy.max_experts:
+            # The last tokens of a request's lanes run in one step, and all of its lanes may be on one trunk.
             raise ValueError(
-                f"max_batch_tokens must be above the number of experts a request may name, {self.policy.max_experts}"
+                "max_batch_tokens must be above twice the number of experts that a request may name, "
+                f"{self.policy.max_experts}"
             )
         self.counters = EngineCounters()
         self.backend = backend_for(models.base.device, self.config.kernels)
+        experts = bool(models.experts) or grows
         needs = Needs(
             dtypes=tuple(model.dtype for model in models.models.values()),
             vocabulary=models.base.vocabulary.size,
             rows=self.config.max_batch,
-            terms=self.policy.max_experts if models.experts else 1,
+            terms=self.policy.max_experts if experts else 1,
             listed=max(Limits().max_logprobs, self.policy.max_explain),
             rules=True,
             laws=MAX_SUPPORT_LAWS,
             uncompared=True,
-            dynamic=bool(models.experts),
+            dynamic=experts,
         )
         self.backend.warm_up(needs, progress)
         progress("planning memory and checking the models in paged mode")
-        local = {key: Runner(model) for key, model in models.models.items() if isinstance(model, LoadedModel)}
-        remote = {
-            key: RemoteRunner(model) for key, model in models.models.items() if isinstance(model, RemoteModel)
-        }
-        self.runners: Mapping[ModelKey, Runner | RemoteRunner] = {**remote, **local}
-        self.memory: Mapping[ModelKey, ModelMemory] = {
-            **{key: self._plan_remote(runner.model) for key, runner in remote.items()},
-            **plan_memory(
-                {key: runner.shapes for key, runner in local.items()},
-                {key: runner.model for key, runner in local.items()},
-                budget=self.config.kv_memory,
-                block_size=self.config.block_size,
-                max_batch=self.config.max_batch,
-            ),
-        }
-        for key, runner in local.items():
-            runner.attach(
-                KVStorage(
-                    runner.shapes,
-                    num_blocks=self.memory[key].blocks,
-                    block_size=self.config.block_size,
-                    dtype=runner.model.dtype,
-                    device=runner.model.device,
-                )
-            )
-            verify_paged(runner)
-        self.pools = {
-            key: VirtualPool(memory.blocks) if key in remote else BlockPool(memory.blocks)
-            for key, memory in self.memory.items()
-        }
+        self.residents = self._settle(models, {runner.model.key: runner for runner in runners})
         self.scheduler = Scheduler(
-            self.pools,
+            self.residents.pools,
             block_size=self.config.block_size,
             max_batch=self.config.max_batch,
             max_batch_tokens=self.config.max_batch_tokens,
         )
         self._choices: dict[str, Choice] = {}
 
-    def _plan_remote(self, model: RemoteModel) -> ModelMemory:
-        return plan_remote(
-            model,
-            block_size=self.config.block_size,
-            max_batch=self.config.max_batch,
-            lanes=self.policy.max_experts + 1,
+    def _settle(self, models: ModelSet, prepared: Mapping[ModelKey, Runner]) -> Residents:
+        """Give the models their runners and share the KV memory out."""
+        residents, config = Residents(), self.config
+        local: list[Runner] = []
+        for key, trunk in models.trunks.items():
+            if isinstance(trunk, RemoteModel):
+                blocks = blocks_of_remote(
+                    trunk,
+                    block_size=config.block_size,
+                    max_batch=config.max_batch,
+                    lanes=self.policy.max_experts + 1,
+                )
+                residents.adopt_remote(RemoteRunner(trunk), VirtualPool(blocks))
+            elif key in prepared:
+                local.append(prepared[key])
+            else:
+                local.append(Runner(trunk))
+                verify_paged(local[-1])
+        layouts = {runner.model.key: runner.layout for runner in local}
+        tenants: dict[Layout, Tenants] = {}
+        for model in models.models.values():
+            if isinstance(model, LoadedModel):
+                layout = layouts[model.trunk.key]
+                known = tenants.get(layout, Tenants(0, 0))
+                tenants[layout] = Tenants(known.models + 1, max(known.context, model.context_length))
+        blocks_of = plan_arenas(
+            tenants,
+            budget=kv_budget(models.base.device, config.kv_memory),
+            block_size=config.block_size,
+            max_batch=config.max_batch,
         )
+        arenas = {layout: Arena(layout, blocks, config.block_size) for layout, blocks in blocks_of.items()}
+        for runner in local:
+            residents.adopt(runner, arenas[runner.layout])
+        return residents
 
-    def _check_preset(self, name: str, preset: Fusion) -> None:
-        try:
-            program = preset.compile(self.catalog)
-            self.policy.check(preset, program, admin=True, vetted=True)
-            over_remote_base(program, preset, self.catalog)
-        except InvalidRequest as error:
-            raise InvalidRequest(f"Preset '{name}': {error.message}", param=error.param) from None
+    # Models ----------------------------------------------------------------------------------------------------
+
+    @property
+    def catalog(self) -> Catalog:
+        return self.offers.current.catalog
+
+    @property
+    def models(self) -> ModelSet:
+        return self.catalog.models
+
+    @property
+    def policy(self) -> FusionPolicy:
+        return self.offers.current.policy
+
+    @property
+    def runners(self) -> Mapping[ModelKey, AnyRunner]:
+        """By trunk."""
+        return self.residents.runners
+
+    @property
+    def pools(self) -> Mapping[ModelKey, BlockPool]:
+        """By trunk; trunks of one layout share one."""
+        return self.residents.pools
+
+    def adopt(self, runner: Runner, arena: Arena) -> None:
+        """Let steps run another model. Not during a step; offer it to requests afterwards, with `offers.replace`."""
+        self.residents.adopt(runner, arena)
+        self.scheduler.pools = self.residents.pools
+
+    def drop(self, trunk: ModelKey) -> None:
+        """Let a model go that no offer has and that nobody holds or leases, itself or as a trunk. Not during a step."""
+        self.residents.drop(trunk)
+        self.scheduler.pools = self.residents.pools
 
     # Requests ------------------------------------------------------------------------------------------------
 
-    def prepare(self, submission: Submission) -> list[Choice]:
-        """Validate a submission and make its choices, touching no engine state. Raises InvalidRequest, UnknownModel or
-        Forbidden with the field at fault."""
-        return prepare(
+    def prepare(self, submission: Submission, lease: Lease) -> list[Choice]:
+        """Validate a submission and make its choices from a leased offer. They hold their models, so `enqueue` or
+        `discard` them. Raises InvalidRequest, UnknownModel, ExpertParked or Forbidden with the field at fault."""
+        choices = prepare(
             submission,
-            self.catalog,
-            self.policy,
-            blocks={key: memory.blocks for key, memory in self.memory.items()},
+            lease.offer,
+            pools=self.pools,
             block_size=self.config.block_size,
             share_prefixes=self.config.prefix_cache,
         )
+        for choice in choices:
+            self.offers.hold(choice.models)
+        return choices
 
-    def room_for_output(self, fusion: Fusion, prompts: LanePrompts) -> int:
-        """The largest `max_tokens` that context and KV memory allow after these prompts. May be negative."""
-        program = bind_fusion(fusion, self.catalog, prompts)
-        blocks = {key: memory.blocks for key, memory in self.memory.items()}
-        return min(context_room(program), memory_room(program, blocks, self.config.block_size))
+    def discard(self, choices: Iterable[Choice]) -> None:
+        """Let go of prepared choices that will not be queued."""
+        for choice in choices:
+            self.offers.release(choice.models)
+
+    def room_for_output(self, fusion: Fusion, prompts: LanePrompts, catalog: Catalog) -> int:
+        """The largest `max_tokens` that context and KV memory allow after these prompts. May be negative. The catalog
+        is that of a leased offer."""
+        program = bind_fusion(fusion, catalog, prompts)
+        return min(context_room(program), memory_room(program, self.pools, self.config.block_size))
 
     def enqueue(self, choices: Iterable[Choice]) -> None:
         """Queue prepared choices."""
@@ -197,7 +233,8 @@ class Engine:
 
     def submit(self, submission: Submission) -> list[str]:
         """Prepare and queue. Returns the keys of the choices, for `cancel`."""
-        choices = self.prepare(submission)
+        with self.offers.lease() as lease:
+            choices = self.prepare(submission, lease)
         self.enqueue(choices)
         return [choice.key for choice in choices]
 
@@ -248,8 +285,8 @@ class Engine:
             choice = self._choices[key]
             events.append(self._finish(choice, choice.end(FinishReason.ERROR, reason)))
         if not self.config.prefix_cache:
-            for pool in self.pools.values():
-                pool.drop_cache()
+            for arena in self.residents.arenas.values():
+                arena.pool.drop_cache()
         return events
 
     def _sample(self, rows: Sequence[FusedRow], logits: LogitRows) -> list[Sampled | None]:
@@ -326,8 +363,8 @@ class Engine:
         """The fused row was NaN, infinite or empty. Its KV may be NaN as well: nobody may find it, and what nobody
         else holds is zeroed before another request gets the blocks."""
         for lane in choice.scheduled.lanes:
-            alone = self.pools[lane.model].withdraw(lane.blocks)
-            storage = self.runners[lane.model].storage
+            alone = self.pools[lane.trunk].withdraw(lane.blocks)
+            storage = self.runners[lane.trunk].storage
             if alone and storage is not None:
                 storage.clear(alone)
         message = "The models gave no finite score for the next token; try smaller weights or other experts."
@@ -336,6 +373,7 @@ class Engine:
     def _finish(self, choice: Choice, event: OutputEvent) -> OutputEvent:
         del self._choices[choice.key]
         self.scheduler.finish(choice.scheduled)
+        self.offers.release(choice.models)
         reason = (event.finish_reason or FinishReason.ERROR).value
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
         if event.usage is not None:

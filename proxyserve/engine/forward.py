@@ -15,7 +15,7 @@ from proxyserve.types import ModelKey
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """`logits` [rows, width] of each model, a row per work item with `last` set; `remote` has the rest of what is known
+    """`logits` [rows, width] of each trunk, a row per work item with `last` set; `remote` has the rest of what is known
     about the rows of remote models. `failures` maps ids of requests to why one of their lanes has no logits."""
 
     logits: Mapping[ModelKey, Tensor]

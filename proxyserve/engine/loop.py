@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,28 +15,36 @@ from types import TracebackType
 from proxyserve.config import Limits
 from proxyserve.engine.choice import Choice
 from proxyserve.engine.engine import Engine
+from proxyserve.engine.offer import Lease
 from proxyserve.engine.submission import Submission
 from proxyserve.errors import InvalidRequest, NotReady, QueueFull
+from proxyserve.kv.block_pool import BlockPool
 from proxyserve.types import FinishReason, OutputEvent
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class ModelStats:
-    """One model's share of `EngineStats`. `blocks_cached` are reusable blocks that no lane holds."""
+class PoolStats:
+    """One pool of KV blocks. `blocks_cached` are reusable blocks that no lane holds."""
 
     blocks_total: int
     blocks_in_use: int
     blocks_cached: int
-    tokens_run: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrunkStats:
+    """All generations of one trunk: rows of logits made, seconds spent."""
+
     rows_run: int
     seconds_run: float
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot for metrics. Counters are since start."""
+    """A snapshot for metrics. Counters are since start. Pools are named after the first
+    model that uses them, trunks after themselves; `lane_tokens` counts the tokens that ran through each model."""
 
     waiting: int
     running: int
@@ -50,7 +59,9 @@ class EngineStats:
     flips: int
     kl_total: float
     gated_tokens: int
-    models: Mapping[str, ModelStats]
+    pools: Mapping[str, PoolStats]
+    trunks: Mapping[str, TrunkStats]
+    lane_tokens: Mapping[str, int]
 
 
 class ResponseStream:
@@ -104,9 +115,11 @@ class AsyncEngine:
         self._wake = threading.Condition()
         self._arrived: deque[list[Choice]] = deque()
         self._cancelled: deque[str] = deque()
+        self._errands: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._streams: dict[str, ResponseStream] = {}
         self._unstarted: dict[str, int] = {}  # choices without a first event -> prompt tokens
         self._stop = False
+        self._over = False
         self._drained: asyncio.Event | None = None
         self._drained_loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="proxyserve-engine", daemon=True)
@@ -139,10 +152,26 @@ class AsyncEngine:
                 return
         await self._drained.wait()
 
+    def between_steps(self, errand: Callable[[], None]) -> Future[None]:
+        """Run `errand` on the engine's thread when no step is under way: for changes of what steps can run. Must be
+        short. Before `start` it is run at once, after the engine has stopped or died the future fails with NotReady."""
+        future: Future[None] = Future()
+        with self._wake:
+            if self.state != "loading":
+                if self._over:
+                    future.set_exception(NotReady(f"The server is {self.state}."))
+                else:
+                    self._errands.append((errand, future))
+                    self._wake.notify()
+                return future
+        _run_errand(errand, future)
+        return future
+
     # Submitting ----------------------------------------------------------------------------------------------
 
-    def submit(self, submissions: Sequence[Submission]) -> ResponseStream:
-        """Queue all submissions or none; call it on the event loop that will read the stream.
+    def submit(self, submissions: Sequence[Submission], lease: Lease) -> ResponseStream:
+        """Queue all submissions, made from the leased offer, or none; call it on the event loop that will read the
+        stream.
 
         Raises NotReady, QueueFull, and what `Engine.prepare` raises.
         """
@@ -152,8 +181,18 @@ class AsyncEngine:
                 raise InvalidRequest(
                     f"n is {submission.n}; this server allows {self.limits.max_n}.", param="n"
                 )
-        choices = [choice for submission in submissions for choice in self.engine.prepare(submission)]
-        stream = ResponseStream(self, choices)
+        choices: list[Choice] = []
+        try:
+            for submission in submissions:
+                choices += self.engine.prepare(submission, lease)
+            stream = ResponseStream(self, choices)
+            self._enqueue(choices, stream)
+        except BaseException:
+            self.engine.discard(choices)
+            raise
+        return stream
+
+    def _enqueue(self, choices: list[Choice], stream: ResponseStream) -> None:
         with self._wake:
             self._require_ready()
             self._check_queue(choices)
@@ -165,7 +204,6 @@ class AsyncEngine:
                 self._unstarted[choice.key] = _prompt_tokens(choice)
             self._arrived.append(choices)
             self._wake.notify()
-        return stream
 
     def _require_ready(self) -> None:
         if self.state != "ready":
@@ -197,17 +235,15 @@ class AsyncEngine:
     def snapshot(self) -> EngineStats:
         """Numbers for metrics. Read without stopping the engine: each is right, together they may be a step apart."""
         engine, counters = self.engine, self.engine.counters
-        models = {}
-        for key, runner in engine.runners.items():
-            pool = engine.pools[key]
-            models[key.name] = ModelStats(
-                blocks_total=pool.num_blocks,
-                blocks_in_use=pool.in_use,
-                blocks_cached=pool.cached,
-                tokens_run=runner.stats.tokens,
-                rows_run=runner.stats.rows,
-                seconds_run=runner.stats.seconds,
-            )
+        pools: dict[str, PoolStats] = {}
+        seen: set[BlockPool] = set()
+        for key, pool in engine.pools.items():
+            if pool not in seen:
+                seen.add(pool)
+                pools[key.name] = PoolStats(pool.num_blocks, pool.in_use, pool.cached)
+        tokens: Counter[str] = Counter()
+        for stats in engine.residents.stats.values():
+            tokens.update(stats.tokens.copy())
         running = len(engine.scheduler.running)
         return EngineStats(
             waiting=max(0, len(self._streams) - running),
@@ -223,7 +259,11 @@ class AsyncEngine:
             flips=counters.flips,
             kl_total=counters.kl_total,
             gated_tokens=counters.gated_tokens,
-            models=models,
+            pools=pools,
+            trunks={
+                name: TrunkStats(stats.rows, stats.seconds) for name, stats in engine.residents.stats.items()
+            },
+            lane_tokens=tokens,
         )
 
     # The thread ----------------------------------------------------------------------------------------------
@@ -241,21 +281,36 @@ class AsyncEngine:
                 self.failure = f"{type(error).__name__}: {error}"
                 self.state = "dead"
             self._abandon("The engine failed and has stopped.")
+        finally:
+            self._refuse_errands()
 
     def _take_orders(self) -> bool:
         """Wait for something to do; hand arrivals and cancellations to the engine. False when it is time to stop."""
         with self._wake:
-            while not (self._stop or self._arrived or self._cancelled or self.engine.has_work):
+            while not (
+                self._stop or self._arrived or self._cancelled or self._errands or self.engine.has_work
+            ):
                 self._wake.wait()
             if self._stop:
                 return False
             arrived, self._arrived = self._arrived, deque()
             cancelled, self._cancelled = self._cancelled, deque()
+            errands, self._errands = self._errands, deque()
+        for errand, future in errands:
+            _run_errand(errand, future)
         for choices in arrived:
             self.engine.enqueue(choices)
         events = [self.engine.cancel(key) for key in cancelled]
         self._publish([event for event in events if event is not None])
         return True
+
+    def _refuse_errands(self) -> None:
+        """Nobody will run them any more."""
+        with self._wake:
+            self._over = True
+            errands, self._errands = self._errands, deque()
+        for _, future in errands:
+            future.set_exception(NotReady(f"The server is {self.state}."))
 
     def _publish(self, events: Sequence[OutputEvent]) -> None:
         """Give each stream its events, with one wake-up per event loop."""
@@ -283,6 +338,15 @@ class AsyncEngine:
         self._publish(
             [OutputEvent(*_split(key), finish_reason=FinishReason.ERROR, error=message) for key in keys]
         )
+
+
+def _run_errand(errand: Callable[[], None], future: Future[None]) -> None:
+    try:
+        errand()
+    except Exception as error:  # the caller's to handle; the engine goes on
+        future.set_exception(error)
+    else:
+        future.set_result(None)
 
 
 def _deliver(batch: Sequence[tuple[ResponseStream, OutputEvent]]) -> None:

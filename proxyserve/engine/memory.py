@@ -1,4 +1,4 @@
-"""The memory plan: how many KV blocks each model gets out of one budget."""
+"""The memory plan: what weights and KV blocks may take, and how many blocks each arena gets."""
 
 from __future__ import annotations
 
@@ -8,67 +8,94 @@ from dataclasses import dataclass
 
 import torch
 
-from proxyserve.engine.kv_storage import LayerShape, bytes_per_token
+from proxyserve.engine.arena import Layout
 from proxyserve.errors import LoadError
-from proxyserve.models.loaded_model import LoadedModel
 from proxyserve.models.remote import RemoteModel
-from proxyserve.types import ModelKey
 
 _CPU_SHARE, _CPU_MOST = 0.25, 2 * 2**30
 _GPU_SHARE = 0.85
+#: Of the whole machine, for weights and KV together.
+_CPU_LIMIT, _GPU_LIMIT = 0.8, 0.92
+#: An arena has room for this many lanes of each request, where it has that many models: an expert's two, and a second
+#: expert over the same untuned model.
+_LANES = 3
 
 
 @dataclass(frozen=True, slots=True)
-class ModelMemory:
-    """Bytes of one model: its weights, its KV blocks, and how many tokens those hold."""
+class Tenants:
+    """The models that share an arena: how many, and the longest context among them in tokens."""
 
-    weights: int
-    kv: int
-    blocks: int
-    tokens: int
+    models: int
+    context: int
+
+    @property
+    def lanes(self) -> int:
+        """Of one request that the arena should have room for."""
+        return min(self.models, _LANES)
 
 
-def plan_memory(
-    shapes: Mapping[ModelKey, Sequence[LayerShape]],
-    models: Mapping[ModelKey, LoadedModel],
-    *,
-    budget: int | None,
-    block_size: int,
-    max_batch: int,
-) -> dict[ModelKey, ModelMemory]:
-    """Give every model the same number of blocks, as many as `budget` bytes allow (None: a default for the device),
-    since every lane of a request grows by the same tokens. No model gets more than `max_batch` full contexts.
+def plan_arenas(
+    tenants: Mapping[Layout, Tenants], *, budget: int, block_size: int, max_batch: int
+) -> dict[Layout, int]:
+    """Blocks of each arena. Each lane gets the same number, as many as `budget` bytes allow, since the lanes of a
+    request grow by the same tokens, but none more than `max_batch` full contexts.
 
-    Raises LoadError if the budget does not hold even two blocks per model.
+    Raises LoadError if the budget does not hold even two blocks per lane.
     """
-    if not shapes:
+    if not tenants:
         return {}
-    block_bytes = {key: bytes_per_token(shapes[key], models[key].dtype) * block_size for key in shapes}
-    total = _default_budget(next(iter(models.values())).device) if budget is None else budget
-    blocks = total // sum(block_bytes.values())
+    least = sum(layout.block_bytes(block_size) * group.lanes for layout, group in tenants.items())
+    blocks = budget // least
     if blocks < 2:
         raise LoadError(
-            f"a KV budget of {total} bytes holds {blocks} blocks of {block_size} tokens for {len(shapes)} models; "
-            f"give --kv-memory at least {2 * sum(block_bytes.values())} bytes"
+            f"a KV budget of {budget} bytes holds {blocks} blocks of {block_size} tokens for "
+            f"{sum(group.lanes for group in tenants.values())} lanes; give --kv-memory at least {2 * least} bytes"
         )
-    plan = {}
-    for key, size in block_bytes.items():
-        most = max_batch * -(-models[key].context_length // block_size)
-        own = min(blocks, most)
-        plan[key] = ModelMemory(models[key].bytes, own * size, own, own * block_size)
-    return plan
+    return {
+        layout: min(blocks, max_batch * -(-group.context // block_size)) * group.lanes
+        for layout, group in tenants.items()
+    }
 
 
-def plan_remote(model: RemoteModel, *, block_size: int, max_batch: int, lanes: int) -> ModelMemory:
+def blocks_of_remote(model: RemoteModel, *, block_size: int, max_batch: int, lanes: int) -> int:
     """Blocks without bytes, enough for `max_batch` full contexts and for one request with `lanes` lanes on the
     model."""
-    blocks = (max_batch + lanes) * -(-model.context_length // block_size)
-    return ModelMemory(0, 0, blocks, blocks * block_size)
+    return (max_batch + lanes) * -(-model.context_length // block_size)
 
 
-def _default_budget(device: torch.device) -> int:
+def kv_budget(device: torch.device, wanted: int | None) -> int:
+    """Bytes for KV: those wanted, or a default for the device."""
+    if wanted is not None:
+        return wanted
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * _GPU_SHARE)
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(int(physical * _CPU_SHARE), _CPU_MOST)
+    return min(int(_physical_bytes() * _CPU_SHARE), _CPU_MOST)
+
+
+def memory_limit(device: torch.device, wanted: int | None) -> int:
+    """Bytes that weights and KV may take together: those wanted, or most of what the device has."""
+    if wanted is not None:
+        return wanted
+    if device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(device)
+        return int(total * _GPU_LIMIT)
+    return int(_physical_bytes() * _CPU_LIMIT)
+
+
+def spelled(sizes: Sequence[int]) -> list[str]:
+    """Bytes for people: `1.5 GiB`."""
+    return [_spell(size) for size in sizes]
+
+
+def _spell(size: int) -> str:
+    value = float(size)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"
+
+
+def _physical_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

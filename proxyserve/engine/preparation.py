@@ -6,14 +6,15 @@ from collections import Counter
 from collections.abc import Mapping
 
 from proxyserve.engine.choice import Choice, choice_seed
+from proxyserve.engine.offer import Offer
 from proxyserve.engine.submission import LanePrompts, Submission
-from proxyserve.errors import InvalidRequest
+from proxyserve.errors import ExpertParked, InvalidRequest
 from proxyserve.fusion.binding import BoundProgram, LaneSpec, bind
 from proxyserve.fusion.catalog import Catalog
 from proxyserve.fusion.fusion import Fusion
-from proxyserve.fusion.policy import FusionPolicy
 from proxyserve.fusion.program import BASE_LANE
 from proxyserve.fusion.remote_base import over_remote_base
+from proxyserve.kv.block_pool import BlockPool
 from proxyserve.scheduler.lane import Lane
 from proxyserve.scheduler.request import ScheduledRequest
 from proxyserve.text.detokenizer import Detokenizer
@@ -22,25 +23,24 @@ from proxyserve.types import ModelKey
 
 def prepare(
     submission: Submission,
-    catalog: Catalog,
-    policy: FusionPolicy,
+    offer: Offer,
     *,
-    blocks: Mapping[ModelKey, int],
+    pools: Mapping[ModelKey, BlockPool],
     block_size: int,
     share_prefixes: bool,
 ) -> list[Choice]:
     """Make the `n` choices of a submission. Raises InvalidRequest, UnknownModel or Forbidden, naming the field.
 
-    `blocks` is the size of each model's KV pool. With `share_prefixes` off, prefix-cache entries are
+    `pools` has the KV pool of each trunk. With `share_prefixes` off, prefix-cache entries are
     still shared between the choices of this submission, and with nobody else.
     """
     if submission.n < 1:
         raise InvalidRequest("n must be at least 1.", param="n")
-    fusion = submission.fusion
+    fusion, catalog, policy = submission.fusion, offer.catalog, offer.policy
     policy.check(fusion, fusion.compile(catalog), admin=submission.admin, vetted=submission.vetted)
     program = bind_fusion(fusion, catalog, submission.prompts)
     _check_length(
-        submission, program, blocks, block_size
+        submission, program, pools, block_size
     )  # first, so that no overlong prompt is walked through
     for spec in program.lanes:
         _check_prompt(spec, submission)
@@ -55,7 +55,9 @@ def prepare(
     choices: list[Choice] = []
     for index in range(submission.n):
         output: list[int] = []
-        lanes = tuple(Lane(spec.model.key, spec.prompt, output, salt) for spec in program.lanes)
+        lanes = tuple(
+            Lane(spec.model.key, spec.prompt, output, salt, spec.model.trunk.key) for spec in program.lanes
+        )
         scheduled = ScheduledRequest(
             f"{submission.request_id}/{index}",
             lanes,
@@ -79,6 +81,20 @@ def prepare(
     return choices
 
 
+def check_presets(offer: Offer) -> None:
+    """Raise InvalidRequest, naming the preset, if one of them cannot work. Those whose experts are parked are checked
+    when they are called."""
+    for name, preset in offer.catalog.presets.items():
+        try:
+            program = preset.compile(offer.catalog)
+            offer.policy.check(preset, program, admin=True, vetted=True)
+            over_remote_base(program, preset, offer.catalog)
+        except ExpertParked:
+            continue
+        except InvalidRequest as error:
+            raise InvalidRequest(f"Preset '{name}': {error.message}", param=error.param) from None
+
+
 def bind_fusion(fusion: Fusion, catalog: Catalog, prompts: LanePrompts) -> BoundProgram:
     """The program of a request. An explanation or a gate wants to hear the base whatever the rule."""
     watched = (BASE_LANE,) if fusion.explain or fusion.gate is not None else ()
@@ -91,12 +107,13 @@ def context_room(program: BoundProgram) -> int:
     return min(spec.model.context_length - len(spec.prompt) for spec in program.lanes)
 
 
-def memory_room(program: BoundProgram, blocks: Mapping[ModelKey, int], block_size: int) -> int:
+def memory_room(program: BoundProgram, pools: Mapping[ModelKey, BlockPool], block_size: int) -> int:
     """Tokens that can be generated before the KV pools are full, were nothing else in them. May be negative."""
-    lanes_of = Counter(spec.model.key for spec in program.lanes)
+    pool_of = [pools[spec.model.trunk.key] for spec in program.lanes]
+    lanes_of = Counter(pool_of)
     return min(
-        blocks[spec.model.key] // lanes_of[spec.model.key] * block_size - len(spec.prompt)
-        for spec in program.lanes
+        pool.num_blocks // lanes_of[pool] * block_size - len(spec.prompt)
+        for spec, pool in zip(program.lanes, pool_of, strict=True)
     )
 
 
@@ -141,7 +158,7 @@ def _check_entropy(submission: Submission) -> None:
 
 
 def _check_length(
-    submission: Submission, program: BoundProgram, blocks: Mapping[ModelKey, int], block_size: int
+    submission: Submission, program: BoundProgram, pools: Mapping[ModelKey, BlockPool], block_size: int
 ) -> None:
     wanted = submission.sampling.max_tokens
     for spec in program.lanes:
@@ -153,7 +170,7 @@ def _check_length(
                 param=_prompt_field(spec, submission),
                 code="context_length_exceeded",
             )
-    in_context, in_memory = context_room(program), memory_room(program, blocks, block_size)
+    in_context, in_memory = context_room(program), memory_room(program, pools, block_size)
     if wanted > in_context:
         raise InvalidRequest(
             f"max_tokens is {wanted}, but after the prompt only {in_context} tokens of context are left; "

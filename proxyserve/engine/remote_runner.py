@@ -61,7 +61,8 @@ class RemoteRunner:
                 if text not in asked:
                     asked[text] = self._threads.submit(client.top_logprobs, text, deadline)
                 calls.append((item.request.request_id, asked[text]))
-        self.stats.tokens += sum(item.count for item in work)
+        for item in work:
+            self.stats.tokens[item.lane.model.name] += item.count
         return RemoteCalls(self, calls, begun)
 
     def run(self, work: Sequence[LaneWork]) -> Tensor:

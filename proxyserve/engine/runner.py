@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
+from proxyserve.engine.arena import Layout
 from proxyserve.engine.attention import IMPLEMENTATION, AttentionPlan, ShapeProbe, Span, attention_plan
 from proxyserve.engine.cpu_linear import pack_linears
 from proxyserve.engine.kv_storage import KVStorage, LayerShape
@@ -19,10 +21,11 @@ from proxyserve.scheduler.scheduler import LaneWork
 
 @dataclass(slots=True)
 class RunnerStats:
-    """Since start: forwards, tokens run, rows of logits made, seconds spent."""
+    """Since the model came: forwards, tokens run by each model (its own name, and those of models over it), rows of
+    logits made, seconds spent."""
 
     forwards: int = 0
-    tokens: int = 0
+    tokens: Counter[str] = field(default_factory=Counter)
     rows: int = 0
     seconds: float = 0.0
 
@@ -51,8 +54,21 @@ class Runner:
             )
         return [probe.shapes[layer] for layer in range(layers)]
 
+    @property
+    def layout(self) -> Layout:
+        """Of its KV; models of one layout can share an arena."""
+        return Layout(tuple(self.shapes), self.model.dtype, self.model.device)
+
+    @property
+    def bytes(self) -> int:
+        """Of its weights."""
+        return self.model.bytes
+
     def attach(self, storage: KVStorage) -> None:
         self.storage = storage
+
+    def detach(self) -> None:
+        self.storage = None
 
     def run(self, work: Sequence[LaneWork]) -> Tensor:
         """Compute the work's tokens. Returns logits [rows, width] in the model's dtype, one row per work item with
@@ -69,13 +85,13 @@ class Runner:
             ids.extend(item.lane.tokens(item.start, stop))
             positions.extend(range(item.start, stop))
             spans.append(Span(item.lane.blocks, item.start, item.count))
+            self.stats.tokens[item.lane.model.name] += item.count
             if item.last:
                 sampled.append(len(ids) - 1)
         plan = AttentionPlan.of(spans, self.storage)
         with attention_plan(plan):
             logits = self._forward(ids, positions, sampled)
         self.stats.forwards += 1
-        self.stats.tokens += len(ids)
         self.stats.rows += len(sampled)
         self.stats.seconds += perf_counter() - started
         return logits

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from proxyserve.engine.attention import IMPLEMENTATION
+from proxyserve.engine.kv_storage import KVStorage
 from proxyserve.engine.runner import Runner
 from proxyserve.errors import LoadError
 from proxyserve.scheduler.lane import Lane
@@ -16,17 +17,25 @@ from proxyserve.scheduler.request import ScheduledRequest
 from proxyserve.scheduler.scheduler import LaneWork
 
 _CHUNKS = (5, 1, 3)
+_BLOCK = 4
 _TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.15, torch.float16: 3e-2}
 
 
 @torch.inference_mode()
 def verify_paged(runner: Runner) -> None:
     """Run a short text once as the model's authors do and once in three paged chunks; raise LoadError unless the last
-    logits agree (relative to their spread). Leaves the runner's blocks zeroed."""
-    model, storage = runner.model, runner.storage
-    if storage is None:
-        raise RuntimeError("the runner has no KV storage yet")
-    length = min(sum(_CHUNKS), model.context_length - 1, storage.num_blocks * storage.block_size)
+    logits agree (relative to their spread) and are finite. For a model that no step runs yet; its blocks are taken away
+    again afterwards."""
+    model = runner.model
+    length = min(sum(_CHUNKS), model.context_length - 1)
+    storage = KVStorage(
+        runner.shapes,
+        num_blocks=-(-length // _BLOCK),
+        block_size=_BLOCK,
+        dtype=model.dtype,
+        device=model.device,
+    )
+    runner.attach(storage)
     ids = tuple(index * 7 % model.vocabulary.size for index in range(1, length + 1))
     model.module.set_attn_implementation("eager")
     try:
@@ -38,18 +47,14 @@ def verify_paged(runner: Runner) -> None:
     output: list[int] = []
     lane = Lane(model.key, ids, output)
     request = ScheduledRequest("verify", (lane,), output)
-    blocks = -(-length // storage.block_size)
-    lane.blocks = list(
-        range(storage.num_blocks - blocks, storage.num_blocks)
-    )  # not in order of use on purpose
-    lane.blocks.reverse()
+    lane.blocks = list(reversed(range(storage.num_blocks)))  # not in order of use on purpose
     got = expected
     for count in _CHUNKS:
         count = min(count, length - lane.computed)
         if count:
             got = runner.run([LaneWork(request, lane, lane.computed, count, last=True)])[0]
             lane.computed += count
-    storage.clear(lane.blocks)
+    runner.detach()
     spread = expected.float().std().clamp(min=1e-6)
     error = ((got.float() - expected.float()).abs().max() / spread).item()
     if not error <= _TOLERANCE.get(model.dtype, 0.15):  # NaN fails too

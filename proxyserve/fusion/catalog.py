@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from proxyserve.errors import InvalidRequest, UnknownModel
+from proxyserve.errors import ExpertParked, InvalidRequest, UnknownModel
 from proxyserve.fusion.calibration import Calibration
 from proxyserve.fusion.program import BASE_LANE
 from proxyserve.models.loaded_model import LoadedModel
@@ -46,7 +46,7 @@ class Catalog:
     def lane(self, name: str, param: str) -> str:
         """The lane that `name` means: `base` (or the base's own name), `EXPERT.tuned`, `EXPERT.untuned` or an untuned
         model's own name (which several experts may share), each with or without `@VARIANT`. Raises UnknownModel, naming
-        the field `param`."""
+        the field `param`, and ExpertParked."""
         model, at, variant = name.partition("@")
         if at and not _VARIANT.fullmatch(variant):
             raise InvalidRequest(
@@ -63,9 +63,16 @@ class Catalog:
             return BASE_LANE
         expert, _, role = model.partition(".")
         found = self.models.experts.get(expert)
+        if found is None and role in ("tuned", "untuned") and expert in self.models.parked:
+            raise ExpertParked(expert)
         if found is not None and (role == "tuned" or (role == "untuned" and found.untuned is not None)):
             return model
-        return model if self._untuned(model) is not None else None
+        if self._untuned(model) is not None:
+            return model
+        for parked, untuned in self.models.parked.items():
+            if untuned == model:
+                raise ExpertParked(parked)
+        return None
 
     def _untuned(self, name: str) -> LoadedModel | None:
         """The untuned model of that name, whichever experts have it."""

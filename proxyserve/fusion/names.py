@@ -27,6 +27,7 @@ class _NamedPair:
 class _Names:
     base: _Named
     experts: Mapping[str, _NamedPair]
+    parked: Mapping[str, str | None]
 
     def expert(self, name: str, *, param: str) -> _NamedPair:
         if name not in self.experts:
@@ -42,5 +43,5 @@ def catalog_of_names(
     as over a real one; its models cannot be loaded or run."""
     pairs = {name: _NamedPair(None if other is None else _Named(other)) for name, other in untuned.items()}
     # Compiling asks models for their names only.
-    models = cast(ModelSet, _Names(_Named(base), MappingProxyType(pairs)))
+    models = cast(ModelSet, _Names(_Named(base), MappingProxyType(pairs), MappingProxyType({})))
     return Catalog(models, dict(presets or {}))

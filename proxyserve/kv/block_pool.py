@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
+from proxyserve.types import ModelKey
+
 #: Identifies the content of a block: digest of the model, the salt and all tokens up to the block's end.
 BlockKey = bytes
 
@@ -30,6 +32,7 @@ class BlockPool:
         self._evictable: OrderedDict[int, None] = OrderedDict()
         self._block_of: dict[BlockKey, int] = {}
         self._key_of: dict[int, BlockKey] = {}
+        self._owner_of: dict[int, ModelKey] = {}
 
     @property
     def available(self) -> int:
@@ -58,7 +61,7 @@ class BlockPool:
             block = self._free.pop()
         else:
             block, _ = self._evictable.popitem(last=False)
-            del self._block_of[self._key_of.pop(block)]
+            self._unpublish(block)
         self._references[block] = 1
         return block
 
@@ -93,30 +96,42 @@ class BlockPool:
             self._evictable.pop(block, None)
             self._references[block] += 1
 
-    def publish(self, block: int, key: BlockKey) -> None:
-        """Let later lanes find this full block under `key`. Does nothing if `key` is taken by another block (two
-        lanes computed the same prefix at the same time): the first one serves, this one stays private."""
+    def publish(self, block: int, key: BlockKey, owner: ModelKey) -> None:
+        """Let later lanes of model `owner` find this full block under `key`. Does nothing if `key` is taken by another
+        block (two lanes computed the same prefix at the same time): the first one serves, this one stays private."""
         if self._references[block] < 1:
             raise ValueError(f"block {block} is published but nobody holds it")
         if key not in self._block_of and block not in self._key_of:
             self._block_of[key] = block
             self._key_of[block] = key
+            self._owner_of[block] = owner
 
     def withdraw(self, blocks: Sequence[int]) -> list[int]:
         """No later lane may find these held blocks any more (their content turned out bad). Returns those that
         nobody else holds, whose content the caller may overwrite."""
         for block in blocks:
-            key = self._key_of.pop(block, None)
-            if key is not None:
-                del self._block_of[key]
+            if block in self._key_of:
+                self._unpublish(block)
         return [block for block in blocks if self._references[block] == 1]
 
     def drop_cache(self) -> None:
         """Forget every published block that no lane holds."""
         while self._evictable:
             block, _ = self._evictable.popitem()
-            del self._block_of[self._key_of.pop(block)]
+            self._unpublish(block)
             self._free.append(block)
+
+    def forget(self, owner: ModelKey) -> None:
+        """Forget what was published for this model; blocks that no lane holds are free again."""
+        for block in [block for block, key in self._owner_of.items() if key == owner]:
+            self._unpublish(block)
+            if block in self._evictable:
+                del self._evictable[block]
+                self._free.append(block)
+
+    def _unpublish(self, block: int) -> None:
+        del self._block_of[self._key_of.pop(block)]
+        del self._owner_of[block]
 
     def check(self) -> None:
         """Raise AssertionError if any invariant is broken. Cheap enough to run after every step in tests."""
@@ -128,6 +143,8 @@ class BlockPool:
             raise AssertionError("a block has a negative number of holders")
         if {key: block for block, key in self._key_of.items()} != self._block_of:
             raise AssertionError("the key index and its inverse disagree")
+        if self._owner_of.keys() != self._key_of.keys():
+            raise AssertionError("a published block has no owner, or one that is not published has")
         if any(block not in self._key_of for block in self._evictable):
             raise AssertionError("an evictable block has no key")
         if any(block in self._key_of for block in self._free):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import time
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
@@ -13,12 +14,18 @@ from proxyserve.models.vocabulary import SharedVocabulary
 from proxyserve.text.tokenizer import Tokenizer
 from proxyserve.types import ModelKey
 
+if TYPE_CHECKING:
+    from proxyserve.models.formats.lora import LoraWeights
+
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
     """One set of weights with its tokenizer. `context_length` is in tokens; `eos_ids` are all ids that end a text
     by this model's own configuration; `vocabulary` are its real ids (its head may be wider). `parameters` and
-    `bytes` are those of the weights, tied ones counted once."""
+    `bytes` are those of the weights, tied ones counted once.
+
+    A model may be `over` another one: an `adapter` over its weights, or, without an adapter, the same weights under
+    another name. `module` is then the other's; `parameters` and `bytes` are what is added to it."""
 
     key: ModelKey
     path: Path
@@ -30,6 +37,13 @@ class LoadedModel:
     parameters: int
     bytes: int
     created: int = field(default_factory=lambda: int(time()))
+    over: LoadedModel | None = None
+    adapter: LoraWeights | None = None
+
+    @property
+    def trunk(self) -> LoadedModel:
+        """The model whose weights and KV blocks its lanes use."""
+        return self.over or self
 
     @property
     def name(self) -> str:
@@ -48,10 +62,11 @@ class LoadedModel:
 class Expert:
     """A named pair: the tuned small model and its untuned reference. `untuned` may be shared with other experts and
     may be the base; it is None for an expert that was loaded without one. `vocabulary` are the ids that base, tuned
-    and untuned share."""
+    and untuned share. `protected`: only administrators may weigh against it."""
 
     name: str
     tuned: LoadedModel
     untuned: LoadedModel | None
     vocabulary: SharedVocabulary
     generation: int = 1
+    protected: bool = False

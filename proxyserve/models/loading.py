@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from proxyserve.errors import LoadError
 from proxyserve.models.loaded_model import LoadedModel
@@ -40,13 +40,14 @@ def choose_placement(device: str = "auto", dtype: str = "auto") -> Placement:
     return Placement(chosen, known[dtype])
 
 
-def load_model(path: str | Path, key: ModelKey, placement: Placement) -> LoadedModel:
-    """Load a Hugging Face folder (safetensors only, no code from the folder is run). Raises LoadError."""
+def load_model(
+    path: str | Path, key: ModelKey, placement: Placement, tokenizer: Tokenizer | None = None
+) -> LoadedModel:
+    """Load a Hugging Face folder (safetensors only, no code from the folder is run). `tokenizer` is the folder's, where
+    it has been loaded already. Raises LoadError."""
     folder = Path(path).expanduser()
-    _check_folder(folder)
-    config = _load_config(folder)
-    refuse_unsupported_config(config, str(folder))
-    tokenizer = Tokenizer.load(folder)
+    config = load_config(folder)
+    tokenizer = tokenizer or Tokenizer.load(folder)
     transformers.utils.logging.disable_progress_bar()  # loading progress is the caller's to show
     try:
         module, report = AutoModelForCausalLM.from_pretrained(
@@ -66,6 +67,21 @@ def load_model(path: str | Path, key: ModelKey, placement: Placement) -> LoadedM
             f"{folder}: {len(absent)} weights are missing from the files, first {absent[0]}; they would be random. "
             "Save the model again."
         )
+    return make_loaded(folder, key, module, tokenizer, placement)
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a folder that has all its weight files and can be served. Raises LoadError."""
+    _check_folder(folder)
+    config = _read_config(folder)
+    refuse_unsupported_config(config, str(folder))
+    return config
+
+
+def make_loaded(
+    folder: Path, key: ModelKey, module: PreTrainedModel, tokenizer: Tokenizer, placement: Placement
+) -> LoadedModel:
+    """A module with weights as a model that can be served; it is put where `placement` says. Raises LoadError."""
     module.eval().requires_grad_(False).to(placement.device)
     refuse_unsupported_module(module, str(folder))
     width = int(module.get_output_embeddings().weight.shape[0])
@@ -74,7 +90,7 @@ def load_model(path: str | Path, key: ModelKey, placement: Placement) -> LoadedM
         path=folder.resolve(),
         module=module,
         tokenizer=tokenizer,
-        context_length=_context_length(config, str(folder)),
+        context_length=_context_length(module.config, str(folder)),
         eos_ids=_eos_ids(module, tokenizer),
         vocabulary=SharedVocabulary.of(tokenizer.token_to_id, width),
         parameters=sum(parameter.numel() for parameter in module.parameters()),
@@ -112,7 +128,7 @@ def _check_folder(folder: Path) -> None:
             raise LoadError(f"{file}: incomplete or damaged ({error}); copy it again") from error
 
 
-def _load_config(folder: Path) -> PreTrainedConfig:
+def _read_config(folder: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

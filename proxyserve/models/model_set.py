@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
-from proxyserve.errors import LoadError, UnknownModel
+from proxyserve.errors import ExpertParked, LoadError, UnknownModel
 from proxyserve.models.loaded_model import Expert, LoadedModel
 from proxyserve.models.remote import AnyModel
 from proxyserve.models.vocabulary import require_compatible
@@ -17,10 +17,18 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 class ModelSet:
-    """The base and its experts, checked against each other. Immutable."""
+    """The base and its experts, checked against each other. Immutable. `parked` are names of experts that are served
+    here, but are not in memory now, each with the name of its untuned model."""
 
-    def __init__(self, base: AnyModel, experts: Iterable[Expert] = ()) -> None:
+    def __init__(
+        self,
+        base: AnyModel,
+        experts: Iterable[Expert] = (),
+        *,
+        parked: Mapping[str, str | None] | None = None,
+    ) -> None:
         self.base = base
+        self.parked: Mapping[str, str | None] = MappingProxyType(dict(parked or {}))
         by_name: dict[str, Expert] = {}
         for expert in experts:
             if expert.name in by_name:
@@ -31,12 +39,23 @@ class ModelSet:
         self.experts: Mapping[str, Expert] = MappingProxyType(by_name)
 
     def expert(self, name: str, *, param: str = "fusion.experts") -> Expert:
-        """Raises UnknownModel, listing what there is."""
+        """Raises UnknownModel, listing what there is, and ExpertParked for one that must be loaded first."""
         expert = self.experts.get(name)
         if expert is None:
-            known = ", ".join(sorted(self.experts)) or "none"
+            if name in self.parked:
+                raise ExpertParked(name)
+            known = ", ".join(sorted({*self.experts, *self.parked})) or "none"
             raise UnknownModel(f"There is no expert '{name}' here. Experts: {known}.", param=param)
         return expert
+
+    def known(self, name: str) -> bool:
+        """Whether there is such an expert, in memory or parked."""
+        return name in self.experts or name in self.parked
+
+    @property
+    def trunks(self) -> Mapping[ModelKey, AnyModel]:
+        """Every distinct set of weights once, base first."""
+        return {model.trunk.key: model.trunk for model in self.models.values()}
 
     @property
     def models(self) -> Mapping[ModelKey, AnyModel]:
@@ -50,7 +69,13 @@ class ModelSet:
 
 
 def make_expert(
-    name: str, base: AnyModel, tuned: LoadedModel, untuned: LoadedModel | None, *, generation: int = 1
+    name: str,
+    base: AnyModel,
+    tuned: LoadedModel,
+    untuned: LoadedModel | None,
+    *,
+    generation: int = 1,
+    protected: bool = False,
 ) -> Expert:
     """Pair tuned and untuned after checking their tokenizers against the base's. Raises LoadError."""
     if not NAME.fullmatch(name):
@@ -60,4 +85,4 @@ def make_expert(
         if model is not None and model is not base:
             require_compatible(base.tokenizer.token_to_id, base.name, model.tokenizer.token_to_id, model.name)
             vocabulary = vocabulary.intersect(model.vocabulary)
-    return Expert(name, tuned, untuned, vocabulary, generation)
+    return Expert(name, tuned, untuned, vocabulary, generation, protected)

@@ -49,6 +49,11 @@ class RemoteModel:
         return self.key.name
 
     @property
+    def trunk(self) -> RemoteModel:
+        """Itself: nothing runs over a remote model."""
+        return self
+
+    @property
     def dtype(self) -> torch.dtype:
         return torch.float32
 

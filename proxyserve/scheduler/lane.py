@@ -21,14 +21,17 @@ from proxyserve.types import ModelKey
 class Lane:
     """One model's KV state for one request.
 
-    Set by the owner of the request: `model`, `prompt`, `output` (the request's one list, appended to elsewhere) and
-    `salt` (keeps prefix-cache entries of different tenants apart). Set by the scheduler: everything else.
+    Set by the owner of the request: `model`, `prompt`, `output` (the request's one list, appended to elsewhere),
+    `salt` (keeps prefix-cache entries of different tenants apart) and `over`, the model whose weights run the lane
+    where that is not `model` itself (which is an adapter over it, or has the same weights). Set by the scheduler:
+    everything else.
     """
 
     model: ModelKey
     prompt: tuple[int, ...]
     output: list[int]
     salt: str = ""
+    over: ModelKey | None = None
 
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
@@ -37,6 +40,11 @@ class Lane:
     tokens_run: int = 0
     _keys: list[BlockKey] = field(default_factory=list)
     _published: int = 0
+
+    @property
+    def trunk(self) -> ModelKey:
+        """The model whose weights and KV blocks the lane uses."""
+        return self.over or self.model
 
     @property
     def wanted(self) -> int:
@@ -84,7 +92,7 @@ class Lane:
         if full > self._published:
             keys = self._keys_until(full, block_size)
             for index in range(self._published, full):
-                pool.publish(self.blocks[index], keys[index])
+                pool.publish(self.blocks[index], keys[index], self.model)
             self._published = full
 
     def release(self, pool: BlockPool) -> None:

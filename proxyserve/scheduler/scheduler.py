@@ -11,13 +11,16 @@ token back until the other lanes of its request can run theirs in the same step.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from proxyserve.kv.block_pool import BlockPool
 from proxyserve.scheduler.lane import Lane
 from proxyserve.scheduler.request import RequestState, ScheduledRequest
 from proxyserve.types import ModelKey
+
+PlaceT = TypeVar("PlaceT", bound=Hashable)
 
 
 @dataclass(slots=True)
@@ -34,7 +37,7 @@ class LaneWork:
 
 @dataclass(slots=True)
 class Plan:
-    """One step: per model the work of its packed forward, the requests that sample afterwards, and the gated ones that
+    """One step: per trunk the work of its packed forward, the requests that sample afterwards, and the gated ones that
     have the logits of lane 0 and must learn whether that is enough. Every request in `sampling` or `probing` has
     exactly one `last` work for each lane whose turn it is."""
 
@@ -49,7 +52,9 @@ class Plan:
 
 
 class Scheduler:
-    """Owns the queue, the running requests and who holds which blocks of `pools` (one pool per model)."""
+    """Owns the queue, the running requests and who holds which blocks of `pools`. That has the pool of each trunk;
+    trunks whose layers store alike share one. It may be replaced between steps by one with other trunks, as long as
+    those of queued and running requests stay."""
 
     def __init__(
         self, pools: Mapping[ModelKey, BlockPool], *, block_size: int, max_batch: int, max_batch_tokens: int
@@ -102,19 +107,20 @@ class Scheduler:
 
     def commit(self, plan: Plan) -> None:
         """The plan's work has been done: its tokens are computed and full blocks are published."""
-        for model, work in plan.work.items():
-            pool = self.pools[model]
+        for trunk, work in plan.work.items():
+            pool = self.pools[trunk]
             for item in work:
                 item.lane.advance(item.count, pool, self.block_size)
 
     def _grant(
         self, request: ScheduledRequest, budget: dict[ModelKey, int], plan: Plan, granted: set[int]
     ) -> None:
-        """Give each lane whose turn it is as much of what it misses as its model's budget allows."""
+        """Give each lane whose turn it is as much of what it misses as its trunk's budget allows."""
         lanes = request.turn
+        trunks = [lane.trunk for lane in lanes]
         missing = [lane.missing - 1 for lane in lanes]
-        counts = _fit(lanes, missing, budget)
-        sample = counts == missing and _fits(lanes, [count + 1 for count in counts], budget)
+        counts = _fit(trunks, missing, budget)
+        sample = counts == missing and _fits(trunks, [count + 1 for count in counts], budget)
         if sample:
             counts = [count + 1 for count in counts]
         if not self._make_room(request, counts, plan, granted):
@@ -122,9 +128,9 @@ class Scheduler:
         granted.add(id(request))
         for lane, count in zip(lanes, counts, strict=True):
             if count:
-                budget[lane.model] -= count
+                budget[lane.trunk] -= count
                 work = LaneWork(request, lane, lane.computed, count, last=sample)
-                plan.work.setdefault(lane.model, []).append(work)
+                plan.work.setdefault(lane.trunk, []).append(work)
         if sample:
             probe = request.gated and not request.awaiting
             (plan.probing if probe else plan.sampling).append(request)
@@ -148,11 +154,12 @@ class Scheduler:
         ]
         if not any(needs):
             return True
-        if not _fits(lanes, needs, {model: pool.available for model, pool in self.pools.items()}):
+        pools = [self.pools[lane.trunk] for lane in lanes]
+        if not _fits(pools, needs, {pool: pool.available for pool in pools}):
             return False
-        for lane, needed in zip(lanes, needs, strict=True):
+        for lane, pool, needed in zip(lanes, pools, needs, strict=True):
             if needed:
-                lane.blocks.extend(self.pools[lane.model].allocate(needed))
+                lane.blocks.extend(pool.allocate(needed))
         return True
 
     def _preempt(self, request: ScheduledRequest) -> None:
@@ -187,7 +194,7 @@ class Scheduler:
     def _start(self, request: ScheduledRequest) -> bool:
         """Take matched prefix blocks and reserve the rest of every lane's wanted tokens, or take nothing."""
         for lane in request.lanes:
-            pool = self.pools[lane.model]
+            pool = self.pools[lane.trunk]
             matched = lane.match_prefix(pool, self.block_size)
             pool.reuse(matched)
             lane.start_from(matched, self.block_size)
@@ -198,13 +205,14 @@ class Scheduler:
 
     def _release(self, request: ScheduledRequest) -> None:
         for lane in request.lanes:
-            lane.release(self.pools[lane.model])
+            lane.release(self.pools[lane.trunk])
 
     def check(self) -> None:
         """Raise AssertionError if blocks, lanes and states disagree. For tests, after every step."""
-        for pool in self.pools.values():
+        pools = set(self.pools.values())
+        for pool in pools:
             pool.check()
-        holders: dict[tuple[ModelKey, int], int] = {}
+        holders: dict[tuple[BlockPool, int], int] = {}
         for request in self.running:
             assert request.state is RequestState.RUNNING, (
                 f"{request.request_id} runs in state {request.state}"
@@ -213,33 +221,33 @@ class Scheduler:
                 assert lane.computed <= len(lane.blocks) * self.block_size, "more tokens than blocks"
                 assert lane.computed <= lane.wanted, "computed ran past wanted"
                 assert len(set(lane.blocks)) == len(lane.blocks), "a lane holds a block twice"
+                pool = self.pools[lane.trunk]
                 for block in lane.blocks:
-                    holders[lane.model, block] = holders.get((lane.model, block), 0) + 1
+                    holders[pool, block] = holders.get((pool, block), 0) + 1
         for request in self.waiting:
             assert request.state is RequestState.WAITING, (
                 f"{request.request_id} waits in state {request.state}"
             )
             assert not any(lane.blocks for lane in request.lanes), "a waiting request holds blocks"
-        for model, pool in self.pools.items():
+        for pool in pools:
             for block in range(pool.num_blocks):
-                assert pool.references(block) == holders.get((model, block), 0), (
-                    f"{model} block {block} leaked"
-                )
+                assert pool.references(block) == holders.get((pool, block), 0), f"block {block} leaked"
 
 
 def _needs_prefill(request: ScheduledRequest) -> bool:
     return any(lane.missing > 1 for lane in request.turn)
 
 
-def _fit(lanes: tuple[Lane, ...], counts: list[int], budget: Mapping[ModelKey, int]) -> list[int]:
-    """Cut `counts` so that all lanes of one model together stay within its budget; earlier lanes first."""
-    left = dict(budget)
+def _fit(places: Sequence[PlaceT], counts: list[int], room: Mapping[PlaceT, int]) -> list[int]:
+    """Cut `counts` so that all that go to one place (a trunk's forward, a pool) stay within its room; earlier ones
+    first."""
+    left = {place: room[place] for place in places}
     fitted = []
-    for lane, count in zip(lanes, counts, strict=True):
-        fitted.append(min(count, left[lane.model]))
-        left[lane.model] -= fitted[-1]
+    for place, count in zip(places, counts, strict=True):
+        fitted.append(min(count, left[place]))
+        left[place] -= fitted[-1]
     return fitted
 
 
-def _fits(lanes: tuple[Lane, ...], counts: list[int], budget: Mapping[ModelKey, int]) -> bool:
-    return _fit(lanes, counts, budget) == counts
+def _fits(places: Sequence[PlaceT], counts: list[int], room: Mapping[PlaceT, int]) -> bool:
+    return _fit(places, counts, room) == counts

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from proxyserve.engine.loop import EngineStats
+from proxyserve.engine.offer import Lease, Offer, Offers
 from proxyserve.engine.submission import Submission
 from proxyserve.fusion.catalog import Catalog
+from proxyserve.fusion.policy import FusionPolicy
 from proxyserve.models.model_set import ModelSet
 from proxyserve.types import FinishReason, FusionReport, OutputEvent, Usage
 
@@ -29,15 +31,10 @@ class FakeEngine:
 
     @property
     def engine(self) -> Any:
-        memory = {key: SimpleNamespace(blocks=1000) for key in self.models.models}
-        return SimpleNamespace(
-            models=self.models,
-            catalog=Catalog(self.models),
-            memory=memory,
-            config=SimpleNamespace(block_size=16),
-        )
+        offers = Offers(Offer(Catalog(self.models), FusionPolicy()))
+        return SimpleNamespace(models=self.models, catalog=offers.current.catalog, offers=offers)
 
-    def submit(self, submissions: Sequence[Submission]) -> FakeStream:
+    def submit(self, submissions: Sequence[Submission], lease: Lease) -> FakeStream:
         if self.refusal is not None:
             raise self.refusal
         assert self.script is not None
@@ -51,7 +48,7 @@ class FakeEngine:
         return None
 
     def snapshot(self) -> EngineStats:
-        return EngineStats(0, 0, 0, 0, 0, 0, 0, 0, {}, 0, 0, 0.0, 0, {})
+        return EngineStats(0, 0, 0, 0, 0, 0, 0, 0, {}, 0, 0, 0.0, 0, {}, {}, {})
 
 
 class FakeStream:

@@ -79,7 +79,7 @@ def wait_until(condition: Any, *, seconds: float = _PATIENCE) -> None:
 
 def is_idle(stats: EngineStats) -> bool:
     return stats.running == stats.waiting == 0 and all(
-        model.blocks_in_use == 0 for model in stats.models.values()
+        pool.blocks_in_use == 0 for pool in stats.pools.values()
     )
 
 

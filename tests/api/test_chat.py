@@ -112,9 +112,9 @@ def test_default_length_is_what_is_left(live: Live) -> None:
 
 
 def test_default_length_is_what_memory_holds(tiny_models: ModelSet) -> None:
-    """Two lanes of one model share its blocks when their prompts differ."""
+    """Three lanes of the experts' shape have room; a fourth, a model on a prompt of its own, shares it with them."""
     engine = AsyncEngine(Engine(tiny_models, EngineConfig(kv_memory=2**18)))
-    pool = min(memory.tokens for memory in engine.engine.memory.values())
+    pool = min(arena.tokens for arena in engine.engine.residents.arenas.values())
     assert pool < 256
     engine.start()
     body = {"model": "atlas+qa+record", "messages": USER, "ignore_eos": True}
@@ -123,7 +123,7 @@ def test_default_length_is_what_memory_holds(tiny_models: ModelSet) -> None:
         shared = live.post(CHAT, **body, fusion={"prompts": {"qa.untuned": "plain"}})
     engine.close()
     assert alone.json()["usage"]["total_tokens"] == pool
-    assert 0 < shared.json()["usage"]["completion_tokens"] <= pool // 2
+    assert 0 < shared.json()["usage"]["completion_tokens"] <= pool * 3 // 4
 
 
 def test_max_completion_tokens_is_max_tokens(live: Live) -> None:

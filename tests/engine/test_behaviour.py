@@ -228,7 +228,7 @@ def test_refusals_name_the_field(
 
 def test_too_little_memory_is_refused_at_the_door(tiny_models: ModelSet) -> None:
     engine = Engine(tiny_models, EngineConfig(max_batch_tokens=64, kv_memory=100_000, block_size=4))
-    assert min(memory.tokens for memory in engine.memory.values()) < 120
+    assert min(arena.tokens for arena in engine.residents.arenas.values()) < 120
     with pytest.raises(InvalidRequest, match="KV memory") as refusal:
         engine.submit(submission("a", [5] * 100, {"qa": 1.0}, max_tokens=100))
     assert refusal.value.param == "max_tokens"

@@ -77,7 +77,7 @@ def test_every_architecture(family: TinyFamily) -> None:
     compare(make_engine(family), make_naive(family))
 
 
-@pytest.mark.parametrize("chunk", [16, 17, 23, 64, 512])
+@pytest.mark.parametrize("chunk", [17, 18, 23, 64, 512])
 @pytest.mark.parametrize("prefix_cache", [True, False])
 def test_every_chunk_size(tiny_family: TinyFamily, chunk: int, prefix_cache: bool) -> None:
     engine = make_engine(tiny_family, max_batch_tokens=chunk, prefix_cache=prefix_cache)
@@ -150,11 +150,12 @@ def test_weight_zero_runs_no_expert(tiny_family: TinyFamily) -> None:
     assert result.last and result.last.usage and result.last.fusion
     assert set(result.last.usage.lane_tokens) == {"atlas"}
     assert result.last.fusion.mean_kl == 0.0
-    assert [runner.stats.forwards for key, runner in engine.runners.items() if key.name != "atlas"] == [
-        3,  # the check when the model was loaded
-        3,
-        3,
-    ]
+    assert {name: stats.forwards > 0 for name, stats in engine.residents.stats.items()} == {
+        "atlas": True,
+        "qa.tuned": False,
+        "small": False,
+        "record.tuned": False,
+    }
 
 
 def test_tuned_equal_to_untuned_is_the_base(tiny_family: TinyFamily) -> None:

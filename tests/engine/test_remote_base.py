@@ -485,8 +485,8 @@ def test_what_a_remote_model_looks_like(fake: FakeUpstream, tiny_family: TinyFam
     assert (base.context_length, base.parameters, base.bytes) == (256, 0, 0)
     assert 0 in base.eos_ids and base.vocabulary.size == WIDTH
     engine = Engine(models, CONFIG)  # without experts nothing runs here at all
-    memory = engine.memory[base.key]
-    assert (memory.weights, memory.kv) == (0, 0) and memory.tokens >= 64 * 256
+    assert not engine.residents.arenas and engine.residents.bytes == 0
+    assert engine.pools[base.key].num_blocks * CONFIG.block_size >= 64 * 256
     assert KEY not in repr(base.client.source)
     assert load_family(source_of(fake, tiny_family, context=99)).base.context_length == 99
 

@@ -8,6 +8,8 @@ from proxyserve.kv.block_pool import BlockPool
 from proxyserve.kv.prefix import next_key, root_key
 from proxyserve.types import ModelKey
 
+MODEL = ModelKey("atlas")
+
 
 def test_allocate_takes_all_or_nothing() -> None:
     pool = BlockPool(4)
@@ -23,8 +25,8 @@ def test_allocate_takes_all_or_nothing() -> None:
 def test_published_blocks_outlive_their_holder_until_needed() -> None:
     pool = BlockPool(3)
     first, second = pool.allocate(2)
-    pool.publish(first, b"a")
-    pool.publish(second, b"b")
+    pool.publish(first, b"a", MODEL)
+    pool.publish(second, b"b", MODEL)
     pool.release([first, second])
     assert pool.match([b"a", b"b", b"c"]) == [first, second]
     assert pool.available == 3 and pool.cached == 2
@@ -37,7 +39,7 @@ def test_published_blocks_outlive_their_holder_until_needed() -> None:
 def test_a_reused_block_is_not_evicted() -> None:
     pool = BlockPool(2)
     (block,) = pool.allocate(1)
-    pool.publish(block, b"a")
+    pool.publish(block, b"a", MODEL)
     pool.release([block])
     pool.reuse([block])
     assert pool.available == 1
@@ -58,7 +60,7 @@ def test_double_release_is_found() -> None:
 def test_withdrawn_blocks_are_found_no_more() -> None:
     pool = BlockPool(3)
     shared, own = pool.allocate(2)
-    pool.publish(shared, b"a")
+    pool.publish(shared, b"a", MODEL)
     pool.reuse([shared])
     assert pool.withdraw([shared, own]) == [own]
     assert pool.match([b"a"]) == []

@@ -1,0 +1,70 @@
+"""The models that steps can run, and their KV memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from proxyserve.engine.arena import Arena, Layout
+from proxyserve.engine.remote_runner import RemoteRunner
+from proxyserve.engine.runner import Runner, RunnerStats
+from proxyserve.kv.block_pool import BlockPool
+from proxyserve.types import ModelKey
+
+AnyRunner = Runner | RemoteRunner
+
+
+class Residents:
+    """Runners by trunk, arenas by layout, and the pool that each trunk's lanes take their blocks from. Changed between
+    steps only. Other threads may read: mappings are replaced, never changed."""
+
+    def __init__(self) -> None:
+        self.runners: Mapping[ModelKey, AnyRunner] = MappingProxyType({})
+        self.arenas: Mapping[Layout, Arena] = MappingProxyType({})
+        self.pools: Mapping[ModelKey, BlockPool] = MappingProxyType({})
+        #: By the trunk's name: all generations of it count together, and go on counting after it has left.
+        self.stats: Mapping[str, RunnerStats] = MappingProxyType({})
+
+    def adopt(self, runner: Runner, arena: Arena) -> None:
+        """Let steps run this model. `arena` is that of its layout: the one that is here, or a new one."""
+        present = self.arenas.get(runner.layout)
+        if present is not None and present is not arena:
+            raise ValueError("another arena of this layout is here already")
+        runner.attach(arena.storage)
+        self.arenas = MappingProxyType({**self.arenas, runner.layout: arena})
+        self._add(runner, arena.pool)
+
+    def adopt_remote(self, runner: RemoteRunner, pool: BlockPool) -> None:
+        self._add(runner, pool)
+
+    def _add(self, runner: AnyRunner, pool: BlockPool) -> None:
+        key = runner.model.key
+        runner.stats = self.stats.get(key.name, RunnerStats())
+        runner.stats.tokens[key.name] += 0  # known from now on
+        self.stats = MappingProxyType({**self.stats, key.name: runner.stats})
+        self.runners = MappingProxyType({**self.runners, key: runner})
+        self.pools = MappingProxyType({**self.pools, key: pool})
+
+    def drop(self, trunk: ModelKey) -> None:
+        """No step will run this model again: nobody holds it or anything over it. An arena goes with its last model."""
+        runner = self.runners[trunk]
+        if isinstance(runner, RemoteRunner):
+            raise ValueError("a remote model stays")
+        self.forget(trunk, trunk)
+        runners = {key: other for key, other in self.runners.items() if key != trunk}
+        self.runners = MappingProxyType(runners)
+        self.pools = MappingProxyType({key: pool for key, pool in self.pools.items() if key != trunk})
+        kept = {other.layout for other in runners.values() if isinstance(other, Runner)}
+        self.arenas = MappingProxyType(
+            {layout: arena for layout, arena in self.arenas.items() if layout in kept}
+        )
+
+    def forget(self, model: ModelKey, trunk: ModelKey) -> None:
+        """Drop what the prefix cache has of a model over `trunk`."""
+        self.pools[trunk].forget(model)
+
+    @property
+    def bytes(self) -> int:
+        """Of all weights, adapters and KV blocks here."""
+        runners = sum(runner.bytes for runner in self.runners.values() if isinstance(runner, Runner))
+        return runners + sum(arena.bytes for arena in self.arenas.values())
