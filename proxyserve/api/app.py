@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 
 from proxyserve import __version__
-from proxyserve.api import chat, completions, health, metrics, models, tokenize
+from proxyserve.api import admin, chat, completions, health, metrics, models, tokenize
 from proxyserve.api.auth import AuthMiddleware, KeyRing
 from proxyserve.api.documentation import install_openapi
 from proxyserve.api.errors import install_error_handlers
@@ -20,6 +20,7 @@ from proxyserve.config import ServerConfig
 
 if TYPE_CHECKING:
     from proxyserve.engine.loop import AsyncEngine
+    from proxyserve.experts.manager import ExpertManager
 
 _DESCRIPTION = """\
 An inference server that steers a large frozen language model with small tuned ones while it decodes. The routes are
@@ -27,13 +28,14 @@ OpenAI's; the `fusion` object, or a model name such as `BASE+EXPERT:0.8`, says w
 """
 
 
-def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
-    """An ASGI application over `engine`, which the caller starts and closes.
+def create_app(engine: AsyncEngine, config: ServerConfig, experts: ExpertManager | None = None) -> FastAPI:
+    """An ASGI application over `engine`, which the caller starts and closes. The control plane is there if
+    `experts` is.
 
     Raises StartupError if a key file is unusable. Does not check which address it is served at; `run_server` does.
     """
     keys, admin_keys = KeyRing.load(config.api_key_file), KeyRing.load(config.admin_key_file)
-    state = ServerState(engine, config, Metrics(engine.snapshot))
+    state = ServerState(engine, config, Metrics(engine.snapshot), experts)
     app = FastAPI(
         title="proxyserve",
         version=__version__,
@@ -45,6 +47,8 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
     app.state.proxyserve = state
     for module in (chat, completions, models, tokenize, health, metrics):
         app.include_router(module.router)
+    if experts is not None:
+        app.include_router(admin.router)
     install_error_handlers(app)
     install_openapi(app, chunks=(ChatChunk,), keys=bool(keys or admin_keys))
     # The last one added is the outermost.

@@ -19,6 +19,7 @@ from proxyserve.config import ServerConfig
 
 if TYPE_CHECKING:
     from proxyserve.engine.loop import AsyncEngine
+    from proxyserve.experts.manager import ExpertManager
 
 logger = logging.getLogger("proxyserve.api")
 
@@ -26,16 +27,16 @@ logger = logging.getLogger("proxyserve.api")
 _FAREWELL_SECONDS = 5
 
 
-def run_server(engine: AsyncEngine, config: ServerConfig) -> None:
+def run_server(engine: AsyncEngine, config: ServerConfig, experts: ExpertManager | None = None) -> None:
     """Start `engine`, serve until SIGTERM or SIGINT, drain, close `engine`. Call it on the main thread, with an engine
-    that was not started yet.
+    that was not started yet. `experts` changes its experts on behalf of the control plane.
 
     At the first signal `/ready` turns to 503, new work is refused, and what runs may go on for
     `config.drain_seconds`; then, or at a second signal, what is left ends with an error. Raises StartupError if the
     address cannot or must not be listened on.
     """
     check_binding(config)
-    app = create_app(engine, config)
+    app = create_app(engine, config, experts)
     with listen(config.host, config.port) as listener:
         engine.start()
         try:

@@ -35,6 +35,12 @@ def demo_command(
     api_key_file: options.ApiKeyFile = None,
     admin_key_file: options.AdminKeyFile = None,
     drain_seconds: options.DrainSeconds = 30.0,
+    expert_root: options.ExpertRoot = None,
+    allow_hub: options.AllowHub = False,
+    state_dir: options.StateDir = None,
+    memory: options.Memory = None,
+    evict_idle: options.EvictIdle = False,
+    load_wait: options.LoadWait = 30.0,
     config: options.Config = None,
 ) -> None:
     """Serve the demo family: a base that knows facts, and experts that know how to answer."""
@@ -63,5 +69,11 @@ def demo_command(
         api_key_file=api_key_file,
         admin_key_file=admin_key_file,
         drain_seconds=drain_seconds,
+        expert_root=expert_root,
+        allow_hub=allow_hub,
+        state_dir=state_dir,
+        memory=memory,
+        evict_idle=evict_idle,
+        load_wait=load_wait,
     )
     serve(family.base, experts, settings)

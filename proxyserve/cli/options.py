@@ -221,6 +221,61 @@ DrainSeconds = Annotated[
         help="How long running requests may go on after SIGTERM.",
     ),
 ]
+ExpertRoot = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--expert-root",
+        envvar=_envvar("EXPERT_ROOT"),
+        exists=True,
+        file_okay=False,
+        help="Folder that the control plane may load experts from. May be given several times; without it experts are "
+        "those of the command line.",
+    ),
+]
+AllowHub = Annotated[
+    bool,
+    typer.Option(
+        "--allow-hub",
+        envvar=_envvar("ALLOW_HUB"),
+        help="The control plane may load experts by hub id (org/name).",
+    ),
+]
+StateDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--state-dir",
+        envvar=_envvar("STATE_DIR"),
+        file_okay=False,
+        help="Folder that keeps published experts, presets and the audit log. Without it they end with the server.",
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        envvar=_envvar("MEMORY"),
+        help="Memory for all weights and KV caches together, e.g. 16GiB; an expert that would not fit is refused. "
+        "Default: most of the device.",
+    ),
+]
+EvictIdle = Annotated[
+    bool,
+    typer.Option(
+        "--evict-idle",
+        envvar=_envvar("EVICT_IDLE"),
+        help="Take experts that nobody uses out of memory when another one needs it; they are loaded again when a "
+        "request names them.",
+    ),
+]
+LoadWait = Annotated[
+    float,
+    typer.Option(
+        "--load-wait",
+        envvar=_envvar("LOAD_WAIT"),
+        min=0,
+        help="Seconds that a request waits for an expert that must be loaded again first.",
+    ),
+]
 Weights = Annotated[
     str,
     typer.Option(

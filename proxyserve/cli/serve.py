@@ -10,18 +10,16 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from rich.text import Text
 
-from proxyserve.api.errors import StartupError
-from proxyserve.api.presets import parse_presets
 from proxyserve.api.server import check_binding, run_server
 from proxyserve.cli import options
+from proxyserve.cli.opening import ExpertSettings, open_server
 from proxyserve.cli.startup import startup_table
 from proxyserve.config import EngineConfig, KernelChoice, Limits, ServerConfig
-from proxyserve.engine.engine import Engine
-from proxyserve.engine.loop import AsyncEngine
 from proxyserve.fusion.calibration import Calibration, read_calibrations
 from proxyserve.fusion.policy import FusionPolicy
-from proxyserve.models.family import ExpertSource, load_family
+from proxyserve.models.family import ExpertSource
 from proxyserve.models.loading import choose_placement
 from proxyserve.models.upstream import RemoteSource
 from proxyserve_kernels import backend_for
@@ -36,6 +34,7 @@ class ServeSettings:
     policy: FusionPolicy
     presets: Mapping[str, str]
     calibrations: Mapping[str, Calibration]
+    experts: ExpertSettings
 
 
 def serve_command(
@@ -74,6 +73,12 @@ def serve_command(
     api_key_file: options.ApiKeyFile = None,
     admin_key_file: options.AdminKeyFile = None,
     drain_seconds: options.DrainSeconds = 30.0,
+    expert_root: options.ExpertRoot = None,
+    allow_hub: options.AllowHub = False,
+    state_dir: options.StateDir = None,
+    memory: options.Memory = None,
+    evict_idle: options.EvictIdle = False,
+    load_wait: options.LoadWait = 30.0,
     config: options.Config = None,
 ) -> None:
     """Serve a large model and the small experts that steer it."""
@@ -97,6 +102,12 @@ def serve_command(
         api_key_file=api_key_file,
         admin_key_file=admin_key_file,
         drain_seconds=drain_seconds,
+        expert_root=expert_root,
+        allow_hub=allow_hub,
+        state_dir=state_dir,
+        memory=memory,
+        evict_idle=evict_idle,
+        load_wait=load_wait,
     )
     source = options.parse_base(
         base,
@@ -131,6 +142,12 @@ def make_settings(
     api_key_file: Path | None,
     admin_key_file: Path | None,
     drain_seconds: float,
+    expert_root: Sequence[Path] | None,
+    allow_hub: bool,
+    state_dir: Path | None,
+    memory: str | None,
+    evict_idle: bool,
+    load_wait: float,
 ) -> ServeSettings:
     """Options as typed, self-checked settings. Raises BadParameter and LoadError."""
     low, high = options.parse_range(weight_range)
@@ -154,12 +171,20 @@ def make_settings(
         api_key_file=api_key_file,
         admin_key_file=admin_key_file,
         drain_seconds=drain_seconds,
+        load_wait_seconds=load_wait,
         limits=Limits(),
     )
     policy = FusionPolicy(low, high, protected=frozenset(protect or ()), explain_to_all=explain_to_all)
     presets = dict(options.parse_preset(text) for text in preset or ())
     calibrations = {} if calibration is None else read_calibrations(calibration)
-    return ServeSettings(engine, server, policy, presets, calibrations)
+    experts = ExpertSettings(
+        tuple(expert_root or ()),
+        allow_hub=allow_hub,
+        state_dir=state_dir,
+        memory=None if memory is None else options.parse_size(memory),
+        evict_idle=evict_idle,
+    )
+    return ServeSettings(engine, server, policy, presets, calibrations, experts)
 
 
 def serve(
@@ -179,20 +204,19 @@ def serve(
         backend_for(placement.device, settings.engine.kernels)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--kernels") from error
-    with console.status("loading") as status:
-        models = load_family(
-            base, experts, base_name=served_name, placement=placement, progress=status.update
-        )
-        unknown = sorted(settings.policy.protected - set(models.experts))
-        if unknown:
-            raise StartupError(f"--protect {unknown[0]}: there is no such expert.")
-        engine = Engine(
-            models,
-            settings.engine,
-            settings.policy,
+    with (
+        console.status("loading") as status,
+        open_server(
+            base,
+            experts,
+            settings,
+            placement=placement,
+            served_name=served_name,
             progress=status.update,
-            presets=parse_presets(settings.presets, {models.base.name, *models.experts}),
-            calibrations=settings.calibrations,
-        )
-    console.print(startup_table(engine, settings.server))
-    run_server(AsyncEngine(engine, settings.server.limits), settings.server)
+        ) as opened,
+    ):
+        status.stop()
+        for message in opened.messages:
+            console.print(Text.assemble(("note: ", "bold yellow"), message), soft_wrap=True)
+        console.print(startup_table(opened.engine.engine, settings.server, settings.experts))
+        run_server(opened.engine, settings.server, opened.experts)

@@ -7,15 +7,16 @@ from rich.table import Table
 from rich.text import Text
 
 from proxyserve import __version__
+from proxyserve.cli.opening import ExpertSettings
 from proxyserve.config import ServerConfig
 from proxyserve.engine.arena import Arena
 from proxyserve.engine.engine import Engine
-from proxyserve.engine.memory import spelled
+from proxyserve.engine.memory import memory_limit, spelled
 from proxyserve.engine.runner import Runner
 from proxyserve.models.remote import AnyModel, RemoteModel
 
 
-def startup_table(engine: Engine, server: ServerConfig) -> Group:
+def startup_table(engine: Engine, server: ServerConfig, experts: ExpertSettings) -> Group:
     """Models, memory and caps, and where to reach the server."""
     table = Table(title=f"proxyserve {__version__}", title_justify="left")
     for column, justify in (
@@ -63,6 +64,15 @@ def startup_table(engine: Engine, server: ServerConfig) -> Group:
     lines.append(
         f"at most {config.max_batch} requests and {config.max_batch_tokens} tokens per model in a step; "
         f"weights {policy.min_weight:g} to {policy.max_weight:g}"
+    )
+    [used, limit] = spelled([engine.residents.bytes, memory_limit(engine.models.base.device, experts.memory)])
+    lines.append(
+        f"memory: {used} of {limit} for weights and KV" + (", idle experts give way" * experts.evict_idle)
+    )
+    roots = ", ".join([*map(str, experts.roots), *(["the hub"] if experts.allow_hub else [])])
+    lines.append(
+        f"more experts from {roots or 'nowhere (--expert-root)'}; "
+        f"state in {experts.state_dir or 'memory, gone with the server (--state-dir)'}"
     )
     files = [str(path) for path in (server.api_key_file, server.admin_key_file) if path is not None]
     keys = f"keys from {' and '.join(files)}" if files else "no keys, loopback only"

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedConfig
 
 from proxyserve.engine.kv_storage import KVStorage, LayerShape, bytes_per_token
 from proxyserve.kv.block_pool import BlockPool
@@ -22,6 +23,15 @@ class Layout:
 
     def block_bytes(self, block_size: int) -> int:
         return bytes_per_token(self.shapes, self.dtype) * block_size
+
+
+def expected_layout(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Layout:
+    """By a model's configuration alone, before it is loaded; `Runner.layout` says what it really is."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    shape = LayerShape(getattr(text, "num_key_value_heads", None) or heads, size, size)
+    return Layout((shape,) * text.num_hidden_layers, dtype, device)
 
 
 class Arena:

@@ -30,7 +30,7 @@ from proxyserve.engine.certificate import certify
 from proxyserve.engine.choice import Choice, Sampled
 from proxyserve.engine.explain import explain
 from proxyserve.engine.forward import run_models
-from proxyserve.engine.memory import Tenants, blocks_of_remote, kv_budget, plan_arenas
+from proxyserve.engine.memory import Tenants, blocks_of_new_arena, blocks_of_remote, kv_budget, plan_arenas
 from proxyserve.engine.offer import Lease, Offer, Offers
 from proxyserve.engine.preparation import bind_fusion, check_presets, context_room, memory_room, prepare
 from proxyserve.engine.remote_runner import RemoteRunner
@@ -151,15 +151,18 @@ class Engine:
                 layout = layouts[model.trunk.key]
                 known = tenants.get(layout, Tenants(0, 0))
                 tenants[layout] = Tenants(known.models + 1, max(known.context, model.context_length))
+        budget = kv_budget(models.base.device, config.kv_memory)
         blocks_of = plan_arenas(
-            tenants,
-            budget=kv_budget(models.base.device, config.kv_memory),
-            block_size=config.block_size,
-            max_batch=config.max_batch,
+            tenants, budget=budget, block_size=config.block_size, max_batch=config.max_batch
         )
+        per_lane = (blocks // tenants[layout].lanes for layout, blocks in blocks_of.items())
+        self.blocks_per_lane: int | None = max(per_lane, default=None)
         arenas = {layout: Arena(layout, blocks, config.block_size) for layout, blocks in blocks_of.items()}
         for runner in local:
             residents.adopt(runner, arenas[runner.layout])
+        for model in models.models.values():
+            if isinstance(model, LoadedModel) and model.over is not None:
+                residents.adopt_over(model)
         return residents
 
     # Models ----------------------------------------------------------------------------------------------------
@@ -186,15 +189,42 @@ class Engine:
         """By trunk; trunks of one layout share one."""
         return self.residents.pools
 
-    def adopt(self, runner: Runner, arena: Arena) -> None:
-        """Let steps run another model. Not during a step; offer it to requests afterwards, with `offers.replace`."""
-        self.residents.adopt(runner, arena)
+    def arena_for(self, runner: Runner, room: int) -> Arena:
+        """KV memory for another model: the arena of its layout, or a new one of at most `room` bytes. Raises NoRoom if
+        that holds no full context of an expert's two lanes. May be called during steps."""
+        layout = runner.layout
+        present = self.residents.arenas.get(layout)
+        if present is not None:
+            return present
+        size = self.config.block_size
+        blocks = blocks_of_new_arena(
+            layout,
+            runner.model.context_length,
+            wanted=self.blocks_per_lane,
+            room=room,
+            block_size=size,
+            max_batch=self.config.max_batch,
+        )
+        return Arena(layout, blocks, size)
+
+    def adopt(self, runners: Iterable[tuple[Runner, Arena]], models: Iterable[LoadedModel] = ()) -> None:
+        """Let steps run more trunks, and models over trunks. Not during a step; offer them to requests afterwards, with
+        `offers.replace`."""
+        for runner, arena in runners:
+            self.residents.adopt(runner, arena)
+        for model in models:
+            self.residents.adopt_over(model)
         self.scheduler.pools = self.residents.pools
 
-    def drop(self, trunk: ModelKey) -> None:
-        """Let a model go that no offer has and that nobody holds or leases, itself or as a trunk. Not during a step."""
-        self.residents.drop(trunk)
+    def drop(self, models: Iterable[LoadedModel], trunks: Iterable[ModelKey]) -> None:
+        """Let models go that run over others, and then trunks: all of them in no offer, and nobody holds or leases
+        them, or anything over the trunks. Not during a step."""
+        for model in models:
+            self.residents.drop_over(model)
+        for trunk in trunks:
+            self.residents.drop(trunk)
         self.scheduler.pools = self.residents.pools
+        self.offers.forget((*(model.key for model in models), *trunks))
 
     # Requests ------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from proxyserve.engine.arena import Layout
-from proxyserve.errors import LoadError
+from proxyserve.errors import LoadError, NoRoom
 from proxyserve.models.remote import RemoteModel
 
 _CPU_SHARE, _CPU_MOST = 0.25, 2 * 2**30
@@ -55,6 +55,30 @@ def plan_arenas(
         layout: min(blocks, max_batch * -(-group.context // block_size)) * group.lanes
         for layout, group in tenants.items()
     }
+
+
+def blocks_of_new_arena(
+    layout: Layout, context: int, *, wanted: int | None, room: int, block_size: int, max_batch: int
+) -> int:
+    """Blocks of an arena for the two lanes of an expert that comes while the server runs: `wanted` for each lane, as
+    the other arenas have (None: `max_batch` full contexts), or as many as `room` bytes allow. Raises NoRoom if that is
+    no full context for each."""
+    contexts = -(-context // block_size)
+    most = 2 * (max_batch * contexts if wanted is None else min(wanted, max_batch * contexts))
+    blocks = min(most, room // layout.block_bytes(block_size))
+    least = least_arena_bytes(layout, context, block_size)
+    if blocks < min(most, 2 * contexts):
+        needed, left = spelled([least, max(0, room)])
+        raise NoRoom(
+            f"The KV blocks of its two lanes need at least {needed}, and {left} of memory are left; unload "
+            "experts, or start the server with a larger --memory."
+        )
+    return blocks
+
+
+def least_arena_bytes(layout: Layout, context: int, block_size: int) -> int:
+    """Of an arena that holds one full context for each of an expert's two lanes."""
+    return 2 * -(-context // block_size) * layout.block_bytes(block_size)
 
 
 def blocks_of_remote(model: RemoteModel, *, block_size: int, max_batch: int, lanes: int) -> int:

@@ -9,6 +9,7 @@ from proxyserve.engine.arena import Arena, Layout
 from proxyserve.engine.remote_runner import RemoteRunner
 from proxyserve.engine.runner import Runner, RunnerStats
 from proxyserve.kv.block_pool import BlockPool
+from proxyserve.models.loaded_model import LoadedModel
 from proxyserve.types import ModelKey
 
 AnyRunner = Runner | RemoteRunner
@@ -46,11 +47,9 @@ class Residents:
         self.pools = MappingProxyType({**self.pools, key: pool})
 
     def drop(self, trunk: ModelKey) -> None:
-        """No step will run this model again: nobody holds it or anything over it. An arena goes with its last model."""
-        runner = self.runners[trunk]
-        if isinstance(runner, RemoteRunner):
-            raise ValueError("a remote model stays")
-        self.forget(trunk, trunk)
+        """No step will run this model again, and nothing is over it any more. An arena goes with its last model."""
+        self._local(trunk)
+        self.pools[trunk].forget(trunk)
         runners = {key: other for key, other in self.runners.items() if key != trunk}
         self.runners = MappingProxyType(runners)
         self.pools = MappingProxyType({key: pool for key, pool in self.pools.items() if key != trunk})
@@ -59,9 +58,24 @@ class Residents:
             {layout: arena for layout, arena in self.arenas.items() if layout in kept}
         )
 
-    def forget(self, model: ModelKey, trunk: ModelKey) -> None:
-        """Drop what the prefix cache has of a model over `trunk`."""
-        self.pools[trunk].forget(model)
+    def adopt_over(self, model: LoadedModel) -> None:
+        """Let lanes of a model run as rows of its trunk, which is here."""
+        runner = self._local(model.trunk.key)
+        runner.stats.tokens[model.name] += 0  # known from now on
+        if model.adapter is not None:
+            runner.adapters.add(model.key, model.adapter)
+
+    def drop_over(self, model: LoadedModel) -> None:
+        """No lane will run this model again, but its trunk stays."""
+        if model.adapter is not None:
+            self._local(model.trunk.key).adapters.remove(model.key)
+        self.pools[model.trunk.key].forget(model.key)
+
+    def _local(self, trunk: ModelKey) -> Runner:
+        runner = self.runners[trunk]
+        if isinstance(runner, RemoteRunner):
+            raise ValueError("nothing runs over a remote model, and it stays")
+        return runner
 
     @property
     def bytes(self) -> int:

@@ -10,13 +10,18 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from proxyserve.engine.adapters import AdapterBank, adapter_plan
 from proxyserve.engine.arena import Layout
 from proxyserve.engine.attention import IMPLEMENTATION, AttentionPlan, ShapeProbe, Span, attention_plan
 from proxyserve.engine.cpu_linear import pack_linears
 from proxyserve.engine.kv_storage import KVStorage, LayerShape
 from proxyserve.errors import LoadError
+from proxyserve.models.formats.lora import LoraWeights
 from proxyserve.models.loaded_model import LoadedModel
 from proxyserve.scheduler.scheduler import LaneWork
+from proxyserve.types import ModelKey
+
+_PROBE_TOKENS = 9
 
 
 @dataclass(slots=True)
@@ -30,6 +35,12 @@ class RunnerStats:
     seconds: float = 0.0
 
 
+def probe_ids(model: LoadedModel) -> tuple[int, ...]:
+    """Some tokens of the model's, for trying it out."""
+    length = min(_PROBE_TOKENS, model.context_length - 1)
+    return tuple(index * 7 % model.vocabulary.size for index in range(1, length + 1))
+
+
 class Runner:
     """Runs one model in packed, paged mode. `attach` must have given it storage first."""
 
@@ -39,6 +50,8 @@ class Runner:
         self.storage: KVStorage | None = None
         pack_linears(model.module)
         model.module.set_attn_implementation(IMPLEMENTATION)
+        #: The adapters whose lanes run as rows of this model's forward.
+        self.adapters = AdapterBank(model.module)
         self.shapes = self._probe_shapes()
 
     def _probe_shapes(self) -> list[LayerShape]:
@@ -61,8 +74,22 @@ class Runner:
 
     @property
     def bytes(self) -> int:
-        """Of its weights."""
-        return self.model.bytes
+        """Of its weights and the adapters over them."""
+        return self.model.bytes + self.adapters.bytes
+
+    @torch.inference_mode()
+    def probe(self, adapter: LoraWeights) -> Tensor:
+        """Logits [1, width] after a few tokens with an adapter that need not be in `adapters`. Touches no KV blocks, so
+        that any thread may call it while steps go on."""
+        ids = probe_ids(self.model)
+        bank = AdapterBank(self.model.module)
+        key = ModelKey("probe")
+        bank.add(key, adapter)
+        try:
+            with attention_plan(ShapeProbe()), adapter_plan(bank.plan([key], [len(ids)])):
+                return self._forward(list(ids), list(range(len(ids))), [len(ids) - 1])
+        finally:
+            bank.close()
 
     def attach(self, storage: KVStorage) -> None:
         self.storage = storage
@@ -88,8 +115,13 @@ class Runner:
             self.stats.tokens[item.lane.model.name] += item.count
             if item.last:
                 sampled.append(len(ids) - 1)
+        adapters = self.adapters
         plan = AttentionPlan.of(spans, self.storage)
-        with attention_plan(plan):
+        changes = adapters.plan(
+            [item.lane.model if item.lane.model in adapters else None for item in work],
+            [item.count for item in work],
+        )
+        with attention_plan(plan), adapter_plan(changes):
             logits = self._forward(ids, positions, sampled)
         self.stats.forwards += 1
         self.stats.rows += len(sampled)

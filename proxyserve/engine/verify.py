@@ -10,15 +10,40 @@ import torch
 
 from proxyserve.engine.attention import IMPLEMENTATION
 from proxyserve.engine.kv_storage import KVStorage
-from proxyserve.engine.runner import Runner
+from proxyserve.engine.runner import Runner, probe_ids
 from proxyserve.errors import LoadError
+from proxyserve.models.loaded_model import LoadedModel
 from proxyserve.scheduler.lane import Lane
 from proxyserve.scheduler.request import ScheduledRequest
 from proxyserve.scheduler.scheduler import LaneWork
 
 _CHUNKS = (5, 1, 3)
 _BLOCK = 4
+_LARGEST_WARM = 64
 _TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.15, torch.float16: 3e-2}
+
+
+def verify_adapter(runner: Runner, model: LoadedModel) -> None:
+    """Raise LoadError unless an adapter over the runner's model gives finite logits. May be called during steps."""
+    if model.adapter is not None and not bool(torch.isfinite(runner.probe(model.adapter)).all()):
+        raise LoadError(f"{model.path}: the adapter gives logits that are NaN or infinite")
+
+
+@torch.inference_mode()
+def warm_paged(runner: Runner, max_batch: int) -> None:
+    """Run steps of several sizes, so that nobody's first token waits for memory, kernels or layouts that are made at
+    their first use. For a model that no step runs yet."""
+    sizes = [1 << power for power in range(max_batch.bit_length()) if 1 << power <= _LARGEST_WARM]
+    model = runner.model
+    runner.attach(
+        KVStorage(runner.shapes, num_blocks=max(sizes), block_size=1, dtype=model.dtype, device=model.device)
+    )
+    for size in sizes:
+        output: list[int] = []
+        lanes = [Lane(model.key, probe_ids(model)[:1], output, blocks=[number]) for number in range(size)]
+        request = ScheduledRequest("warm", tuple(lanes), output)
+        runner.run([LaneWork(request, lane, 0, 1, last=True) for lane in lanes])
+    runner.detach()
 
 
 @torch.inference_mode()
@@ -27,7 +52,8 @@ def verify_paged(runner: Runner) -> None:
     logits agree (relative to their spread) and are finite. For a model that no step runs yet; its blocks are taken away
     again afterwards."""
     model = runner.model
-    length = min(sum(_CHUNKS), model.context_length - 1)
+    ids = probe_ids(model)
+    length = len(ids)
     storage = KVStorage(
         runner.shapes,
         num_blocks=-(-length // _BLOCK),
@@ -36,7 +62,6 @@ def verify_paged(runner: Runner) -> None:
         device=model.device,
     )
     runner.attach(storage)
-    ids = tuple(index * 7 % model.vocabulary.size for index in range(1, length + 1))
     model.module.set_attn_implementation("eager")
     try:
         expected = model.module(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[

@@ -1,10 +1,10 @@
 """The life of one generation of an expert, as a state machine.
 
     LOADING ─▶ VERIFYING ─▶ WARMING ─▶ PUBLISHED ─▶ DRAINING ─▶ STANDBY ─▶ RETIRED
-       │           │           │        ▲  ▲  │         │          │
-       └───────────┴───────────┴▶FAILED │  │  ▼         │          │
-                                        │  PARKED       │          │
-                                        └──rollback─────┴──────────┘
+     ▲ │           │           │         ▲    │      │   │        │          ▲
+     │ └───────────┴───────────┴─▶FAILED └────┼──────┴───┼────────┘          │
+     │ └───────────┴───────────┴─▶PARKED ◀────┘ rollback └───────────────────┤
+     └─────────────────────────────┘ └───────────────────────────────────────┘
 
 `PUBLISHED` is the one that new requests get; at most one generation of an expert is in it. A generation that another
 one has replaced drains: what runs on it finishes. Then it stands by, weights in memory, for a rollback, until memory

@@ -26,12 +26,6 @@ class LayerScale:
         if not (math.isfinite(self.first) and math.isfinite(self.last)):
             raise InvalidRequest("Layer scales must be finite numbers.", param="layers")
 
-    def factor(self, layer: int | None, layers: int) -> float:
-        """Of layer number `layer` of `layers`, None for what is outside of them."""
-        if layer is None or layers < 2:
-            return self.first
-        return self.first + (self.last - self.first) * layer / (layers - 1)
-
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -67,12 +61,13 @@ class Source:
             raise InvalidRequest(f"'format' is one of {', '.join(FORMATS)}.", param="format")
         if not math.isfinite(self.scale):
             raise InvalidRequest("'scale' must be a finite number.", param="scale")
-        changed = self.scale != 1.0 or self.layers is not None
-        if changed and (self.path is None or self.format == "folder"):
-            raise InvalidRequest(
-                "'scale' and 'layers' are for adapters and diffs, which have something to be scaled.",
-                param="scale",
-            )
+        for name, given in (("scale", self.scale != 1.0), ("layers", self.layers is not None)):
+            if given and (self.path is None or self.format == "folder"):
+                raise InvalidRequest(
+                    f"'{name}' is for adapters and diffs, which have something to be scaled.", param=name
+                )
+        if self.format is not None and self.path is None:
+            raise InvalidRequest("'format' is that of a 'path', and there is none.", param="format")
         if self.format == "lora" and self.layers is not None:
             raise InvalidRequest("'layers' is for diffs; adapters have none.", param="layers")
         for weight, source in self.merge:
@@ -120,18 +115,21 @@ class Source:
 @dataclass(frozen=True, slots=True)
 class ExpertSpec:
     """What `PUT /admin/v1/experts/{name}` asks for. `untuned` None: the model that the tuned one changes, or none if
-    that is a folder. `protected`: only administrators may weigh against the expert."""
+    that is a folder. `protected`: only administrators may weigh against the expert. `trusted`: its files may lie
+    anywhere, since the command line named them; no request can say that."""
 
     tuned: Source
     untuned: Source | None = None
     protected: bool = False
+    trusted: bool = False
 
     def as_json(self) -> dict[str, Any]:
         value: dict[str, Any] = {"tuned": self.tuned.as_json()}
         if self.untuned is not None:
             value["untuned"] = self.untuned.as_json()
-        if self.protected:
-            value["protected"] = True
+        for name in ("protected", "trusted"):
+            if getattr(self, name):
+                value[name] = True
         return value
 
     @classmethod
@@ -141,4 +139,5 @@ class ExpertSpec:
             Source.of_json(value["tuned"]),
             None if untuned is None else Source.of_json(untuned),
             bool(value.get("protected", False)),
+            bool(value.get("trusted", False)),
         )

@@ -90,7 +90,7 @@ def make_loaded(
         path=folder.resolve(),
         module=module,
         tokenizer=tokenizer,
-        context_length=_context_length(module.config, str(folder)),
+        context_length=context_length(module.config, str(folder)),
         eos_ids=_eos_ids(module, tokenizer),
         vocabulary=SharedVocabulary.of(tokenizer.token_to_id, width),
         parameters=sum(parameter.numel() for parameter in module.parameters()),
@@ -135,7 +135,8 @@ def _read_config(folder: Path) -> PreTrainedConfig:
         raise LoadError(f"{folder}: config.json cannot be used: {error}") from error
 
 
-def _context_length(config: PreTrainedConfig, where: str) -> int:
+def context_length(config: PreTrainedConfig, where: str) -> int:
+    """In tokens. Raises LoadError if the configuration does not say."""
     for name in ("max_position_embeddings", "n_positions"):
         length = getattr(config, name, None)
         if isinstance(length, int) and length > 0:

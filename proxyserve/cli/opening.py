@@ -1,0 +1,156 @@
+"""From settings to an engine and a control plane: what a server has before it listens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from proxyserve.api.errors import StartupError
+from proxyserve.api.presets import parse_fusion, parse_presets
+from proxyserve.engine.engine import Engine
+from proxyserve.engine.loop import AsyncEngine
+from proxyserve.engine.memory import memory_limit
+from proxyserve.engine.offer import Offer
+from proxyserve.engine.preparation import check_presets
+from proxyserve.engine.runner import Runner
+from proxyserve.engine.verify import verify_paged
+from proxyserve.errors import InvalidRequest
+from proxyserve.experts.audit import AuditLog
+from proxyserve.experts.hub import fetch
+from proxyserve.experts.library import Library
+from proxyserve.experts.manager import ExpertManager
+from proxyserve.experts.room import MemoryPolicy
+from proxyserve.experts.roots import Roots
+from proxyserve.experts.startup import Starter, Wanted
+from proxyserve.experts.store import StateStore
+from proxyserve.fusion.catalog import Catalog
+from proxyserve.fusion.fusion import Fusion
+from proxyserve.models.family import ExpertSource, load_family
+from proxyserve.models.loaded_model import LoadedModel
+from proxyserve.models.loading import Placement
+from proxyserve.models.model_set import ModelSet
+from proxyserve.models.upstream import RemoteSource
+
+if TYPE_CHECKING:
+    from proxyserve.cli.serve import ServeSettings
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSettings:
+    """Where experts that come later may be loaded from, where they are kept, and what memory there is for them."""
+
+    roots: Sequence[Path] = ()
+    allow_hub: bool = False
+    state_dir: Path | None = None
+    memory: int | None = None
+    evict_idle: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An engine that was not started yet, and what changes its experts. `messages` are for the operator."""
+
+    engine: AsyncEngine
+    experts: ExpertManager
+    messages: Sequence[str]
+
+
+@contextmanager
+def open_server(
+    base: Path | RemoteSource,
+    experts: Sequence[ExpertSource],
+    settings: ServeSettings,
+    *,
+    placement: Placement,
+    served_name: str | None,
+    progress: Callable[[str], None],
+) -> Iterator[Opened]:
+    """Load everything; close the control plane at the end. Raises LoadError, StateError and StartupError."""
+    chosen = settings.experts
+    store = StateStore.open(chosen.state_dir)
+    try:
+        audit = AuditLog.open(chosen.state_dir)
+        restored = store.restore()
+        base_model = load_family(base, base_name=served_name, placement=placement, progress=progress).base
+        runner = None
+        if isinstance(base_model, LoadedModel):
+            runner = Runner(base_model)
+            verify_paged(runner)
+        library = Library(base_model, runner, placement)
+        roots = Roots(chosen.roots, fetch if chosen.allow_hub else None)
+        starter = Starter(library, store, roots, progress)
+        begun = starter.begin([Wanted.of(source) for source in experts], restored)
+        models = ModelSet(base_model, [expert.loaded.expert for expert in begun])
+        unknown = sorted(settings.policy.protected - set(models.experts))
+        if unknown:
+            raise StartupError(f"--protect {unknown[0]}: there is no such expert.")
+        presets = parse_presets(settings.presets, {base_model.name, *models.experts})
+        texts: dict[str, Mapping[str, Any]] = {
+            name: preset for name, preset in restored.presets.items() if name not in presets
+        }
+        dropped = _drop_impossible(texts, presets, models, settings)
+        engine = Engine(
+            models,
+            settings.engine,
+            settings.policy,
+            progress,
+            presets=presets,
+            calibrations=settings.calibrations,
+            runners=library.runners(),
+            grows=bool(chosen.roots) or chosen.allow_hub,
+        )
+        loop = AsyncEngine(engine, settings.server.limits)
+        manager = ExpertManager(
+            loop,
+            library,
+            store,
+            audit,
+            roots,
+            MemoryPolicy(memory_limit(placement.device, chosen.memory), chosen.evict_idle),
+            parse_preset=parse_fusion,
+        )
+    except BaseException:
+        store.close()
+        raise
+    manager.install(begun, texts)
+    manager.start()
+    try:
+        yield Opened(loop, manager, [*starter.messages, *dropped])
+    finally:
+        manager.close()
+
+
+def _drop_impossible(
+    texts: dict[str, Mapping[str, Any]],
+    presets: dict[str, Fusion],
+    models: ModelSet,
+    settings: ServeSettings,
+) -> list[str]:
+    """Add the presets of the state folder to those of the command line, but for those that cannot work with the models
+    that are here now. Returns what to tell of them. A preset may be made of others, so this goes on until nothing
+    changes."""
+    waiting = dict(texts)
+    reasons: dict[str, str] = {}
+    while waiting:
+        added = False
+        for name, value in list(waiting.items()):
+            try:
+                if name in models.experts or name == models.base.name:
+                    raise InvalidRequest("a model has this name now")
+                candidate = {**presets, name: parse_fusion(value)}
+                catalog = Catalog(models, candidate, settings.calibrations)
+                check_presets(Offer(catalog, settings.policy))
+            except InvalidRequest as error:
+                reasons[name] = error.message
+                continue
+            presets[name] = candidate[name]
+            del waiting[name]
+            added = True
+        if not added:
+            break
+    for name in waiting:
+        del texts[name]
+    return [f"preset '{name}' is dropped: {reasons[name]}" for name in waiting]

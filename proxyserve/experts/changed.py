@@ -1,0 +1,54 @@
+"""The weights of a model that is another one, changed: by a diff, a compressed diff or a merge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from proxyserve.experts.recipe import Ingredient
+from proxyserve.models.formats.build import build_changed, scaled
+from proxyserve.models.formats.compressed import read_compressed
+from proxyserve.models.formats.diff import Change, fitted, read_diff
+from proxyserve.models.formats.merge import merged
+from proxyserve.models.formats.tensors import FolderTensors
+
+
+def changed_state(
+    ingredient: Ingredient, origin: Path, dtype: torch.dtype, progress: Callable[[float], None]
+) -> dict[str, Tensor]:
+    """The whole state that `ingredient` makes of the model in folder `origin`, in memory of its own. `progress` is told
+    which share is done. Raises LoadError."""
+    if ingredient.kind != "merge":
+        source = ingredient.source
+        first, last = (1.0, 1.0) if source.layers is None else (source.layers.first, source.layers.last)
+        return build_changed(
+            origin,
+            _change(ingredient),
+            scale=source.scale,
+            first=first,
+            last=last,
+            dtype=dtype,
+            progress=progress,
+        )
+    with ExitStack() as stack:
+        untuned = stack.enter_context(FolderTensors(origin))
+        parts: list[tuple[float, Change | FolderTensors]] = []
+        for weight, part in ingredient.parts:
+            if part.kind == "folder":
+                assert part.path is not None
+                parts.append((weight, stack.enter_context(FolderTensors(part.path))))
+                continue
+            layers = part.source.layers
+            first, last = (1.0, 1.0) if layers is None else (layers.first, layers.last)
+            change = fitted(_change(part), untuned)
+            parts.append((weight, scaled(change, untuned.names, part.source.scale, first, last)))
+        return merged(untuned, parts, dtype=dtype, progress=progress)
+
+
+def _change(ingredient: Ingredient) -> Change:
+    assert ingredient.path is not None
+    return read_compressed(ingredient.path) if ingredient.kind == "compressed" else read_diff(ingredient.path)

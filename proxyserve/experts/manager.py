@@ -1,0 +1,411 @@
+"""Changes experts while the server runs.
+
+    put ──▶ loader thread: LOADING ▶ VERIFYING ▶ WARMING ──▶ state folder ──▶ offer replaced (PUBLISHED)
+                                                                    └─▶ the old one: DRAINING ▶ STANDBY / RETIRED
+
+One thread loads, one expert after the other. What steps can run changes between steps (`AsyncEngine.between_steps`),
+what requests can have by replacing the offer, which is one assignment. Every change is on the disk before anybody can
+see it: a server that is killed comes back with what its last requests could have.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from proxyserve.engine.loop import AsyncEngine
+from proxyserve.engine.offer import Offer
+from proxyserve.engine.preparation import check_presets
+from proxyserve.errors import InvalidRequest, NotReady, ProxyserveError, SwapConflict, UnknownModel
+from proxyserve.experts.audit import AuditLog, Outcome
+from proxyserve.experts.generation import Phase
+from proxyserve.experts.ledger import Entry, Generation
+from proxyserve.experts.library import Library, LoadedExpert
+from proxyserve.experts.recipe import make_recipe, needs_hub
+from proxyserve.experts.room import MemoryPolicy, Room
+from proxyserve.experts.roots import Roots
+from proxyserve.experts.roster import Roster, SwapCounters
+from proxyserve.experts.source import ExpertSpec
+from proxyserve.experts.status import Change, ExpertStatus
+from proxyserve.experts.store import StateStore, StoredGeneration
+from proxyserve.fusion.fusion import Fusion
+from proxyserve.models.model_set import NAME
+
+logger = logging.getLogger(__name__)
+
+#: While something is loaded, threads ask for the interpreter this much more often (seconds): else each of the step
+#: thread's operations would wait up to 5 ms for a loader that runs Python code.
+_SWITCH_SECONDS = 50e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """An expert that the server has from its start: what is stored of it, its weights, its formats, and what a rollback
+    goes back to."""
+
+    stored: StoredGeneration
+    loaded: LoadedExpert
+    formats: Mapping[str, str]
+    previous: StoredGeneration | None = None
+
+
+class ExpertManager:
+    """Thread-safe. `start` it after the engine has the models that it begins with, `close` it before the engine.
+    `parse_preset` makes a fusion of a preset's JSON value, or raises InvalidRequest."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        library: Library,
+        store: StateStore,
+        audit: AuditLog,
+        roots: Roots,
+        memory: MemoryPolicy,
+        *,
+        parse_preset: Callable[[Mapping[str, Any]], Fusion],
+    ) -> None:
+        self._engine = engine
+        self._library = library
+        self._store = store
+        self._audit = audit
+        self._roots = roots
+        self._parse_preset = parse_preset
+        self._roster = Roster(engine, library)
+        self._lock = self._roster.lock
+        self._room = Room(memory, engine.engine, library, self._roster)
+        self._presets: dict[str, Mapping[str, Any]] = {}
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="proxyserve-loader", daemon=True)
+
+    # Starting and stopping -------------------------------------------------------------------------------------
+
+    def install(self, begun: Sequence[Begun], presets: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take over what the engine began with, and the presets as JSON. Before `start`."""
+        for expert in begun:
+            stored = expert.stored
+            generation = Generation(
+                stored.expert,
+                stored.generation,
+                stored.spec,
+                created=stored.created,
+                formats=dict(expert.formats),
+                digest=stored.content_hash,
+                loaded=expert.loaded,
+            )
+            for phase in (Phase.VERIFYING, Phase.WARMING, Phase.PUBLISHED):
+                generation.move(phase)
+            generation.seconds.clear()  # they were spent before anybody looked
+            entry = self._roster.entries[stored.expert] = Entry(stored.expert, previous=expert.previous)
+            entry.add(generation)
+            self._roster.install(entry, generation)
+        self._presets = dict(presets)
+        self._engine.engine.offers.replace(self._roster.offer())
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop after the load that is under way. What has not begun never does."""
+        self._jobs.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+        self._audit.close()
+        self._store.close()
+
+    # Looking ---------------------------------------------------------------------------------------------------
+
+    @property
+    def counters(self) -> SwapCounters:
+        return self._roster.counters
+
+    def experts(self) -> list[ExpertStatus]:
+        with self._lock:
+            return [self._status(entry) for _, entry in sorted(self._roster.entries.items())]
+
+    def expert(self, name: str) -> ExpertStatus:
+        """Raises UnknownModel."""
+        with self._lock:
+            return self._status(self._roster.entry(name))
+
+    def presets(self) -> Mapping[str, Mapping[str, Any]]:
+        with self._lock:
+            return dict(self._presets)
+
+    async def settled(self, change: Change) -> ExpertStatus:
+        """Wait until the change is over, one way or the other. The state of an expert that was deleted is "deleted"."""
+        with self._lock:
+            entry = self._roster.entries.get(change.expert)
+            generation = None if entry is None else entry.generations.get(change.generation)
+        if generation is not None:
+            await asyncio.shield(asyncio.wrap_future(generation.settled))
+        with self._lock:
+            entry = self._roster.entries.get(change.expert)
+            if entry is None:
+                return ExpertStatus(change.expert, "deleted", None, None, False, (), None)
+            return self._status(entry)
+
+    def _status(self, entry: Entry) -> ExpertStatus:
+        held = self._engine.engine.offers.held
+        return entry.status({number: held(found.key) for number, found in entry.generations.items()})
+
+    # Experts ---------------------------------------------------------------------------------------------------
+
+    def put(self, name: str, spec: ExpertSpec, *, actor: str) -> Change:
+        """Begin to load a generation that will replace the one that serves. Reads headers of files, so call it where
+        nobody waits. Raises InvalidRequest, Forbidden, LoadError, SwapConflict and NoRoom; then nothing has begun."""
+        if not NAME.fullmatch(name) or name in ("base", self._library.base.name):
+            raise InvalidRequest(
+                f"'{name[:100]}' cannot name an expert; use letters, digits, '_' and '-', at most 64, and no name of "
+                "the base.",
+                param="name",
+            )
+        formats: Mapping[str, str] = {}
+        if not needs_hub(spec, self._roots):  # else the loader thread finds out
+            recipe = make_recipe(spec, self._roots)
+            self._room.require_possible(recipe)
+            formats = recipe.formats
+        with self._lock:
+            if name in self._presets:
+                raise SwapConflict(f"'{name}' is the name of a preset; delete that first.", code="name_taken")
+            entry = self._roster.unchanging(self._roster.entries.get(name) or Entry(name))
+            number = self._store.next_generation(name)
+            self._store.begin(name, number, spec)
+            generation = Generation(name, number, spec, formats=dict(formats))
+            self._record("put", actor, generation, "begun")
+            self._roster.entries[name] = entry
+            entry.add(generation)
+        self._jobs.put(lambda: self._bring(entry, generation, actor))
+        return Change(name, number)
+
+    def rollback(self, name: str, *, actor: str) -> Change:
+        """Back to the previous generation: at once where it is still in memory, else by loading it again. Raises
+        UnknownModel and SwapConflict."""
+        with self._lock:
+            entry = self._roster.unchanging(self._roster.entry(name))
+            stored = entry.previous
+            if stored is None:
+                raise SwapConflict(
+                    f"Expert '{name}' has no earlier generation to go back to.", code="no_previous_generation"
+                )
+            generation = entry.generations.get(stored.generation)
+            if generation is not None and generation.loaded is not None:
+                self._publish(entry, generation, rollback=True)
+                self._record("rollback", actor, generation, "done")
+            else:
+                generation = Generation.again(stored)
+                self._record("rollback", actor, generation, "begun")
+                entry.add(generation)
+                self._jobs.put(lambda: self._bring(entry, generation, actor, rollback=True))
+        self._roster.sweep()
+        return Change(name, stored.generation)
+
+    def delete(self, name: str, *, actor: str) -> Change:
+        """No new requests; the weights go when the last one that runs has ended. Raises UnknownModel, and SwapConflict
+        if a preset needs the expert."""
+        with self._lock:
+            entry = self._roster.unchanging(self._roster.entry(name))
+            generation = entry.published
+            try:
+                check_presets(self._roster.offer({name: None}))
+            except InvalidRequest as error:
+                raise SwapConflict(
+                    f"A preset needs expert '{name}': {error.message} Delete the preset first.", code="in_use"
+                ) from None
+            if generation is not None:
+                self._store.delete(name)
+                generation.begin_again()
+                self._record("delete", actor, generation, "done")
+            self._roster.withdraw(entry)
+        self._roster.sweep()
+        return Change(name, max(entry.generations) if generation is None else generation.number)
+
+    async def wake(self, name: str, patience: float) -> None:
+        """Have a parked expert loaded, within `patience` seconds. Raises NotReady if it takes longer or fails; a load
+        that has begun goes on."""
+        with self._lock:
+            entry = self._roster.entries.get(name)
+            generation = None if entry is None else entry.published
+            if generation is None or generation.phase is Phase.PUBLISHED:
+                return  # meanwhile it was loaded, or deleted; the request will see
+            if generation.phase is Phase.PARKED:
+                generation.begin_again()
+                self._roster.move(generation, Phase.LOADING)
+                self._roster.counters.wakes += 1
+                self._jobs.put(lambda: self._wake(generation))
+            settled = generation.settled
+        try:
+            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(settled)), max(0.0, patience))
+        except TimeoutError:
+            raise NotReady(f"Expert '{name}' is still being loaded; try again soon.") from None
+        if generation.error is not None:
+            raise NotReady(f"Expert '{name}' cannot be loaded again: {generation.error}")
+
+    # Presets and the server --------------------------------------------------------------------------------------
+
+    def put_preset(self, name: str, value: Mapping[str, Any], *, actor: str) -> None:
+        """Raises InvalidRequest and SwapConflict."""
+        if not NAME.fullmatch(name) or name == "base":
+            raise InvalidRequest(
+                f"'{name[:100]}' cannot name a preset; use letters, digits, '_' and '-', at most 64.",
+                param="name",
+            )
+        fusion = self._parse_preset(value)
+        with self._lock:
+            if name == self._library.base.name or name in self._roster.entries:
+                raise SwapConflict(
+                    f"'{name}' is the name of a model; call the preset something else.", code="name_taken"
+                )
+            offer = self._with_presets({**self._engine.engine.catalog.presets, name: fusion})
+            self._store.put_preset(name, value)
+            self._presets[name] = value
+            self._engine.engine.offers.replace(offer)
+            self._audit.record("put_preset", actor=actor, outcome="done", detail=name)
+
+    def delete_preset(self, name: str, *, actor: str) -> None:
+        """Raises UnknownModel, and SwapConflict if another preset is made of it."""
+        with self._lock:
+            if name not in self._presets:
+                raise UnknownModel(f"There is no preset '{name}' here.", param="name")
+            presets = self._engine.engine.catalog.presets
+            try:
+                offer = self._with_presets({other: presets[other] for other in presets if other != name})
+            except InvalidRequest as error:
+                raise SwapConflict(f"{error.message} Delete that preset first.", code="in_use") from None
+            self._store.delete_preset(name)
+            del self._presets[name]
+            self._engine.engine.offers.replace(offer)
+            self._audit.record("delete_preset", actor=actor, outcome="done", detail=name)
+
+    def _with_presets(self, presets: Mapping[str, Fusion]) -> Offer:
+        """Raises InvalidRequest if one of them cannot work."""
+        current = self._engine.engine.offers.current
+        offer = Offer(replace(current.catalog, presets=presets), current.policy)
+        check_presets(offer)
+        return offer
+
+    def drain(self, *, actor: str) -> None:
+        """Refuse new requests; what runs goes on."""
+        self._audit.record("drain", actor=actor, outcome="done")
+        self._engine.drain()
+
+    # The loader thread -----------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                with _eager_switching():
+                    job()
+            except Exception:  # such as a full disk when a failure was to be written down
+                logger.exception("a change of an expert did not end as it should")
+
+    def _bring(self, entry: Entry, generation: Generation, actor: str, *, rollback: bool = False) -> None:
+        """All the way from LOADING to PUBLISHED or FAILED."""
+        action = "rollback" if rollback else "put"
+        try:
+            loaded = self._load(generation)
+            try:
+                with self._lock:
+                    check_presets(self._roster.offer({entry.name: loaded}))
+                    generation.loaded = loaded
+                    self._publish(entry, generation, rollback=rollback)
+            except BaseException:
+                generation.loaded = None
+                self._roster.discard(loaded)
+                raise
+            self._record(action, actor, generation, "done")
+        except Exception as error:
+            self._fail(generation, error, Phase.FAILED)
+            if not rollback:
+                self._store.fail(entry.name, generation.number, generation.error or "")
+            self._record(action, actor, generation, "failed", generation.error)
+        finally:
+            self._roster.sweep()
+
+    def _wake(self, generation: Generation) -> None:
+        """From LOADING to PUBLISHED, or back to PARKED."""
+        try:
+            generation.loaded = self._load(generation)
+            with self._lock:
+                self._roster.unpark(generation)
+        except Exception as error:
+            self._fail(generation, error, Phase.PARKED)
+
+    def _publish(self, entry: Entry, generation: Generation, *, rollback: bool) -> None:
+        """On the disk, then for everybody to see."""
+        if rollback:
+            self._store.roll_back(entry.name)
+        else:
+            self._store.publish(generation.stored)
+        self._roster.publish(entry, generation, rollback=rollback)
+
+    def _load(self, generation: Generation) -> LoadedExpert:
+        """Until steps can run it. Raises LoadError, NoRoom and others; then nothing is kept."""
+        engine, library = self._engine.engine, self._library
+        recipe = make_recipe(generation.spec, self._roots)
+        generation.formats = recipe.formats
+        self._room.make(recipe, generation)
+        loaded = library.load(
+            recipe,
+            generation.expert,
+            generation.number,
+            progress=generation.progressed,
+            expected=generation.digest or None,
+        )
+        try:
+            generation.digest = loaded.digest
+            with self._lock:
+                self._roster.move(generation, Phase.VERIFYING)
+            library.verify(loaded)
+            with self._lock:
+                self._roster.move(generation, Phase.WARMING)
+            library.warm(loaded, engine.config.max_batch)
+            arenas = {}
+            for runner in loaded.fresh:
+                if runner.layout not in arenas:
+                    arenas[runner.layout] = engine.arena_for(runner, self._room.left)
+            fresh = [(runner, arenas[runner.layout]) for runner in loaded.fresh]
+            self._engine.between_steps(lambda: engine.adopt(fresh, loaded.over_trunks)).result()
+        except BaseException:
+            library.release(loaded)
+            raise
+        return loaded
+
+    def _fail(self, generation: Generation, error: Exception, phase: Phase) -> None:
+        if isinstance(error, ProxyserveError):
+            generation.error = error.message
+        else:
+            logger.error("expert %s@%s", generation.expert, generation.number, exc_info=error)
+            generation.error = f"{type(error).__name__} while {generation.phase}; the server's log says more."
+        with self._lock:
+            self._roster.counters.failures[generation.phase] += 1
+            self._roster.move(generation, phase)
+
+    def _record(
+        self, action: str, actor: str, generation: Generation, outcome: Outcome, detail: str | None = None
+    ) -> None:
+        self._audit.record(
+            action,
+            actor=actor,
+            expert=generation.expert,
+            generation=generation.number,
+            content_hash=generation.digest or None,
+            outcome=outcome,
+            detail=detail,
+        )
+
+
+@contextmanager
+def _eager_switching() -> Iterator[None]:
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(min(usual, _SWITCH_SECONDS))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)

@@ -1,0 +1,95 @@
+"""Room for what is to be loaded: how much it needs, and what may go to make way for it."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from proxyserve.engine.engine import Engine
+from proxyserve.engine.memory import least_arena_bytes, spelled
+from proxyserve.errors import NoRoom
+from proxyserve.experts.generation import Phase
+from proxyserve.experts.ledger import Generation
+from proxyserve.experts.library import Library
+from proxyserve.experts.recipe import Recipe
+from proxyserve.experts.roster import Roster
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPolicy:
+    """`limit` is in bytes, for all weights and KV of the server. With `evict_idle`, experts that nobody uses are parked
+    when another one needs their room."""
+
+    limit: int
+    evict_idle: bool = False
+
+
+class Room:
+    """The memory plan as experts come and go."""
+
+    def __init__(self, policy: MemoryPolicy, engine: Engine, library: Library, roster: Roster) -> None:
+        self.policy = policy
+        self._engine = engine
+        self._library = library
+        self._roster = roster
+
+    @property
+    def left(self) -> int:
+        """Bytes."""
+        return self.policy.limit - self._engine.residents.bytes
+
+    def needed(self, recipe: Recipe) -> int:
+        """Bytes of the weights at most, and of the least KV memory that they need where no arena here fits."""
+        kv = {
+            layout: least_arena_bytes(layout, context, self._engine.config.block_size)
+            for layout, context in self._library.expected_layouts(recipe)
+            if layout not in self._engine.residents.arenas
+        }
+        return self._library.estimate(recipe) + sum(kv.values())
+
+    def require_possible(self, recipe: Recipe) -> None:
+        """Raise NoRoom if a recipe would not fit even after everything has gone that may go."""
+        with self._roster.lock:
+            evictable = sum(found.loaded.bytes for found in self._evictable() if found.loaded is not None)
+        needed, left = self.needed(recipe), self.left
+        if needed > left + evictable:
+            raise self._no_room(needed, left)
+
+    def make(self, recipe: Recipe, generation: Generation) -> None:
+        """Let go of what may go until the recipe of this generation fits. Must not be called under the roster's lock.
+        Raises NoRoom."""
+        needed = self.needed(recipe)
+        while (left := self.left) < needed:
+            with self._roster.lock:
+                victims = (found for found in self._evictable() if found is not generation)
+                freed = next((freed for found in victims if (freed := self._evict(found)) is not None), None)
+            if freed is None:
+                raise self._no_room(needed, left)
+            freed.result()
+
+    def _evictable(self) -> list[Generation]:
+        """What memory can be taken from, best first: generations that stand by, then, if that is allowed, experts that
+        nobody uses, the least recently used one first."""
+        loaded = self._roster.loaded_generations()
+        standby = [found for found in loaded if found.phase is Phase.STANDBY]
+        if not self.policy.evict_idle:
+            return standby
+        idle = [
+            found for found in loaded if found.phase is Phase.PUBLISHED and not self._roster.in_use(found)
+        ]
+        offers = self._engine.offers
+        return [*standby, *sorted(idle, key=lambda found: (offers.last_held(found.key), found.created))]
+
+    def _evict(self, generation: Generation) -> Future[None] | None:
+        """Take its memory; None if a request has begun to use it."""
+        standing_by = generation.phase is Phase.STANDBY
+        freed = self._roster.retire(generation) if standing_by else self._roster.park(generation)
+        self._roster.counters.evictions += freed is not None
+        return freed
+
+    def _no_room(self, needed: int, left: int) -> NoRoom:
+        need, free, limit = spelled([needed, max(0, left), self.policy.limit])
+        remedy = "unload experts, or start the server with a larger --memory"
+        if not self.policy.evict_idle:
+            remedy += " or with --evict-idle"
+        return NoRoom(f"{need} of memory are needed, and {free} of {limit} are left; {remedy}.")

@@ -1,0 +1,240 @@
+"""All experts of a server, and what requests can have of them.
+
+A generation's weights are in memory as long as its `loaded` is set. What new requests get is replaced as a whole (the
+offer); what runs on an older generation goes on, and when the last of it has ended the generation stands by or retires.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Collection, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+
+from proxyserve.engine.loop import AsyncEngine
+from proxyserve.engine.offer import Offer
+from proxyserve.errors import SwapConflict, UnknownModel
+from proxyserve.experts.generation import Phase
+from proxyserve.experts.ledger import Entry, Generation
+from proxyserve.experts.library import Library, LoadedExpert
+from proxyserve.fusion.catalog import Catalog
+from proxyserve.models.model_set import ModelSet
+from proxyserve.types import ModelKey
+
+
+@dataclass(slots=True)
+class SwapCounters:
+    """Since start. `phases` counts generations that went through a phase, `failures` those that failed in it, and
+    `seconds` adds up the time spent in each."""
+
+    phases: Counter[str] = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
+    rollbacks: int = 0
+    evictions: int = 0
+    wakes: int = 0
+
+
+class Roster:
+    """Entries by name, and how they change together with the offer. Everything but `sweep` needs `lock` to be held,
+    which nobody may hold while waiting for the engine."""
+
+    def __init__(self, engine: AsyncEngine, library: Library) -> None:
+        self.lock = threading.RLock()
+        self.entries: dict[str, Entry] = {}
+        self.counters = SwapCounters()
+        self._engine = engine
+        self._library = library
+        self._policy = engine.engine.policy
+        self._draining: set[Generation] = set()
+        engine.engine.offers.on_release = self.sweep
+
+    def entry(self, name: str) -> Entry:
+        """Raises UnknownModel."""
+        entry = self.entries.get(name)
+        if entry is None:
+            known = ", ".join(sorted(self.entries)) or "none"
+            raise UnknownModel(f"There is no expert '{name}' here. Experts: {known}.", param="name")
+        return entry
+
+    def unchanging(self, entry: Entry) -> Entry:
+        """Raises SwapConflict while a generation is on its way."""
+        changing = entry.changing
+        if changing is not None:
+            raise SwapConflict(
+                f"Generation {changing.number} of expert '{entry.name}' is {changing.phase}; wait until it is done."
+            )
+        return entry
+
+    # What requests can have ------------------------------------------------------------------------------------
+
+    def offer(
+        self,
+        instead: Mapping[str, LoadedExpert | None] | None = None,
+        *,
+        parking: Collection[str] = (),
+    ) -> Offer:
+        """Everything that is published. `instead` has other weights for some experts, None for those to be left out;
+        those in `parking` are offered as parked."""
+        experts: dict[str, LoadedExpert | None] = {}
+        for name, entry in self.entries.items():
+            if entry.published is not None and entry.published.phase is Phase.PUBLISHED:
+                experts[name] = entry.published.loaded
+        experts.update(instead or {})
+        for name in parking:
+            del experts[name]
+        parked = {
+            name: entry.untuned
+            for name, entry in self.entries.items()
+            if entry.published is not None and name not in experts
+        }
+        pairs = [loaded.expert for loaded in experts.values() if loaded is not None]
+        protected = {expert.name for expert in pairs if expert.protected} | {
+            name
+            for name in parked
+            if (published := self.entries[name].published) is not None and published.spec.protected
+        }
+        current = self._engine.engine.offers.current.catalog
+        return Offer(
+            Catalog(
+                ModelSet(current.models.base, pairs, parked=parked), current.presets, current.calibrations
+            ),
+            replace(self._policy, protected=self._policy.protected | protected),
+        )
+
+    def publish(self, entry: Entry, generation: Generation, *, rollback: bool = False) -> None:
+        """Let new requests have this generation, which is loaded. The one before it drains."""
+        old = entry.published
+        self.move(generation, Phase.PUBLISHED)
+        self._draining.discard(generation)
+        self.counters.rollbacks += rollback
+        self.install(entry, generation)
+        entry.previous = None if rollback or old is None else old.stored
+        for other in list(entry.generations.values()):
+            if other.phase is Phase.STANDBY:  # it was the previous one
+                self.retire(other)
+        if old is not None:
+            self._leave(old)
+        self._engine.engine.offers.replace(self.offer())
+
+    def install(self, entry: Entry, generation: Generation) -> None:
+        """Make it the published one of its entry."""
+        assert generation.loaded is not None
+        untuned = generation.loaded.expert.untuned
+        entry.published = generation
+        entry.untuned = None if untuned is None else untuned.name
+
+    def withdraw(self, entry: Entry) -> None:
+        """No new request can have the expert; it is forgotten when the last one has ended."""
+        generation = entry.published
+        entry.published = entry.previous = None
+        entry.withdrawn = True
+        if generation is not None:
+            self._leave(generation)
+        for other in list(entry.generations.values()):
+            if other.phase is Phase.STANDBY:
+                self.retire(other)
+        self._forget_if_over(entry.name)
+        self._engine.engine.offers.replace(self.offer())
+
+    def park(self, generation: Generation) -> Future[None] | None:
+        """Keep a published generation on disk only. None if a request has begun to use it; else the future is done when
+        its memory is free."""
+        keys = self.own_keys(generation)
+        offer = self.offer(parking=[generation.expert])
+        if not self._engine.engine.offers.replace(offer, unless_used=keys):
+            return None
+        self.move(generation, Phase.PARKED)
+        return self.unload(generation)
+
+    def unpark(self, generation: Generation) -> None:
+        """A parked generation is loaded again."""
+        self.move(generation, Phase.PUBLISHED)
+        self._engine.engine.offers.replace(self.offer())
+
+    # Leaving ---------------------------------------------------------------------------------------------------
+
+    def _leave(self, generation: Generation) -> None:
+        if generation.phase is Phase.PARKED:
+            self.move(generation, Phase.RETIRED)
+        else:
+            self.move(generation, Phase.DRAINING)
+            self._draining.add(generation)
+
+    def sweep(self) -> None:
+        """Generations that have drained stand by or retire. Called whenever something is released."""
+        if not self._draining:  # the usual case, at the end of any request
+            return
+        with self.lock:
+            for generation in list(self._draining):
+                if self.in_use(generation):
+                    continue
+                self._draining.discard(generation)
+                previous = self.entries[generation.expert].previous
+                if previous is not None and previous.generation == generation.number:
+                    self.move(generation, Phase.STANDBY)
+                else:
+                    self.retire(generation)
+
+    def retire(self, generation: Generation) -> Future[None]:
+        """Nobody can have it any more. The future is done when its memory is free."""
+        self.move(generation, Phase.RETIRED)
+        freed = self.unload(generation)
+        self._forget_if_over(generation.expert)
+        return freed
+
+    def unload(self, generation: Generation) -> Future[None]:
+        loaded = generation.loaded
+        assert loaded is not None
+        generation.loaded = None
+        return self.discard(loaded)
+
+    def discard(self, loaded: LoadedExpert) -> Future[None]:
+        """Give back weights that the engine has. The future is done when their memory is free."""
+        trunks = self._library.release(loaded)
+        return self._engine.between_steps(lambda: self._engine.engine.drop(loaded.over_trunks, trunks))
+
+    def _forget_if_over(self, name: str) -> None:
+        """An expert that was deleted is forgotten with its last generation."""
+        entry = self.entries.get(name)
+        if (
+            entry is not None
+            and entry.withdrawn
+            and all(found.phase.is_over for found in entry.generations.values())
+        ):
+            del self.entries[name]
+
+    # Looking ---------------------------------------------------------------------------------------------------
+
+    def loaded_generations(self) -> list[Generation]:
+        return [
+            found
+            for entry in self.entries.values()
+            for found in entry.generations.values()
+            if found.loaded is not None
+        ]
+
+    def in_use(self, generation: Generation) -> bool:
+        """Whether a request runs on it, or one may that is being prepared."""
+        return any(map(self._engine.engine.offers.used, self.own_keys(generation)))
+
+    def own_keys(self, generation: Generation) -> list[ModelKey]:
+        """Models that requests have through this generation only."""
+        assert generation.loaded is not None
+        untuned = generation.loaded.expert.untuned
+        others = (
+            found.loaded.expert.untuned
+            for found in self.loaded_generations()
+            if found is not generation and found.loaded is not None
+        )
+        if untuned is None or untuned is self._library.base or any(other is untuned for other in others):
+            return [generation.key]
+        return [generation.key, untuned.key]
+
+    def move(self, generation: Generation, phase: Phase) -> None:
+        """Raises IllegalMove."""
+        before = generation.phase
+        seconds = generation.move(phase)
+        self.counters.phases[before] += 1
+        self.counters.seconds[before] = self.counters.seconds.get(before, 0.0) + seconds

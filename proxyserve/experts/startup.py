@@ -1,0 +1,118 @@
+"""The experts that a server has from its start: those of the command line, and those that were published before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import time
+
+from proxyserve.errors import LoadError, ProxyserveError
+from proxyserve.experts.library import Library, LoadedExpert
+from proxyserve.experts.manager import Begun
+from proxyserve.experts.recipe import Recipe, make_recipe
+from proxyserve.experts.roots import Roots
+from proxyserve.experts.source import ExpertSpec, Source
+from proxyserve.experts.store import Restored, StateStore, StoredExpert, StoredGeneration
+from proxyserve.models.family import ExpertSource
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """An expert of the command line. `origin` is its text there: as long as that stays the same, what was published
+    under the name since then, or that it was deleted, counts more."""
+
+    name: str
+    spec: ExpertSpec
+    origin: str
+
+    @classmethod
+    def of(cls, source: ExpertSource) -> Wanted:
+        untuned = None if source.untuned is None else Source(path=str(source.untuned.expanduser().resolve()))
+        tuned = Source(path=str(source.tuned.expanduser().resolve()))
+        origin = f"{source.name}={source.tuned}" + (f",{source.untuned}" if source.untuned else "")
+        return cls(source.name, ExpertSpec(tuned, untuned, trusted=True), origin)
+
+
+class Starter:
+    """Loads one expert after the other, before there is an engine. `messages` says what was dropped and why."""
+
+    def __init__(
+        self,
+        library: Library,
+        store: StateStore,
+        roots: Roots,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._library = library
+        self._store = store
+        self._roots = roots
+        self._progress = progress
+        self.messages: list[str] = []
+
+    def begin(self, wanted: Sequence[Wanted], restored: Restored) -> list[Begun]:
+        """Everything that can be loaded. Raises LoadError for an expert of the command line that cannot; one that was
+        published while an earlier server ran is dropped and stays in the state folder."""
+        self.messages.extend(restored.dropped)
+        begun = []
+        by_name = {expert.name: expert for expert in restored.experts}
+        for expert in wanted:
+            stored = by_name.pop(expert.name, None)
+            if restored.deleted.get(expert.name) == expert.origin:
+                self.messages.append(
+                    f"expert '{expert.name}' was deleted while the server ran and stays so; change its --expert to "
+                    "bring it back"
+                )
+            elif stored is None or stored.origin != expert.origin:
+                begun.append(self._begin_wanted(expert))
+            else:
+                begun.append(self._begin_again(expert, stored))
+        for stored in by_name.values():
+            if stored.published.spec.trusted:
+                self._store.delete(stored.name)
+                self.messages.append(f"expert '{stored.name}' is no longer on the command line")
+            else:
+                begun += self._begin_stored(stored)
+        return begun
+
+    def _begin_wanted(self, expert: Wanted) -> Begun:
+        """As a new generation."""
+        number = self._store.next_generation(expert.name)
+        loaded, recipe = self._load(expert.name, number, expert.spec, None)
+        stored = StoredGeneration(expert.name, number, expert.spec, loaded.digest, time())
+        self._store.publish(stored, origin=expert.origin)
+        return Begun(stored, loaded, recipe.formats)
+
+    def _begin_again(self, expert: Wanted, stored: StoredExpert) -> Begun:
+        """What was published last under a name of the command line; if that cannot be had, or is the command line's own
+        and its files have changed, the command line's anew."""
+        restored = self._begin_stored(stored)
+        return restored[0] if restored else self._begin_wanted(expert)
+
+    def _begin_stored(self, stored: StoredExpert) -> list[Begun]:
+        published = stored.published
+        try:
+            loaded, recipe = self._load(
+                stored.name, published.generation, published.spec, published.content_hash
+            )
+        except ProxyserveError as error:
+            self.messages.append(
+                f"generation {published.generation} of expert '{stored.name}' cannot be loaded: {error.message}"
+            )
+            return []
+        return [Begun(published, loaded, recipe.formats, stored.previous)]
+
+    def _load(
+        self, name: str, generation: int, spec: ExpertSpec, expected: str | None
+    ) -> tuple[LoadedExpert, Recipe]:
+        self._progress(f"loading expert {name}")
+        try:
+            recipe = make_recipe(spec, self._roots)
+            loaded = self._library.load(recipe, name, generation, expected=expected)
+        except LoadError as error:
+            raise LoadError(f"expert '{name}': {error.message}") from error
+        try:
+            self._library.verify(loaded)
+        except BaseException:
+            self._library.release(loaded)
+            raise
+        return loaded, recipe

@@ -1,0 +1,1 @@
+"""Weights that are stored as changes of another model: adapters and diffs."""
