@@ -35,7 +35,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig, experts: ExpertManager
     Raises StartupError if a key file is unusable. Does not check which address it is served at; `run_server` does.
     """
     keys, admin_keys = KeyRing.load(config.api_key_file), KeyRing.load(config.admin_key_file)
-    state = ServerState(engine, config, Metrics(engine.snapshot), experts)
+    state = ServerState(engine, config, Metrics(engine.snapshot, experts), experts)
     app = FastAPI(
         title="proxyserve",
         version=__version__,

@@ -11,11 +11,14 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, H
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from proxyserve.api.expert_metrics import ExpertCollector
+from proxyserve.api.families import counter_family, gauge_family
 from proxyserve.api.state import server_state
 from proxyserve.types import FinishReason
 
 if TYPE_CHECKING:
     from proxyserve.engine.loop import EngineStats, PoolStats, TrunkStats
+    from proxyserve.experts.manager import ExpertManager
 
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
 _FIRST_TOKEN_SECONDS = (
@@ -49,11 +52,14 @@ async def read_metrics(request: Request) -> Response:
 
 
 class Metrics:
-    """What the HTTP layer measures itself, and on top of it what `snapshot` says of the engine at each scrape."""
+    """What the HTTP layer measures itself, and on top of it, at each scrape, what `snapshot` says of the engine and
+    `experts` of swaps."""
 
-    def __init__(self, snapshot: Callable[[], EngineStats]) -> None:
+    def __init__(self, snapshot: Callable[[], EngineStats], experts: ExpertManager | None = None) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(snapshot))
+        if experts is not None:
+            self._registry.register(ExpertCollector(experts))
         self.first_token_seconds = Histogram(
             "proxyserve_time_to_first_token_seconds",
             "From a request's arrival to the first token of each choice.",
@@ -97,22 +103,26 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats = self._snapshot()
-        yield _gauge("num_requests_running", "Choices that hold KV blocks.", stats.running)
-        yield _gauge("num_requests_waiting", "Choices that wait to be admitted.", stats.waiting)
-        yield _counter("engine_steps", "Steps of the engine.", stats.steps)
-        yield _counter("prompt_tokens", "Prompt tokens of finished choices.", stats.prompt_tokens)
-        yield _counter(
+        yield gauge_family("num_requests_running", "Choices that hold KV blocks.", stats.running)
+        yield gauge_family("num_requests_waiting", "Choices that wait to be admitted.", stats.waiting)
+        yield counter_family("engine_steps", "Steps of the engine.", stats.steps)
+        yield counter_family("prompt_tokens", "Prompt tokens of finished choices.", stats.prompt_tokens)
+        yield counter_family(
             "prompt_tokens_cached", "Those of them that came from the prefix cache.", stats.cached_tokens
         )
-        yield _counter("generation_tokens", "Tokens generated.", stats.tokens_generated)
-        yield _counter("fused_tokens", "Those of them that were drawn from a fused law.", stats.fused_tokens)
-        yield _counter("gated_tokens", "Tokens that a gate left to the base alone.", stats.gated_tokens)
-        yield _counter("flips", "Those of them where the fused argmax is not the base's.", stats.flips)
-        yield _counter("kl_nats", "Sum of KL(fused || base) over fused tokens, in nats.", stats.kl_total)
-        yield _counter(
+        yield counter_family("generation_tokens", "Tokens generated.", stats.tokens_generated)
+        yield counter_family(
+            "fused_tokens", "Those of them that were drawn from a fused law.", stats.fused_tokens
+        )
+        yield counter_family("gated_tokens", "Tokens that a gate left to the base alone.", stats.gated_tokens)
+        yield counter_family("flips", "Those of them where the fused argmax is not the base's.", stats.flips)
+        yield counter_family(
+            "kl_nats", "Sum of KL(fused || base) over fused tokens, in nats.", stats.kl_total
+        )
+        yield counter_family(
             "num_preemptions", "Choices whose blocks were taken back for a while.", stats.preemptions
         )
-        yield _counter(
+        yield counter_family(
             "kernel_compilations",
             "Kernels compiled after the warm-up; should stay 0.",
             stats.kernel_compilations,
@@ -120,6 +130,15 @@ class _EngineCollector(Collector):
         yield from _finished(stats.finished)
         yield from _memory(stats.pools)
         yield from _models(stats.lane_tokens, stats.trunks)
+        yield gauge_family("memory_bytes", "Weights and KV of all models.", stats.memory)
+        requests = CounterMetricFamily(
+            "proxyserve_expert_requests",
+            "Choices that ended, by the generation of each expert that they had.",
+            labels=["expert", "generation"],
+        )
+        for (expert, generation), count in stats.by_generation.items():
+            requests.add_metric([expert, str(generation)], count)
+        yield requests
 
 
 def _finished(finished: Mapping[str, int]) -> Iterator[Metric]:
@@ -167,11 +186,3 @@ def _models(lane_tokens: Mapping[str, int], trunks: Mapping[str, TrunkStats]) ->
     for name, trunk in trunks.items():
         seconds.add_metric([name], trunk.seconds_run)
     yield seconds
-
-
-def _gauge(name: str, text: str, value: float) -> Metric:
-    return GaugeMetricFamily(f"proxyserve_{name}", text, value=value)
-
-
-def _counter(name: str, text: str, value: float) -> Metric:
-    return CounterMetricFamily(f"proxyserve_{name}", text, value=value)

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request
 from proxyserve.api.documentation import error_answers
 from proxyserve.api.schemas.other import ModelBody, ModelList
 from proxyserve.api.state import ServerState, server_state
+from proxyserve.errors import ExpertParked
 from proxyserve.fusion.model_name import parse_model_name
 
 router = APIRouter(tags=["models"])
@@ -17,7 +18,9 @@ async def list_models(request: Request) -> ModelList:
     """The base, the base with each expert at weight 1 (those with an untuned model), and the presets."""
     state = server_state(request)
     base = state.models.base.name
-    pairs = [name for name, expert in state.models.experts.items() if expert.untuned is not None]
+    models = state.models
+    everyone = {**{name: expert.as_parked for name, expert in models.experts.items()}, **models.parked}
+    pairs = [name for name, expert in sorted(everyone.items()) if expert.untuned is not None]
     names = [base, *(f"{base}+{name}" for name in pairs), *state.catalog.presets]
     return ModelList(data=[_model(state, name) for name in names])
 
@@ -30,8 +33,18 @@ async def read_model(request: Request, model_id: str) -> ModelBody:
 
 def _model(state: ServerState, name: str) -> ModelBody:
     """Raises UnknownModel or InvalidRequest."""
-    program = parse_model_name(name, state.catalog).compile(state.catalog)
-    lanes = [state.models.base, *(state.catalog.model(lane) for lane in program.lanes)]
+    catalog = state.catalog
+    base = catalog.models.base
+    try:
+        program = parse_model_name(name, catalog).compile(catalog)
+    except ExpertParked as error:  # looking is no reason to load it
+        parked = catalog.models.parked[error.name]
+        return ModelBody(
+            id=name,
+            created=max(base.created, parked.created),
+            max_model_len=min(base.context_length, parked.context_length),
+        )
+    lanes = [base, *(catalog.model(lane) for lane in program.lanes)]
     return ModelBody(
         id=name,
         created=max(model.created for model in lanes),

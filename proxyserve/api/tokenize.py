@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 
 from proxyserve.api.body import JsonRoute
 from proxyserve.api.documentation import BODY_ERRORS, error_answers
-from proxyserve.api.prepare import prepared
+from proxyserve.api.prepare import prepared, with_experts
 from proxyserve.api.schemas.other import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -14,6 +14,7 @@ from proxyserve.api.schemas.other import (
     TokenizeResponse,
 )
 from proxyserve.api.state import server_state
+from proxyserve.engine.offer import Lease
 from proxyserve.engine.prompts import chat_prompts
 from proxyserve.errors import InvalidRequest
 from proxyserve.fusion.catalog import Catalog
@@ -22,20 +23,27 @@ from proxyserve.fusion.model_name import parse_model_name
 router = APIRouter(tags=["text"], route_class=JsonRoute)
 
 
-@router.post("/tokenize", summary="Text or messages to token ids", responses=error_answers(*BODY_ERRORS, 404))
+@router.post(
+    "/tokenize", summary="Text or messages to token ids", responses=error_answers(*BODY_ERRORS, 404, 503)
+)
 async def tokenize(request: Request, body: TokenizeRequest) -> TokenizeResponse:
     """The ids that the base would be given."""
-    catalog = server_state(request).catalog
-    tokens = await prepared(request, lambda: _tokens(body, catalog))
-    return TokenizeResponse(
-        tokens=tokens, count=len(tokens), max_model_len=catalog.models.base.context_length
-    )
+    state = server_state(request)
+
+    async def encode(lease: Lease) -> list[int]:
+        return await prepared(request, lambda: _tokens(body, lease.catalog))
+
+    tokens = await with_experts(state, encode)
+    return TokenizeResponse(tokens=tokens, count=len(tokens), max_model_len=state.models.base.context_length)
 
 
-@router.post("/detokenize", summary="Token ids to text", responses=error_answers(*BODY_ERRORS, 404))
+@router.post("/detokenize", summary="Token ids to text", responses=error_answers(*BODY_ERRORS, 404, 503))
 async def detokenize(request: Request, body: DetokenizeRequest) -> DetokenizeResponse:
-    catalog = server_state(request).catalog
-    return DetokenizeResponse(prompt=await prepared(request, lambda: _text(body, catalog)))
+
+    async def decode(lease: Lease) -> str:
+        return await prepared(request, lambda: _text(body, lease.catalog))
+
+    return DetokenizeResponse(prompt=await with_experts(server_state(request), decode))
 
 
 def _tokens(body: TokenizeRequest, catalog: Catalog) -> list[int]:

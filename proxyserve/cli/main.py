@@ -20,8 +20,10 @@ from proxyserve.cli.bench import bench_command
 from proxyserve.cli.calibrate import calibrate_command
 from proxyserve.cli.demo import demo_command
 from proxyserve.cli.evaluate import eval_command
+from proxyserve.cli.experts import experts_app
 from proxyserve.cli.explore import explore_command
 from proxyserve.cli.formula import formula_command
+from proxyserve.cli.presets import presets_app
 from proxyserve.cli.score import score_command
 from proxyserve.cli.serve import serve_command
 from proxyserve.errors import ProxyserveError
@@ -35,6 +37,8 @@ app.command("score")(score_command)
 app.command("calibrate")(calibrate_command)
 app.command("formula")(formula_command)
 app.command("explore")(explore_command)
+app.add_typer(experts_app, name="experts")
+app.add_typer(presets_app, name="presets")
 
 
 def _show_version(wanted: bool) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -57,7 +58,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class EngineCounters:
-    """Since start. `finished` counts choices by finish reason; prompt and cached tokens are those of base lanes."""
+    """Since start. `finished` counts choices by finish reason, `by_generation` by expert and generation; prompt and
+    cached tokens are those of base lanes."""
 
     steps: int = 0
     tokens_generated: int = 0
@@ -69,6 +71,7 @@ class EngineCounters:
     flips: int = 0
     kl_total: float = 0.0
     finished: dict[str, int] = field(default_factory=dict)
+    by_generation: Counter[tuple[str, int]] = field(default_factory=Counter)
 
 
 class Engine:
@@ -406,6 +409,7 @@ class Engine:
         self.offers.release(choice.models)
         reason = (event.finish_reason or FinishReason.ERROR).value
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
+        self.counters.by_generation.update(choice.generations.items())
         if event.usage is not None:
             self.counters.prompt_tokens += event.usage.prompt_tokens
             self.counters.cached_tokens += event.usage.cached_tokens

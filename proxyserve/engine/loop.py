@@ -43,8 +43,9 @@ class TrunkStats:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot for metrics. Counters are since start. Pools are named after the first
-    model that uses them, trunks after themselves; `lane_tokens` counts the tokens that ran through each model."""
+    """A snapshot for metrics. Counters are since start. Pools are named after the first model that uses them, trunks
+    after themselves. `lane_tokens` counts the tokens that ran through each model, `by_generation` the choices that ended, by
+    expert and generation. `memory` are the bytes of weights and KV."""
 
     waiting: int
     running: int
@@ -62,6 +63,8 @@ class EngineStats:
     pools: Mapping[str, PoolStats]
     trunks: Mapping[str, TrunkStats]
     lane_tokens: Mapping[str, int]
+    by_generation: Mapping[tuple[str, int], int]
+    memory: int
 
 
 class ResponseStream:
@@ -264,6 +267,8 @@ class AsyncEngine:
                 name: TrunkStats(stats.rows, stats.seconds) for name, stats in engine.residents.stats.items()
             },
             lane_tokens=tokens,
+            by_generation=counters.by_generation.copy(),
+            memory=engine.residents.bytes,
         )
 
     # The thread ----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from proxyserve.experts.library import LoadedExpert
 from proxyserve.experts.source import ExpertSpec
 from proxyserve.experts.status import ExpertStatus, GenerationStatus
 from proxyserve.experts.store import StoredGeneration
+from proxyserve.models.loaded_model import ParkedExpert
 from proxyserve.types import ModelKey
 
 #: What a load comes to, and a delete.
@@ -100,14 +101,14 @@ class Generation:
 @dataclass(eq=False)
 class Entry:
     """One expert. `published` is the generation that serves (it may be parked), `previous` the one that a rollback
-    brings back. `untuned` is the name of the published generation's untuned model. `withdrawn`: it was deleted, and is
+    brings back. `parked` is what is known of the published one without its weights. `withdrawn`: it was deleted, and is
     forgotten with its last generation."""
 
     name: str
     generations: dict[int, Generation] = field(default_factory=dict)
     published: Generation | None = None
     previous: StoredGeneration | None = None
-    untuned: str | None = None
+    parked: ParkedExpert | None = None
     withdrawn: bool = False
 
     @property

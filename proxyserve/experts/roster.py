@@ -85,9 +85,9 @@ class Roster:
         for name in parking:
             del experts[name]
         parked = {
-            name: entry.untuned
+            name: entry.parked
             for name, entry in self.entries.items()
-            if entry.published is not None and name not in experts
+            if entry.published is not None and entry.parked is not None and name not in experts
         }
         pairs = [loaded.expert for loaded in experts.values() if loaded is not None]
         protected = {expert.name for expert in pairs if expert.protected} | {
@@ -121,9 +121,8 @@ class Roster:
     def install(self, entry: Entry, generation: Generation) -> None:
         """Make it the published one of its entry."""
         assert generation.loaded is not None
-        untuned = generation.loaded.expert.untuned
         entry.published = generation
-        entry.untuned = None if untuned is None else untuned.name
+        entry.parked = generation.loaded.expert.as_parked
 
     def withdraw(self, entry: Entry) -> None:
         """No new request can have the expert; it is forgotten when the last one has ended."""

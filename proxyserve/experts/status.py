@@ -35,11 +35,11 @@ class GenerationStatus:
 
 @dataclass(frozen=True, slots=True)
 class ExpertStatus:
-    """`state` is "published" (requests are served), "parked" (loaded when the next request comes), "loading" (the first
-    generation is on its way) or "failed" (no generation ever served). `generation` is the one that serves, None if none
-    does; `previous` the one that a rollback would bring back, None if there is none. `generations` has the newest
-    first; failed and retired ones are kept for a while. `last_error` is that of the newest generation that failed, None
-    once a newer one has been published."""
+    """`state` is "published" (requests are served), "parked" (loaded when the next request comes), "loading" (the
+    first generation is on its way), "failed" (no generation ever served), "draining" (deleted, and requests still run
+    on it) or "deleted". `generation` is the one that serves, None if none does; `previous` the one that a rollback
+    would bring back, None if there is none. `generations` has the newest first; failed and retired ones are kept for a
+    while. `last_error` is that of the newest generation that failed, None once a newer one has been published."""
 
     name: str
     state: str

@@ -69,9 +69,9 @@ class Catalog:
             return model
         if self._untuned(model) is not None:
             return model
-        for parked, untuned in self.models.parked.items():
-            if untuned == model:
-                raise ExpertParked(parked)
+        for name, parked in self.models.parked.items():
+            if parked.untuned == model:
+                raise ExpertParked(name)
         return None
 
     def _untuned(self, name: str) -> LoadedModel | None:

@@ -10,6 +10,7 @@ from typing import cast
 from proxyserve.errors import UnknownModel
 from proxyserve.fusion.catalog import Catalog
 from proxyserve.fusion.fusion import Fusion
+from proxyserve.models.loaded_model import ParkedExpert
 from proxyserve.models.model_set import ModelSet
 
 
@@ -27,7 +28,7 @@ class _NamedPair:
 class _Names:
     base: _Named
     experts: Mapping[str, _NamedPair]
-    parked: Mapping[str, str | None]
+    parked: Mapping[str, ParkedExpert]
 
     def expert(self, name: str, *, param: str) -> _NamedPair:
         if name not in self.experts:

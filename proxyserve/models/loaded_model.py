@@ -58,6 +58,16 @@ class LoadedModel:
         return self.module.device
 
 
+@dataclass(frozen=True, slots=True)
+class ParkedExpert:
+    """What is known of an expert whose weights are on disk only: its untuned model's name, and when it was made and how
+    long its context is, as `LoadedModel` has them."""
+
+    untuned: str | None
+    context_length: int
+    created: int
+
+
 @dataclass(frozen=True, eq=False)
 class Expert:
     """A named pair: the tuned small model and its untuned reference. `untuned` may be shared with other experts and
@@ -70,3 +80,12 @@ class Expert:
     vocabulary: SharedVocabulary
     generation: int = 1
     protected: bool = False
+
+    @property
+    def as_parked(self) -> ParkedExpert:
+        pair = [model for model in (self.tuned, self.untuned) if model is not None]
+        return ParkedExpert(
+            None if self.untuned is None else self.untuned.name,
+            min(model.context_length for model in pair),
+            max(model.created for model in pair),
+        )

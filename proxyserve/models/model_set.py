@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from proxyserve.errors import ExpertParked, LoadError, UnknownModel
-from proxyserve.models.loaded_model import Expert, LoadedModel
+from proxyserve.models.loaded_model import Expert, LoadedModel, ParkedExpert
 from proxyserve.models.remote import AnyModel
 from proxyserve.models.vocabulary import require_compatible
 from proxyserve.types import ModelKey
@@ -18,17 +18,17 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 class ModelSet:
     """The base and its experts, checked against each other. Immutable. `parked` are names of experts that are served
-    here, but are not in memory now, each with the name of its untuned model."""
+    here, but are not in memory now."""
 
     def __init__(
         self,
         base: AnyModel,
         experts: Iterable[Expert] = (),
         *,
-        parked: Mapping[str, str | None] | None = None,
+        parked: Mapping[str, ParkedExpert] | None = None,
     ) -> None:
         self.base = base
-        self.parked: Mapping[str, str | None] = MappingProxyType(dict(parked or {}))
+        self.parked: Mapping[str, ParkedExpert] = MappingProxyType(dict(parked or {}))
         by_name: dict[str, Expert] = {}
         for expert in experts:
             if expert.name in by_name:
@@ -47,10 +47,6 @@ class ModelSet:
             known = ", ".join(sorted({*self.experts, *self.parked})) or "none"
             raise UnknownModel(f"There is no expert '{name}' here. Experts: {known}.", param=param)
         return expert
-
-    def known(self, name: str) -> bool:
-        """Whether there is such an expert, in memory or parked."""
-        return name in self.experts or name in self.parked
 
     @property
     def trunks(self) -> Mapping[ModelKey, AnyModel]:

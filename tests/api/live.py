@@ -16,6 +16,7 @@ from proxyserve.api.app import create_app
 from proxyserve.api.server import DrainingServer, listen
 from proxyserve.config import ServerConfig
 from proxyserve.engine.loop import AsyncEngine, EngineStats
+from proxyserve.experts.manager import ExpertManager
 
 _PATIENCE = 20.0
 
@@ -51,10 +52,12 @@ class Live:
 
 
 @contextmanager
-def serve(engine: Any, config: ServerConfig | None = None) -> Iterator[Live]:
-    """Serve `engine`, which the caller starts and closes."""
+def serve(
+    engine: Any, config: ServerConfig | None = None, experts: ExpertManager | None = None
+) -> Iterator[Live]:
+    """Serve `engine`, and the control plane of `experts`; the caller starts and closes both."""
     config = config or ServerConfig()
-    app = create_app(engine, config)
+    app = create_app(engine, config, experts)
     with listen("127.0.0.1", 0) as listener:
         server = DrainingServer(app, config.drain_seconds)
         thread = threading.Thread(target=server.run, args=([listener],), name="test-server")

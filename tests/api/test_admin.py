@@ -376,7 +376,9 @@ async def test_waiting_ends_when_the_server_stops(
     waiting = asyncio.create_task(client.request(method, f"{path[1:]}?wait=true", json=body))
     await waited_for(manager)
     app.state.proxyserve.stopping.set()
-    assert error_of(await waiting, 503)["code"] == "not_ready"
+    async with asyncio.timeout(10):
+        answer = await waiting
+    assert error_of(answer, 503)["code"] == "not_ready"
     assert manager.waiting == 0
 
 

@@ -10,27 +10,36 @@ Errors are the exception classes of `openai` itself (`openai.BadRequestError`, `
 `message`, `param` and `code` are what the server answered.
 """
 
+from proxyserve_client.admin import AsyncExperts, AsyncPresets, Experts, Presets
 from proxyserve_client.client import AsyncProxyServe, ProxyServe
 from proxyserve_client.connection import Readiness
+from proxyserve_client.experts import Expert, ExpertGeneration, Source
 from proxyserve_client.fusion import ExpertWeight, Fusion
 from proxyserve_client.options import ChatOptions, CompletionOptions, Message
 from proxyserve_client.reply import Choice, FusionReport, Reply, Usage
 from proxyserve_client.stream import AsyncTextStream, Piece, TextStream
 
 __all__ = [
+    "AsyncExperts",
+    "AsyncPresets",
     "AsyncProxyServe",
     "AsyncTextStream",
     "ChatOptions",
     "Choice",
     "CompletionOptions",
+    "Expert",
+    "ExpertGeneration",
     "ExpertWeight",
+    "Experts",
     "Fusion",
     "FusionReport",
     "Message",
     "Piece",
+    "Presets",
     "ProxyServe",
     "Readiness",
     "Reply",
+    "Source",
     "TextStream",
     "Usage",
 ]

@@ -12,6 +12,7 @@ import openai
 from openai.types import Completion
 from openai.types.chat import ChatCompletionChunk
 
+from proxyserve_client.admin import AsyncExperts, AsyncPresets, Experts, Presets, drain_server
 from proxyserve_client.connection import DEFAULT_URL, Readiness, not_ready, server_root, settings
 from proxyserve_client.fusion import Fusion
 from proxyserve_client.options import (
@@ -30,7 +31,8 @@ _POLL = 0.25
 
 
 class ProxyServe:
-    """Talks to one server. `openai` is the `openai.OpenAI` client underneath, for everything that has no method here.
+    """Talks to one server. `openai` is the `openai.OpenAI` client underneath, for everything that has no method here;
+    `experts` and `presets` are the server's control plane, for administrators' keys.
 
     `model` is used for requests that name none; without it, the first model that the server lists, its base. `api_key`
     defaults to the environment variable PROXYSERVE_API_KEY. Close the client, or use it with `with`.
@@ -48,6 +50,8 @@ class ProxyServe:
         self._root = server_root(url)
         self._model = model
         self.openai = openai.OpenAI(**settings(self._root, api_key, timeout, max_retries))
+        self.experts = Experts(self.openai, self._root)
+        self.presets = Presets(self.openai, self._root)
 
     def chat(
         self,
@@ -125,6 +129,10 @@ class ProxyServe:
                 raise TimeoutError(f"{self._root} is not ready after {timeout:g} s: {state.reason}")
             time.sleep(_POLL)
 
+    def drain(self) -> None:
+        """Have the server refuse new work and finish what runs. Takes an administrator's key."""
+        drain_server().send(self.openai, self._root)
+
     def close(self) -> None:
         self.openai.close()
 
@@ -158,6 +166,8 @@ class AsyncProxyServe:
         self._root = server_root(url)
         self._model = model
         self.openai = openai.AsyncOpenAI(**settings(self._root, api_key, timeout, max_retries))
+        self.experts = AsyncExperts(self.openai, self._root)
+        self.presets = AsyncPresets(self.openai, self._root)
 
     async def chat(
         self,
@@ -234,6 +244,10 @@ class AsyncProxyServe:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{self._root} is not ready after {timeout:g} s: {state.reason}")
             await asyncio.sleep(_POLL)
+
+    async def drain(self) -> None:
+        """Have the server refuse new work and finish what runs. Takes an administrator's key."""
+        await drain_server().send(self.openai, self._root)
 
     async def close(self) -> None:
         await self.openai.close()

@@ -30,6 +30,19 @@ FUSION = {
     "flips": 1,
     "drafted": 0,
 }
+EXPERT = {
+    "object": "expert",
+    "name": "qa",
+    "state": "published",
+    "generation": 2,
+    "previous": 1,
+    "protected": False,
+    "last_error": None,
+    "generations": [
+        {"generation": 2, "phase": "published", "seconds": {"loading": 0.5}},
+        {"generation": 1, "phase": "standby", "seconds": {}},
+    ],
+}
 HEAD = {"id": "x-1", "created": 1, "model": "atlas", "system_fingerprint": "proxyserve"}
 
 
@@ -78,6 +91,15 @@ def make_app(stub: Stub) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         return await answer(request, whole_completion, completion_chunk, "text_completion")
+
+    @app.put("/admin/v1/experts/{name}")
+    @app.post("/admin/v1/experts/{name}/rollback")
+    async def change_expert(name: str) -> Response:
+        return JSONResponse({**EXPERT, "name": name})
+
+    @app.put("/admin/v1/presets/{name}")
+    async def put_preset(name: str, request: Request) -> Response:
+        return JSONResponse({"object": "preset", "name": name, "fusion": await request.json()})
 
     async def answer(request: Request, whole: Any, chunk: Any, kind: str) -> Response:
         body = await request.json()
