@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from proxyserve.engine.choice import Choice
-from proxyserve.engine.forward import Forward
+from proxyserve.engine.forward import Forward, Pair
+from proxyserve.engine.residents import AnyRunner
+from proxyserve.engine.runner import Runner
 from proxyserve.scheduler.lane import Lane
 from proxyserve.scheduler.scheduler import LaneWork
 from proxyserve.types import ModelKey, TokenLogprob
@@ -38,6 +40,7 @@ _MATCHES = {
 
 #: (source, row) of a lane's logits.
 Place = tuple[int, int]
+_ABSENT: Place = (ABSENT, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +64,13 @@ class LogitRows:
     ) -> None:
         logits = forward.logits
         self._places: dict[int, Place] = {}
+        self._pairs: dict[tuple[int, int], Place] = {}
         for source, model in enumerate(logits):
-            lasts = (item for item in work[model] if item.last)
-            self._places.update((id(item.lane), (source, row)) for row, item in enumerate(lasts))
+            pairs = [(id(plus), id(minus)) for plus, minus in forward.differences.get(model, ())]
+            paired = {lane for pair in pairs for lane in pair}
+            lasts = [id(item.lane) for item in work[model] if item.last and id(item.lane) not in paired]
+            self._places.update((lane, (source, row)) for row, lane in enumerate(lasts))
+            self._pairs.update((pair, (source, len(lasts) + row)) for row, pair in enumerate(pairs))
         held = [row.choice for row in rows if row.choice.scheduled.awaiting]
         self._places.update(
             (id(choice.scheduled.lanes[0]), (len(logits), row)) for row, choice in enumerate(held)
@@ -82,6 +89,13 @@ class LogitRows:
 
     def place(self, lane: Lane) -> Place:
         return self._places[id(lane)]
+
+    def term(self, lane: Lane, minus: Lane | None) -> tuple[Place, Place]:
+        """Where `lane - minus` of a term is read: from two rows, or from one that holds their difference."""
+        if minus is None:
+            return self.highest(lane), _ABSENT
+        difference = self._pairs.get((id(lane), id(minus)))
+        return (self.highest(lane), self.highest(minus)) if difference is None else (difference, _ABSENT)
 
     def highest(self, lane: Lane) -> Place:
         """The row of what each token has at most; for lanes of local models their logits, which are exact."""
@@ -102,11 +116,56 @@ class LogitRows:
         return self.sources[source][row : row + 1].clone()
 
 
+def shared_heads(
+    rows: Sequence[FusedRow], runners: Mapping[ModelKey, AnyRunner]
+) -> dict[ModelKey, list[Pair]]:
+    """By trunk, the pairs of lanes of which only the difference is read."""
+    found: dict[ModelKey, list[Pair]] = {}
+    for row in rows:
+        if row.alone:
+            continue
+        choice = row.choice
+        if choice.differences is None:
+            choice.differences = _differences(choice, runners)
+        for lane, minus in choice.differences:
+            found.setdefault(lane.trunk, []).append((lane, minus))
+    return found
+
+
+def _differences(choice: Choice, runners: Mapping[ModelKey, AnyRunner]) -> list[Pair]:
+    """Those of terms with one linear head, in sums that nothing else looks into."""
+    program, lanes, fusion = choice.program, choice.scheduled.lanes, choice.submission.fusion
+    if fusion.explain or fusion.gate is not None:
+        return []
+    if not program.is_linear or program.law is not None or program.remote_weights:
+        return []
+    pairs = [(term.lane, term.minus) for term in program.terms]
+    # A lane that is read by itself anywhere has its own row; a pair with such a lane saves none.
+    alone = {program.origin}
+    while True:
+        shared = [
+            (lane, minus)
+            for lane, minus in pairs
+            if minus is not None
+            and alone.isdisjoint((lane, minus))
+            and _one_head(lanes[lane], lanes[minus], runners)
+        ]
+        rest = {number for pair in pairs if pair not in shared for number in pair if number is not None}
+        if rest <= alone:
+            return [(lanes[lane], lanes[minus]) for lane, minus in shared]
+        alone |= rest
+
+
+def _one_head(lane: Lane, minus: Lane, runners: Mapping[ModelKey, AnyRunner]) -> bool:
+    runner = runners[lane.trunk]
+    return lane.trunk == minus.trunk and isinstance(runner, Runner) and runner.head_is_linear
+
+
 def build_batch(rows: Sequence[FusedRow], logits: LogitRows, *, highest: bool = False) -> RowBatch:
     """Which rows of `logits` make up each fused row, and how. A remote origin rules out what its server did not return;
     with `highest` it gives that, as remote lanes in terms always do, the most that it can have."""
     most = max(0 if row.alone else len(row.choice.program.terms) for row in rows)
-    unused: list[Place] = [(ABSENT, 0)]
+    unused = [_ABSENT]
     base, positive, negative, weights = [], [], [], []
     for row in rows:
         program, lanes = row.choice.program, row.choice.scheduled.lanes
@@ -114,13 +173,11 @@ def build_batch(rows: Sequence[FusedRow], logits: LogitRows, *, highest: bool = 
         rest = most - len(terms)
         origin = lanes[0 if row.alone else program.origin]
         base.append(logits.highest(origin) if highest else logits.place(origin))
-        positive.append([*(logits.highest(lanes[term.lane]) for term in terms), *unused * rest])
-        negative.append(
-            [
-                *(unused[0] if term.minus is None else logits.highest(lanes[term.minus]) for term in terms),
-                *unused * rest,
-            ]
-        )
+        places = [
+            logits.term(lanes[term.lane], None if term.minus is None else lanes[term.minus]) for term in terms
+        ]
+        positive.append([*(plus for plus, _ in places), *unused * rest])
+        negative.append([*(minus for _, minus in places), *unused * rest])
         token = len(row.choice.output)
         weights.append([*(term.weight_at(token) for term in terms), *[0.0] * rest])
     B = len(rows)

@@ -10,6 +10,7 @@ from torch import Tensor
 from proxyserve.engine.submission import Submission
 from proxyserve.fusion.binding import BoundProgram
 from proxyserve.models.vocabulary import SharedVocabulary
+from proxyserve.scheduler.lane import Lane
 from proxyserve.scheduler.request import ScheduledRequest
 from proxyserve.text.detokenizer import Detokenizer
 from proxyserve.types import (
@@ -66,6 +67,7 @@ class Choice:
     detokenizer: Detokenizer
     seed: int
     held: Tensor | None = None
+    differences: list[tuple[Lane, Lane]] | None = None  # see `batch.shared_heads`, which finds them once
     generated: dict[int, int] = field(default_factory=dict)  # id -> occurrences, kept for penalties
     kl_total: float = 0.0
     flips: int = 0

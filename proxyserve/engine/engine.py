@@ -24,6 +24,7 @@ from proxyserve.engine.batch import (
     build_batch,
     build_controls,
     build_solve,
+    shared_heads,
     target_entropies,
     token_logprobs,
 )
@@ -192,13 +193,10 @@ class Engine:
         """By trunk; trunks of one layout share one."""
         return self.residents.pools
 
-    def arena_for(self, runner: Runner, room: int) -> Arena:
-        """KV memory for another model: the arena of its layout, or a new one of at most `room` bytes. Raises NoRoom if
-        that holds no full context of an expert's two lanes. May be called during steps."""
+    def new_arena(self, runner: Runner, room: int) -> Arena:
+        """KV memory for a model of a layout that is not here, of at most `room` bytes. Raises NoRoom if that holds no
+        full context for each of an expert's two lanes. May be called during steps."""
         layout = runner.layout
-        present = self.residents.arenas.get(layout)
-        if present is not None:
-            return present
         size = self.config.block_size
         blocks = blocks_of_new_arena(
             layout,
@@ -304,7 +302,7 @@ class Engine:
             *(FusedRow(self._choices[request.request_id], alone=True) for request in plan.probing),
         ]
         try:
-            forward = run_models(self.runners, plan.work)
+            forward = run_models(self.runners, plan.work, shared_heads(rows, self.runners))
             failures = forward.failures
             rows = [row for row in rows if row.choice.key not in failures]
             logits = LogitRows(rows, plan.work, forward)

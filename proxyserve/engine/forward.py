@@ -9,17 +9,23 @@ from torch import Tensor
 
 from proxyserve.engine.remote_runner import RemoteRows, RemoteRunner
 from proxyserve.engine.runner import Runner
+from proxyserve.scheduler.lane import Lane
 from proxyserve.scheduler.scheduler import LaneWork
 from proxyserve.types import ModelKey
+
+#: Two lanes of one trunk: the first's logits minus the second's are wanted, and neither alone.
+Pair = tuple[Lane, Lane]
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """`logits` [rows, width] of each trunk, a row per work item with `last` set; `remote` has the rest of what is known
-    about the rows of remote models. `failures` maps ids of requests to why one of their lanes has no logits."""
+    """`logits` [rows, width] of each trunk: a row per work item with `last` set whose lane is in none of the
+    `differences`, then a row for each of these pairs. `remote` has the rest of what is known about the rows of remote
+    models. `failures` maps ids of requests to why one of their lanes has no logits."""
 
     logits: Mapping[ModelKey, Tensor]
     remote: Mapping[ModelKey, RemoteRows] = field(default_factory=dict)
+    differences: Mapping[ModelKey, Sequence[Pair]] = field(default_factory=dict)
 
     @property
     def failures(self) -> dict[str, str]:
@@ -27,15 +33,23 @@ class Forward:
 
 
 def run_models(
-    runners: Mapping[ModelKey, Runner | RemoteRunner], work: Mapping[ModelKey, Sequence[LaneWork]]
+    runners: Mapping[ModelKey, Runner | RemoteRunner],
+    work: Mapping[ModelKey, Sequence[LaneWork]],
+    differences: Mapping[ModelKey, Sequence[Pair]],
 ) -> Forward:
-    """Run every model's work. Remote models are asked first and listened to last, so that the local ones run while the
-    answers are on their way. Must be called in inference mode."""
+    """Run every model's work; for the pairs of lanes in `differences` there is one row. Remote models are asked first
+    and listened to last, so that the local ones run while the answers are on their way. Must be called in inference
+    mode."""
     calls = {}
     for model, items in work.items():
         runner = runners[model]
         if isinstance(runner, RemoteRunner):
             calls[model] = runner.begin(items)
-    logits = {model: runners[model].run(items) for model, items in work.items() if model not in calls}
+    logits = {}
+    for model, items in work.items():
+        runner = runners[model]
+        if isinstance(runner, Runner):
+            logits[model] = runner.run(items, differences.get(model, ()))
     remote = {model: call.rows() for model, call in calls.items()}
-    return Forward({**logits, **{model: rows.known for model, rows in remote.items()}}, remote)
+    logits.update({model: rows.known for model, rows in remote.items()})
+    return Forward(logits, remote, differences)

@@ -44,8 +44,8 @@ class TrunkStats:
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot for metrics. Counters are since start. Pools are named after the first model that uses them, trunks
-    after themselves. `lane_tokens` counts the tokens that ran through each model, `by_generation` the choices that ended, by
-    expert and generation. `memory` are the bytes of weights and KV."""
+    after themselves. `lane_tokens` counts the tokens that ran through each model, `by_generation` the choices that
+    ended, by expert and generation. `memory` are the bytes of weights and KV."""
 
     waiting: int
     running: int

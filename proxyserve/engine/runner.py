@@ -14,10 +14,12 @@ from proxyserve.engine.adapters import AdapterBank, adapter_plan
 from proxyserve.engine.arena import Layout
 from proxyserve.engine.attention import IMPLEMENTATION, AttentionPlan, ShapeProbe, Span, attention_plan
 from proxyserve.engine.cpu_linear import pack_linears
+from proxyserve.engine.heads import HeadRows, head_rows, watch_head
 from proxyserve.engine.kv_storage import KVStorage, LayerShape
 from proxyserve.errors import LoadError
 from proxyserve.models.formats.lora import LoraWeights
 from proxyserve.models.loaded_model import LoadedModel
+from proxyserve.scheduler.lane import Lane
 from proxyserve.scheduler.scheduler import LaneWork
 from proxyserve.types import ModelKey
 
@@ -52,13 +54,16 @@ class Runner:
         model.module.set_attn_implementation(IMPLEMENTATION)
         #: The adapters whose lanes run as rows of this model's forward.
         self.adapters = AdapterBank(model.module)
+        watch_head(model.module.get_output_embeddings())
         self.shapes = self._probe_shapes()
+        #: Whether the logits of a difference of hidden states are the difference of the logits.
+        self.head_is_linear = self._probe_head()
 
     def _probe_shapes(self) -> list[LayerShape]:
         """Run a few tokens to learn what each layer stores. Raises LoadError if a layer bypasses the registry."""
         probe = ShapeProbe()
         with attention_plan(probe), torch.inference_mode():
-            self._forward(list(range(4)), list(range(4)), [3])
+            self._forward(list(range(4)), list(range(4)), [3], 1)
         layers = int(self.model.module.config.get_text_config().num_hidden_layers)
         if sorted(probe.shapes) != list(range(layers)):
             raise LoadError(
@@ -66,6 +71,15 @@ class Runner:
                 "a model with other kinds of layers cannot be served"
             )
         return [probe.shapes[layer] for layer in range(layers)]
+
+    def _probe_head(self) -> bool:
+        """Soft caps and biases of heads are found by trying."""
+        rows = HeadRows.of([0, 1], [(0, 1)], self.model.device)
+        with attention_plan(ShapeProbe()), torch.inference_mode(), head_rows(rows):
+            logits = self._forward(list(range(4)), list(range(4)), [2, 3], 3).float()
+        size = logits[:2].abs().max()
+        error = (logits[2] - (logits[0] - logits[1])).abs().max()
+        return bool(error <= size * 4 * torch.finfo(self.model.dtype).eps)
 
     @property
     def layout(self) -> Layout:
@@ -87,7 +101,7 @@ class Runner:
         bank.add(key, adapter)
         try:
             with attention_plan(ShapeProbe()), adapter_plan(bank.plan([key], [len(ids)])):
-                return self._forward(list(ids), list(range(len(ids))), [len(ids) - 1])
+                return self._forward(list(ids), list(range(len(ids))), [len(ids) - 1], 1)
         finally:
             bank.close()
 
@@ -97,15 +111,17 @@ class Runner:
     def detach(self) -> None:
         self.storage = None
 
-    def run(self, work: Sequence[LaneWork]) -> Tensor:
-        """Compute the work's tokens. Returns logits [rows, width] in the model's dtype, one row per work item with
-        `last` set, in the order of `work`. Must be called in inference mode."""
+    def run(self, work: Sequence[LaneWork], differences: Sequence[tuple[Lane, Lane]] = ()) -> Tensor:
+        """Compute the work's tokens. Returns logits [rows, width] in the model's dtype: one row per work item with
+        `last` set, in the order of `work`, without those whose lanes are in `differences`; then, for each of these, the
+        first lane's minus the second's (for which the head must be linear). Must be called in inference mode."""
         if self.storage is None:
             raise RuntimeError("the runner has no KV storage yet")
         started = perf_counter()
         ids: list[int] = []
         positions: list[int] = []
         sampled: list[int] = []
+        lanes: list[Lane] = []
         spans: list[Span] = []
         for item in work:
             stop = item.start + item.count
@@ -115,23 +131,33 @@ class Runner:
             self.stats.tokens[item.lane.model.name] += item.count
             if item.last:
                 sampled.append(len(ids) - 1)
+                lanes.append(item.lane)
+        heads = self._heads(lanes, differences) if differences else None
+        rows = len(lanes) if heads is None else len(heads.plain) + len(heads.plus)
         adapters = self.adapters
         plan = AttentionPlan.of(spans, self.storage)
         changes = adapters.plan(
             [item.lane.model if item.lane.model in adapters else None for item in work],
             [item.count for item in work],
         )
-        with attention_plan(plan), adapter_plan(changes):
-            logits = self._forward(ids, positions, sampled)
+        with attention_plan(plan), adapter_plan(changes), head_rows(heads):
+            logits = self._forward(ids, positions, sampled, rows)
         self.stats.forwards += 1
-        self.stats.rows += len(sampled)
+        self.stats.rows += rows
         self.stats.seconds += perf_counter() - started
         return logits
 
-    def _forward(self, ids: list[int], positions: list[int], rows: list[int]) -> Tensor:
+    def _heads(self, lanes: Sequence[Lane], differences: Sequence[tuple[Lane, Lane]]) -> HeadRows:
+        number = {id(lane): row for row, lane in enumerate(lanes)}
+        pairs = [(number[id(plus)], number[id(minus)]) for plus, minus in differences]
+        paired = {row for pair in pairs for row in pair}
+        return HeadRows.of([row for row in range(len(lanes)) if row not in paired], pairs, self.model.device)
+
+    def _forward(self, ids: list[int], positions: list[int], sampled: list[int], rows: int) -> Tensor:
+        """`rows` rows of logits, of the tokens at `sampled` in the packed row or of what `head_rows` makes of them."""
         device = self.model.device
         # An empty index would make some classes compute all rows; one row that nobody reads is cheaper.
-        keep = torch.tensor(rows or [len(ids) - 1], device=device)
+        keep = torch.tensor(sampled or [len(ids) - 1], device=device)
         output = self.model.module(
             input_ids=torch.tensor([ids], device=device),
             position_ids=torch.tensor([positions], device=device),
@@ -139,4 +165,4 @@ class Runner:
             logits_to_keep=keep,
         )
         logits: Tensor = output.logits[0]
-        return logits[: len(rows)]
+        return logits[:rows]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import time
@@ -66,13 +66,14 @@ class Resident:
 class LoadedExpert:
     """An expert in memory. `trunks` are the weights that it uses, to be released with it, `fresh` those of them that
     were loaded for it. `digest` is the SHA-256 of everything that it was made of. `bytes` are those of what was loaded
-    for it alone."""
+    for it alone. `origins` are the folders of the models that its sources' `of` named."""
 
     expert: Expert
     trunks: tuple[ModelKey, ...]
     fresh: tuple[Runner, ...]
     digest: str
     bytes: int
+    origins: Mapping[str, str]
 
     @property
     def over_trunks(self) -> tuple[LoadedModel, ...]:
@@ -122,8 +123,16 @@ class Library:
             if whole.path is not None:
                 total += weight_bytes(whole.path, self.placement.dtype.itemsize)
             elif whole.source.of is not None:
-                total += self.named(whole.source.of).model.bytes
+                total += self._bytes_of(whole.source.of, recipe)
         return total
+
+    def _bytes_of(self, name: str, recipe: Recipe) -> int:
+        try:
+            return self.named(name).model.bytes
+        except LoadError:
+            if name not in recipe.spec.origins:
+                raise
+            return weight_bytes(Path(recipe.spec.origins[name]), self.placement.dtype.itemsize)
 
     def expected_layouts(self, recipe: Recipe) -> list[tuple[Layout, int]]:
         """What the KV of models that are new will look like, and their contexts, by their configurations. Raises
@@ -270,6 +279,7 @@ class _Loading:
         self._digests: dict[Path, str] = {}
         self.trunks: list[ModelKey] = []
         self._fresh: list[Runner] = []
+        self._origins: dict[str, str] = {}
 
     def run(self) -> LoadedExpert:
         recipe = self._recipe
@@ -302,6 +312,7 @@ class _Loading:
             tuple(self._fresh),
             _digest_of(digest, "" if untuned is None else untuned.digest),
             size,
+            self._origins,
         )
 
     def _untuned(self, ingredient: Ingredient) -> Resident:
@@ -320,7 +331,9 @@ class _Loading:
         """The model and the digest of what it was made of."""
         if ingredient.kind == "folder":
             assert ingredient.path is not None
-            digest = self._digests[ingredient.path]
+            digest, base = self._digests[ingredient.path], self._library._base
+            if base is not None and ingredient.path == base.folder:
+                return self._as_tuned(base), digest
             resident = self._take(digest) or self._load_folder(ingredient.path, self._key)
             return self._as_tuned(resident), digest
         if ingredient.kind == "loaded":
@@ -347,10 +360,22 @@ class _Loading:
         return resident
 
     def _take_loaded(self, ingredient: Ingredient) -> Resident:
-        assert ingredient.source.of is not None
-        resident = self._library.named(ingredient.source.of)
+        """The model that `of` names, read again from where it came from if it is gone."""
+        name = ingredient.source.of
+        assert name is not None
+        try:
+            resident = self._library.named(name)
+        except LoadError:
+            if name not in self._recipe.spec.origins:
+                raise
+            folder = Path(self._recipe.spec.origins[name])
+            self._digests[folder] = content_hash(folder)
+            self._origins[name] = str(folder)
+            return self._take(self._digests[folder]) or self._load_folder(folder, self._library._key(name))
         if resident is self._library._base:
             return resident
+        if resident.folder is not None:
+            self._origins[name] = str(resident.folder)
         return self._take(resident.digest) or self._take_loaded(ingredient)
 
     def _load_folder(self, folder: Path, key: ModelKey) -> Resident:

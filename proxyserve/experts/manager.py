@@ -360,16 +360,19 @@ class ExpertManager:
         )
         try:
             generation.digest = loaded.digest
+            generation.spec = replace(generation.spec, origins=loaded.origins)
             with self._lock:
                 self._roster.move(generation, Phase.VERIFYING)
             library.verify(loaded)
             with self._lock:
                 self._roster.move(generation, Phase.WARMING)
             library.warm(loaded, engine.config.max_batch)
-            arenas = {}
+            left = self._room.left - sum(runner.bytes for runner in loaded.fresh)
+            arenas = dict(engine.residents.arenas)
             for runner in loaded.fresh:
                 if runner.layout not in arenas:
-                    arenas[runner.layout] = engine.arena_for(runner, self._room.left)
+                    arenas[runner.layout] = engine.new_arena(runner, left)
+                    left -= arenas[runner.layout].bytes
             fresh = [(runner, arenas[runner.layout]) for runner in loaded.fresh]
             self._engine.between_steps(lambda: engine.adopt(fresh, loaded.over_trunks)).result()
         except BaseException:

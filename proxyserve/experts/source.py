@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from proxyserve.errors import InvalidRequest
@@ -116,12 +116,15 @@ class Source:
 class ExpertSpec:
     """What `PUT /admin/v1/experts/{name}` asks for. `untuned` None: the model that the tuned one changes, or none if
     that is a folder. `protected`: only administrators may weigh against the expert. `trusted`: its files may lie
-    anywhere, since the command line named them; no request can say that."""
+    anywhere, since the command line named them. `origins` has, for each model that an `of` names, the folder that it
+    was read from: should it be gone when the expert is loaded again, it is read from there. No request can say either.
+    """
 
     tuned: Source
     untuned: Source | None = None
     protected: bool = False
     trusted: bool = False
+    origins: Mapping[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         value: dict[str, Any] = {"tuned": self.tuned.as_json()}
@@ -130,6 +133,8 @@ class ExpertSpec:
         for name in ("protected", "trusted"):
             if getattr(self, name):
                 value[name] = True
+        if self.origins:
+            value["origins"] = dict(self.origins)
         return value
 
     @classmethod
@@ -140,4 +145,5 @@ class ExpertSpec:
             None if untuned is None else Source.of_json(untuned),
             bool(value.get("protected", False)),
             bool(value.get("trusted", False)),
+            dict(value.get("origins") or {}),
         )

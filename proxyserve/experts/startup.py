@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import time
 
 from proxyserve.errors import LoadError, ProxyserveError
@@ -53,7 +53,7 @@ class Starter:
         """Everything that can be loaded. Raises LoadError for an expert of the command line that cannot; one that was
         published while an earlier server ran is dropped and stays in the state folder."""
         self.messages.extend(restored.dropped)
-        begun = []
+        begun: list[Begun] = []
         by_name = {expert.name: expert for expert in restored.experts}
         for expert in wanted:
             stored = by_name.pop(expert.name, None)
@@ -78,7 +78,8 @@ class Starter:
         """As a new generation."""
         number = self._store.next_generation(expert.name)
         loaded, recipe = self._load(expert.name, number, expert.spec, None)
-        stored = StoredGeneration(expert.name, number, expert.spec, loaded.digest, time())
+        spec = replace(expert.spec, origins=loaded.origins)
+        stored = StoredGeneration(expert.name, number, spec, loaded.digest, time())
         self._store.publish(stored, origin=expert.origin)
         return Begun(stored, loaded, recipe.formats)
 
