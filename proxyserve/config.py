@@ -63,7 +63,7 @@ class Limits:
 class ServerConfig:
     """Where and for whom the HTTP server listens. No key file at all means no keys: loopback addresses only, and
     whoever connects is the administrator. Keys of `admin_key_file` may do everything that keys of `api_key_file` may,
-    and more.
+    and more. With `admin_port` the control plane is on that port only, and nothing for users is.
     `drain_seconds` is how long running requests may take to finish after SIGTERM, `load_wait_seconds` how long a
     request may wait for an expert that must be loaded first."""
 
@@ -71,6 +71,11 @@ class ServerConfig:
     port: int = 8000
     api_key_file: Path | None = None
     admin_key_file: Path | None = None
+    admin_port: int | None = None
     drain_seconds: float = 30.0
     load_wait_seconds: float = 30.0
     limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if self.admin_port is not None and self.admin_port in (0, self.port):
+            raise ValueError("admin_port must be another port than port, and not 0")

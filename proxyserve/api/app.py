@@ -13,6 +13,7 @@ from proxyserve.api.documentation import install_openapi
 from proxyserve.api.errors import install_error_handlers
 from proxyserve.api.limits import BodyLimitMiddleware
 from proxyserve.api.metrics import Metrics
+from proxyserve.api.ports import PortMiddleware
 from proxyserve.api.request_id import RequestIdMiddleware
 from proxyserve.api.schemas.chat import ChatChunk
 from proxyserve.api.state import ServerState
@@ -52,6 +53,8 @@ def create_app(engine: AsyncEngine, config: ServerConfig, experts: ExpertManager
     install_error_handlers(app)
     install_openapi(app, chunks=(ChatChunk,), keys=bool(keys or admin_keys))
     # The last one added is the outermost.
+    if config.admin_port is not None:
+        app.add_middleware(PortMiddleware, admin_port=config.admin_port)
     app.add_middleware(BodyLimitMiddleware, max_bytes=config.limits.max_body_bytes, metrics=state.metrics)
     app.add_middleware(AuthMiddleware, keys=keys, admin_keys=admin_keys, metrics=state.metrics)
     app.add_middleware(RequestIdMiddleware)

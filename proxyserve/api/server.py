@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import logging
 import socket
+from contextlib import ExitStack
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -37,10 +38,12 @@ def run_server(engine: AsyncEngine, config: ServerConfig, experts: ExpertManager
     """
     check_binding(config)
     app = create_app(engine, config, experts)
-    with listen(config.host, config.port) as listener:
+    with ExitStack() as stack:
+        ports = [config.port, *([] if config.admin_port is None else [config.admin_port])]
+        listeners = [stack.enter_context(listen(config.host, port)) for port in ports]
         engine.start()
         try:
-            DrainingServer(app, config.drain_seconds).run([listener])
+            DrainingServer(app, config.drain_seconds).run(listeners)
         finally:
             engine.close()
 

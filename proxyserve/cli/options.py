@@ -212,6 +212,16 @@ ApiKeyFile = Annotated[
         help="One key per line (or sha256:HEX of one). Without it only loopback addresses are served.",
     ),
 ]
+AdminPort = Annotated[
+    int | None,
+    typer.Option(
+        "--admin-port",
+        envvar=_envvar("ADMIN_PORT"),
+        min=1,
+        max=65535,
+        help="Port of its own for the control plane, which is then not on the other one.",
+    ),
+]
 DrainSeconds = Annotated[
     float,
     typer.Option(

@@ -72,6 +72,7 @@ def serve_command(
     explain_to_all: options.ExplainToAll = False,
     api_key_file: options.ApiKeyFile = None,
     admin_key_file: options.AdminKeyFile = None,
+    admin_port: options.AdminPort = None,
     drain_seconds: options.DrainSeconds = 30.0,
     expert_root: options.ExpertRoot = None,
     allow_hub: options.AllowHub = False,
@@ -101,6 +102,7 @@ def serve_command(
         explain_to_all=explain_to_all,
         api_key_file=api_key_file,
         admin_key_file=admin_key_file,
+        admin_port=admin_port,
         drain_seconds=drain_seconds,
         expert_root=expert_root,
         allow_hub=allow_hub,
@@ -141,6 +143,7 @@ def make_settings(
     explain_to_all: bool,
     api_key_file: Path | None,
     admin_key_file: Path | None,
+    admin_port: int | None,
     drain_seconds: float,
     expert_root: Sequence[Path] | None,
     allow_hub: bool,
@@ -163,17 +166,18 @@ def make_settings(
             prefix_cache=prefix_cache,
             threads=threads,
         )
+        server = ServerConfig(
+            host=host,
+            port=port,
+            api_key_file=api_key_file,
+            admin_key_file=admin_key_file,
+            admin_port=admin_port,
+            drain_seconds=drain_seconds,
+            load_wait_seconds=load_wait,
+            limits=Limits(),
+        )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    server = ServerConfig(
-        host=host,
-        port=port,
-        api_key_file=api_key_file,
-        admin_key_file=admin_key_file,
-        drain_seconds=drain_seconds,
-        load_wait_seconds=load_wait,
-        limits=Limits(),
-    )
     policy = FusionPolicy(low, high, protected=frozenset(protect or ()), explain_to_all=explain_to_all)
     presets = dict(options.parse_preset(text) for text in preset or ())
     calibrations = {} if calibration is None else read_calibrations(calibration)

@@ -77,6 +77,8 @@ def startup_table(engine: Engine, server: ServerConfig, experts: ExpertSettings)
     files = [str(path) for path in (server.api_key_file, server.admin_key_file) if path is not None]
     keys = f"keys from {' and '.join(files)}" if files else "no keys, loopback only"
     lines.append(f"http://{server.host}:{server.port}/v1 ({keys}); http://{server.host}:{server.port}/docs")
+    if server.admin_port is not None:
+        lines.append(f"control plane: http://{server.host}:{server.admin_port}/admin/v1")
     return Group(table, *(Text(line) for line in lines))
 
 

@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 #: While something is loaded, threads ask for the interpreter this much more often (seconds): else each of the step
 #: thread's operations would wait up to 5 ms for a loader that runs Python code.
 _SWITCH_SECONDS = 50e-6
+#: How long a load may hold up the end of the server.
+_FAREWELL_SECONDS = 5.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,10 +114,11 @@ class ExpertManager:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop after the load that is under way. What has not begun never does."""
+        """Stop after the load that is under way, if that ends soon; else the next start reports it as dropped. What has
+        not begun never does."""
         self._jobs.put(None)
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(_FAREWELL_SECONDS)
         self._audit.close()
         self._store.close()
 
