@@ -18,6 +18,7 @@ from proxyserve import __version__
 from proxyserve.api.errors import StartupError
 from proxyserve.cli.bench import bench_command
 from proxyserve.cli.calibrate import calibrate_command
+from proxyserve.cli.compress import compress_command
 from proxyserve.cli.demo import demo_command
 from proxyserve.cli.evaluate import eval_command
 from proxyserve.cli.experts import experts_app
@@ -37,6 +38,7 @@ app.command("score")(score_command)
 app.command("calibrate")(calibrate_command)
 app.command("formula")(formula_command)
 app.command("explore")(explore_command)
+app.command("compress")(compress_command)
 app.add_typer(experts_app, name="experts")
 app.add_typer(presets_app, name="presets")
 

@@ -211,7 +211,7 @@ def _rules(rows: Sequence[FusedRow], logits: LogitRows, bases: Sequence[Place]) 
         power=_floats(power),
         one_sided=torch.tensor(one_sided),
         normalise=torch.tensor(normalise),
-        clip=torch.full((len(rows),), CLIP),
+        clip=torch.full((len(rows),), CLIP, dtype=torch.float32),
         reference=_ints(reference),
         supports=_supports(rows, logits),
     )

@@ -24,7 +24,7 @@ from proxyserve.experts.changed import changed_state
 from proxyserve.experts.recipe import Ingredient, Recipe
 from proxyserve.experts.source import Source
 from proxyserve.models.formats.build import load_changed
-from proxyserve.models.formats.detect import content_files, content_hash, weight_bytes
+from proxyserve.models.formats.detect import TEMPLATES, content_files, content_hash, weight_bytes
 from proxyserve.models.formats.lora import LoraWeights, read_lora
 from proxyserve.models.loaded_model import Expert, LoadedModel
 from proxyserve.models.loading import Placement, context_length, load_config, load_model, make_loaded
@@ -254,7 +254,8 @@ class Library:
     def _tokenizer(self, folder: Path) -> Tokenizer:
         """The folder's tokenizer; equal files are loaded once."""
         digest = hashlib.sha256()
-        for name in _TOKENIZER_FILES:
+        templates = sorted(file.name for file in folder.glob(f"{TEMPLATES}/*.jinja"))
+        for name in (*_TOKENIZER_FILES, *(f"{TEMPLATES}/{template}" for template in templates)):
             file = folder / name
             digest.update(name.encode() + b"\0")
             if file.is_file():
@@ -380,7 +381,7 @@ class _Loading:
 
     def _load_folder(self, folder: Path, key: ModelKey) -> Resident:
         library = self._library
-        model = load_model(folder, key, library.placement, library._tokenizer(folder))
+        model = load_model(folder, key, library.placement, library._tokenizer(folder), beside_steps=True)
         return self._keep(model, self._digests[folder], folder)
 
     def _load_changed(self, ingredient: Ingredient, origin: Resident, digest: str) -> Resident:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from proxyserve.errors import Forbidden, InvalidRequest
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+_HUB_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
 class Roots:
@@ -27,6 +28,10 @@ class Roots:
         """The folder or file that a source's `path` means: absolute, or relative to one of the folders; else a hub id.
         Raises Forbidden for what lies outside, also through a link, InvalidRequest for what is not there, and LoadError
         if the hub does not have it. Whether a path outside exists is never said."""
+        try:
+            os.fsencode(text)
+        except UnicodeEncodeError:
+            raise InvalidRequest("The path is no Unicode text.", param="path") from None
         if "\0" in text:
             raise InvalidRequest("A path cannot hold a NUL character.", param="path")
         local = self._local(text)
@@ -38,7 +43,7 @@ class Roots:
             raise Forbidden(
                 "This server loads no experts from paths; start it with --expert-root FOLDER.", param="path"
             )
-        if any(not (folder / text).resolve().is_relative_to(folder) for folder in self.folders):
+        if not any(_inside(folder, text) for folder in self.folders):
             raise Forbidden(
                 "The path is outside of the folders that experts may come from (--expert-root).", param="path"
             )
@@ -46,8 +51,8 @@ class Roots:
 
     def _local(self, text: str) -> Path | None:
         for folder in self.folders:
-            candidate = (folder / text).resolve()
-            if candidate.is_relative_to(folder) and candidate.exists():
+            candidate = _inside(folder, text)
+            if candidate is not None and os.path.exists(candidate):  # noqa: PTH110 (see `_inside`)
                 return candidate
         return None
 
@@ -65,3 +70,11 @@ class Roots:
 
     def _inside(self, path: Path) -> bool:
         return any(path.is_relative_to(folder) for folder in self.folders)
+
+
+def _inside(folder: Path, text: str) -> Path | None:
+    """Where `text` leads from `folder`, whether there is anything or not; None if that is outside of it. Unlike
+    `Path.resolve` and `Path.exists`, those of `os.path` raise nothing for loops of links and for names that are too
+    long."""
+    candidate = Path(os.path.realpath(folder / text))
+    return candidate if candidate.is_relative_to(folder) else None

@@ -41,10 +41,16 @@ def choose_placement(device: str = "auto", dtype: str = "auto") -> Placement:
 
 
 def load_model(
-    path: str | Path, key: ModelKey, placement: Placement, tokenizer: Tokenizer | None = None
+    path: str | Path,
+    key: ModelKey,
+    placement: Placement,
+    tokenizer: Tokenizer | None = None,
+    *,
+    beside_steps: bool = False,
 ) -> LoadedModel:
     """Load a Hugging Face folder (safetensors only, no code from the folder is run). `tokenizer` is the folder's, where
-    it has been loaded already. Raises LoadError."""
+    it has been loaded already. `beside_steps`: other threads run models meanwhile (see `loading_dtype`). Raises
+    LoadError."""
     folder = Path(path).expanduser()
     config = load_config(folder)
     tokenizer = tokenizer or Tokenizer.load(folder)
@@ -53,7 +59,7 @@ def load_model(
         module, report = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
-            dtype=placement.dtype,
+            dtype=loading_dtype(placement) if beside_steps else placement.dtype,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
@@ -70,6 +76,28 @@ def load_model(
     return make_loaded(folder, key, module, tokenizer, placement)
 
 
+def loading_dtype(placement: Placement) -> torch.dtype:
+    """What to have transformers load while other threads compute. For any other dtype it changes torch's default, for
+    all threads, until it is done. `own_weights` brings the weights into the wanted dtype afterwards, at the price of
+    memory for both."""
+    return torch.get_default_dtype()
+
+
+def own_weights(module: PreTrainedModel, placement: Placement) -> None:
+    """Move a module to its place. Its weights are in memory of their own afterwards: as they were loaded they may be
+    the file, mapped, and whoever overwrites that would change the model. Buffers keep their dtype, and so do weights
+    that the model's class wants in float32."""
+    exempt = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
+    exempt += tuple(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
+    for name, parameter in module.named_parameters():
+        kept = any(part in exempt for part in name.split("."))
+        parameter.data = parameter.data.to(
+            placement.device, parameter.dtype if kept else placement.dtype, copy=True
+        )
+    module.to(placement.device)
+    module.config.dtype = placement.dtype
+
+
 def load_config(folder: Path) -> PreTrainedConfig:
     """The configuration of a folder that has all its weight files and can be served. Raises LoadError."""
     _check_folder(folder)
@@ -82,7 +110,8 @@ def make_loaded(
     folder: Path, key: ModelKey, module: PreTrainedModel, tokenizer: Tokenizer, placement: Placement
 ) -> LoadedModel:
     """A module with weights as a model that can be served; it is put where `placement` says. Raises LoadError."""
-    module.eval().requires_grad_(False).to(placement.device)
+    module.eval().requires_grad_(False)
+    own_weights(module, placement)
     refuse_unsupported_module(module, str(folder))
     width = int(module.get_output_embeddings().weight.shape[0])
     return LoadedModel(
@@ -103,13 +132,18 @@ def _check_folder(folder: Path) -> None:
         raise LoadError(f"{folder}: no such folder")
     if not (folder / "config.json").is_file():
         raise LoadError(f"{folder}: no config.json; a Hugging Face model folder is expected")
+    if (folder / "adapter_config.json").is_file():
+        # Where peft is installed, transformers would load the model that this file names, wherever it lies.
+        raise LoadError(f"{folder}: adapter_config.json lies beside a whole model; take it away")
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise LoadError(f"{index}: not a readable index of weight files: {error}") from error
+        if any(Path(name).name != name for name in names):
+            raise LoadError(f"{index}: the files must lie in the same folder; save the model again")
         lost = [name for name in names if not (folder / name).is_file()]
         if lost:
             raise LoadError(

@@ -19,8 +19,8 @@ _OLD_BUFFER = r"rotary_emb\.inv_freq$"
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """`prefix` begins the names of all weights but the head's (`model`, `transformer`); `parameters` are the names of all
-    of them. `ties` maps each one that is another's by the configuration to that (`lm_head.weight` to
+    """`prefix` begins the names of all weights but the head's (`model`, `transformer`); `parameters` are all names.
+    `ties` maps each one that is another's by the configuration to that (`lm_head.weight` to
     `model.embed_tokens.weight`). `ignored` fit what is in some files and is no weight."""
 
     config: PreTrainedConfig
@@ -41,24 +41,18 @@ class Architecture:
                 )
             found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
             model_class = found[0] if isinstance(found, tuple) else found
-            # The constructor alone, without `from_config`, which sets torch's default dtype for all threads.
+            # The constructor alone: `from_config` would set torch's default dtype, for all threads.
             with torch.device("meta"):
                 skeleton = model_class(config)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise LoadError(f"{folder}: config.json cannot be used: {error}") from error
-        first_names: dict[int, str] = {}
-        ties: dict[str, str] = {}
-        for name, parameter in skeleton.named_parameters(remove_duplicate=False):
-            first = first_names.setdefault(id(parameter), name)
-            if first != name:
-                ties[name] = first
         ignored = (_OLD_BUFFER, *(model_class._keys_to_ignore_on_load_unexpected or ()))
         return cls(
             config=config,
             model_class=model_class,
             prefix=model_class.base_model_prefix,
-            parameters=frozenset([*first_names.values(), *ties]),
-            ties=ties,
+            parameters=frozenset(name for name, _ in skeleton.named_parameters(remove_duplicate=False)),
+            ties=dict(skeleton.all_tied_weights_keys),
             ignored=tuple(re.compile(pattern) for pattern in ignored),
         )
 

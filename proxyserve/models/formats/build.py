@@ -18,7 +18,7 @@ from proxyserve.models.formats.companions import GENERATION
 from proxyserve.models.formats.diff import Change, fitted
 from proxyserve.models.formats.merge import merged
 from proxyserve.models.formats.tensors import FolderTensors
-from proxyserve.models.loading import Placement
+from proxyserve.models.loading import Placement, loading_dtype, own_weights
 from proxyserve.models.support import refuse_unsupported_config, refuse_unsupported_module
 
 #: `model.layers.3.mlp...` (Llama and most others), `transformer.h.3...` (GPT-2), `model.decoder.layers.3...` (OPT).
@@ -89,7 +89,7 @@ def load_changed(
             None,
             config=config,
             state_dict=dict(state),
-            dtype=placement.dtype,
+            dtype=loading_dtype(placement),
             output_loading_info=True,
         )
         for folder in (untuned, own):
@@ -103,7 +103,8 @@ def load_changed(
             f"{untuned}: {len(absent)} weights are missing from the files, first {absent[0]}; they would be random. "
             "Save the model again."
         )
-    module.eval().requires_grad_(False).to(placement.device)
+    module.eval().requires_grad_(False)
+    own_weights(module, placement)
     refuse_unsupported_module(module, str(untuned))
     loaded: PreTrainedModel = module
     return loaded

@@ -31,10 +31,5 @@ def copy_companions(tuned: Path, untuned: Path, target: Path) -> None:
         shutil.copyfile(tuned / GENERATION, target / GENERATION)
 
 
-def tokenizer_folder(change: Path, untuned: Path) -> Path:
-    """Where the tokenizer lies of a model that `change` makes of the one in the folder `untuned`."""
-    return change if (change / "tokenizer.json").is_file() else untuned
-
-
 def _content(file: Path) -> bytes | None:
     return file.read_bytes() if file.is_file() else None

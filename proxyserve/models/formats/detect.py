@@ -23,6 +23,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _KINDS: dict[str, Kind] = {diff.FORMAT: "diff", compressed.FORMAT: "compressed"}
 _FILES: dict[str, Kind] = {diff.FILE: "diff", compressed.FILE: "compressed"}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+#: A folder of further chat templates, which transformers reads as well.
+TEMPLATES = "additional_chat_templates"
 _CONFIGURATION = ("config.json", GENERATION, ADAPTER_CONFIG, *TOKENIZER_FILES)
 _PIECE = 1 << 20
 _EXPECTED = (
@@ -67,6 +69,7 @@ def content_files(path: Path) -> list[Path]:
         raise LoadError(f"{path}: no such file or folder")
     files = {*path.glob("*.safetensors"), *path.glob("*.safetensors.index.json")}
     files |= {path / name for name in _CONFIGURATION if (path / name).is_file()}
+    files |= {*path.glob(f"{TEMPLATES}/*.jinja")}
     if not files:
         raise LoadError(f"{path}: nothing that can be an expert; expected is {_EXPECTED}")
     return sorted(files)
@@ -81,7 +84,7 @@ def content_hash(path: Path, progress: Callable[[float], None] = lambda share: N
     total, done = max(1, sum(sizes)), 0
     digest = hashlib.sha256()
     for file, size in zip(files, sizes, strict=True):
-        name = file.name if path.is_dir() else ""
+        name = file.relative_to(path).as_posix() if path.is_dir() else ""
         digest.update(f"{name}\0{size}\0".encode())
         with explained(file), file.open("rb") as content:
             while piece := content.read(_PIECE):
