@@ -47,7 +47,10 @@ class Residents:
         self.pools = MappingProxyType({**self.pools, key: pool})
 
     def drop(self, trunk: ModelKey) -> None:
-        """No step will run this model again, and nothing is over it any more. An arena goes with its last model."""
+        """No step will run this model again, and nothing is over it any more. An arena goes with its last model.
+        Nothing happens if it never came."""
+        if trunk not in self.runners:
+            return
         self._local(trunk)
         self.pools[trunk].forget(trunk)
         runners = {key: other for key, other in self.runners.items() if key != trunk}
@@ -66,9 +69,12 @@ class Residents:
             runner.adapters.add(model.key, model.adapter)
 
     def drop_over(self, model: LoadedModel) -> None:
-        """No lane will run this model again, but its trunk stays."""
-        if model.adapter is not None:
-            self._local(model.trunk.key).adapters.remove(model.key)
+        """No lane will run this model again, but its trunk stays. Nothing happens if it never came."""
+        if model.trunk.key not in self.runners:
+            return
+        adapters = self._local(model.trunk.key).adapters
+        if model.key in adapters:
+            adapters.remove(model.key)
         self.pools[model.trunk.key].forget(model.key)
 
     def _local(self, trunk: ModelKey) -> Runner:

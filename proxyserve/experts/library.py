@@ -92,6 +92,8 @@ class Library:
         self._lock = threading.RLock()
         self._base = None if base_runner is None else Resident(base_runner, "base", base_runner.model.path, 1)
         self._residents: dict[ModelKey, Resident] = {}
+        #: Told the trunks that nothing needs after a failed load: it may have shared them with an expert that left.
+        self.on_unneeded: Callable[[tuple[ModelKey, ...]], object] = lambda _: None
         self._numbers: Counter[str] = Counter()
         self._tokenizers: WeakValueDictionary[str, Tokenizer] = WeakValueDictionary()
         self._adapters: WeakValueDictionary[str, LoraWeights] = WeakValueDictionary()
@@ -181,7 +183,7 @@ class Library:
                     "new one"
                 )
         except BaseException:
-            self._let_go(loading.trunks)
+            self.on_unneeded(self._let_go(loading.trunks))
             raise
         return loaded
 

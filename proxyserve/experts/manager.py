@@ -34,7 +34,7 @@ from proxyserve.experts.roots import Roots
 from proxyserve.experts.roster import Roster, SwapCounters
 from proxyserve.experts.source import ExpertSpec
 from proxyserve.experts.status import Change, ExpertStatus
-from proxyserve.experts.store import StateStore, StoredGeneration
+from proxyserve.experts.store import StateError, StateStore, StoredGeneration
 from proxyserve.fusion.fusion import Fusion
 from proxyserve.models.model_set import NAME
 
@@ -84,6 +84,7 @@ class ExpertManager:
         self._room = Room(memory, engine.engine, library, self._roster)
         self._presets: dict[str, Mapping[str, Any]] = {}
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._closing = False
         self._thread = threading.Thread(target=self._work, name="proxyserve-loader", daemon=True)
 
     # Starting and stopping -------------------------------------------------------------------------------------
@@ -116,6 +117,7 @@ class ExpertManager:
     def close(self) -> None:
         """Stop after the load that is under way, if that ends soon; else the next start reports it as dropped. What has
         not begun never does."""
+        self._closing = True
         self._jobs.put(None)
         if self._thread.is_alive():
             self._thread.join(_FAREWELL_SECONDS)
@@ -175,13 +177,13 @@ class ExpertManager:
             self._room.require_possible(recipe)
             formats = recipe.formats
         with self._lock:
-            if name in self._presets:
+            if name in self._engine.engine.catalog.presets:
                 raise SwapConflict(f"'{name}' is the name of a preset; delete that first.", code="name_taken")
             entry = self._roster.unchanging(self._roster.entries.get(name) or Entry(name))
             number = self._store.next_generation(name)
-            self._store.begin(name, number, spec)
             generation = Generation(name, number, spec, formats=dict(formats))
             self._record("put", actor, generation, "begun")
+            self._store.begin(name, number, spec)
             self._roster.entries[name] = entry
             entry.add(generation)
         self._jobs.put(lambda: self._bring(entry, generation, actor))
@@ -197,10 +199,12 @@ class ExpertManager:
                 raise SwapConflict(
                     f"Expert '{name}' has no earlier generation to go back to.", code="no_previous_generation"
                 )
-            generation = entry.generations.get(stored.generation)
-            if generation is not None and generation.loaded is not None:
-                self._publish(entry, generation, rollback=True)
-                self._record("rollback", actor, generation, "done")
+            held = entry.generations.get(stored.generation)
+            if held is not None and held.loaded is not None:
+                self._require_presets(name, held.loaded)
+                self._record("rollback", actor, held, "begun")
+                self._publish(entry, held, rollback=True)
+                self._conclude("rollback", actor, held, "done")
             else:
                 generation = Generation.again(stored)
                 self._record("rollback", actor, generation, "begun")
@@ -215,19 +219,26 @@ class ExpertManager:
         with self._lock:
             entry = self._roster.unchanging(self._roster.entry(name))
             generation = entry.published
-            try:
-                check_presets(self._roster.offer({name: None}))
-            except InvalidRequest as error:
-                raise SwapConflict(
-                    f"A preset needs expert '{name}': {error.message} Delete the preset first.", code="in_use"
-                ) from None
+            self._require_presets(name, None)
             if generation is not None:
+                self._record("delete", actor, generation, "begun")
                 self._store.delete(name)
                 generation.begin_again()
-                self._record("delete", actor, generation, "done")
             self._roster.withdraw(entry)
+            if generation is not None:
+                self._conclude("delete", actor, generation, "done")
         self._roster.sweep()
         return Change(name, max(entry.generations) if generation is None else generation.number)
+
+    def _require_presets(self, name: str, instead: LoadedExpert | None) -> None:
+        """Raise SwapConflict if a preset cannot work with this in the place of what serves."""
+        try:
+            check_presets(self._roster.offer({name: instead}))
+        except InvalidRequest as error:
+            raise SwapConflict(
+                f"A preset needs expert '{name}' as it is: {error.message} Delete the preset first.",
+                code="in_use",
+            ) from None
 
     async def wake(self, name: str, patience: float) -> None:
         """Have a parked expert loaded, within `patience` seconds. Raises NotReady if it takes longer or fails; a load
@@ -266,10 +277,11 @@ class ExpertManager:
                     f"'{name}' is the name of a model; call the preset something else.", code="name_taken"
                 )
             offer = self._with_presets({**self._engine.engine.catalog.presets, name: fusion})
+            self._audit.record("put_preset", actor=actor, outcome="begun", detail=name)
             self._store.put_preset(name, value)
             self._presets[name] = value
             self._engine.engine.offers.replace(offer)
-            self._audit.record("put_preset", actor=actor, outcome="done", detail=name)
+            self._conclude_preset("put_preset", actor, name)
 
     def delete_preset(self, name: str, *, actor: str) -> None:
         """Raises UnknownModel, and SwapConflict if another preset is made of it."""
@@ -281,10 +293,18 @@ class ExpertManager:
                 offer = self._with_presets({other: presets[other] for other in presets if other != name})
             except InvalidRequest as error:
                 raise SwapConflict(f"{error.message} Delete that preset first.", code="in_use") from None
+            self._audit.record("delete_preset", actor=actor, outcome="begun", detail=name)
             self._store.delete_preset(name)
             del self._presets[name]
             self._engine.engine.offers.replace(offer)
-            self._audit.record("delete_preset", actor=actor, outcome="done", detail=name)
+            self._conclude_preset("delete_preset", actor, name)
+
+    def _conclude_preset(self, action: str, actor: str, name: str) -> None:
+        """As `_conclude`."""
+        try:
+            self._audit.record(action, actor=actor, outcome="done", detail=name)
+        except StateError:
+            logger.exception("%s of %s: done", action, name)
 
     def _with_presets(self, presets: Mapping[str, Fusion]) -> Offer:
         """Raises InvalidRequest if one of them cannot work."""
@@ -301,7 +321,7 @@ class ExpertManager:
     # The loader thread -----------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (job := self._jobs.get()) is not None and not self._closing:
             try:
                 with _eager_switching():
                     job()
@@ -322,17 +342,19 @@ class ExpertManager:
                 generation.loaded = None
                 self._roster.discard(loaded)
                 raise
-            self._record(action, actor, generation, "done")
+            self._conclude(action, actor, generation, "done")
         except Exception as error:
             self._fail(generation, error, Phase.FAILED)
             if not rollback:
                 self._store.fail(entry.name, generation.number, generation.error or "")
-            self._record(action, actor, generation, "failed", generation.error)
+            self._conclude(action, actor, generation, "failed", generation.error)
         finally:
             self._roster.sweep()
 
     def _wake(self, generation: Generation) -> None:
         """From LOADING to PUBLISHED, or back to PARKED."""
+        if generation.phase is not Phase.LOADING:  # meanwhile another generation took its place
+            return
         try:
             generation.loaded = self._load(generation)
             with self._lock:
@@ -379,7 +401,7 @@ class ExpertManager:
             fresh = [(runner, arenas[runner.layout]) for runner in loaded.fresh]
             self._engine.between_steps(lambda: engine.adopt(fresh, loaded.over_trunks)).result()
         except BaseException:
-            library.release(loaded)
+            self._roster.discard(loaded)
             raise
         return loaded
 
@@ -405,6 +427,15 @@ class ExpertManager:
             outcome=outcome,
             detail=detail,
         )
+
+    def _conclude(
+        self, action: str, actor: str, generation: Generation, outcome: Outcome, detail: str | None = None
+    ) -> None:
+        """Record what cannot be taken back any more; that it had begun is in the audit log already."""
+        try:
+            self._record(action, actor, generation, outcome, detail)
+        except StateError:
+            logger.exception("%s of %s@%s: %s", action, generation.expert, generation.number, outcome)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
@@ -19,6 +19,7 @@ from proxyserve.experts.generation import Phase
 from proxyserve.experts.ledger import Entry, Generation
 from proxyserve.experts.library import Library, LoadedExpert
 from proxyserve.fusion.catalog import Catalog
+from proxyserve.models.loaded_model import LoadedModel
 from proxyserve.models.model_set import ModelSet
 from proxyserve.types import ModelKey
 
@@ -49,6 +50,7 @@ class Roster:
         self._policy = engine.engine.policy
         self._draining: set[Generation] = set()
         engine.engine.offers.on_release = self.sweep
+        library.on_unneeded = lambda trunks: self._drop((), trunks)
 
     def entry(self, name: str) -> Entry:
         """Raises UnknownModel."""
@@ -155,6 +157,8 @@ class Roster:
     # Leaving ---------------------------------------------------------------------------------------------------
 
     def _leave(self, generation: Generation) -> None:
+        if generation.phase is Phase.LOADING:  # a request was about to wake it
+            self.move(generation, Phase.PARKED)
         if generation.phase is Phase.PARKED:
             self.move(generation, Phase.RETIRED)
         else:
@@ -190,9 +194,11 @@ class Roster:
         return self.discard(loaded)
 
     def discard(self, loaded: LoadedExpert) -> Future[None]:
-        """Give back weights that the engine has. The future is done when their memory is free."""
-        trunks = self._library.release(loaded)
-        return self._engine.between_steps(lambda: self._engine.engine.drop(loaded.over_trunks, trunks))
+        """Give back weights, of which the engine may have none yet. The future is done when their memory is free."""
+        return self._drop(loaded.over_trunks, self._library.release(loaded))
+
+    def _drop(self, models: Sequence[LoadedModel], trunks: Sequence[ModelKey]) -> Future[None]:
+        return self._engine.between_steps(lambda: self._engine.engine.drop(models, trunks))
 
     def _forget_if_over(self, name: str) -> None:
         """An expert that was deleted is forgotten with its last generation."""
