@@ -81,7 +81,7 @@ def open_server(
             verify_paged(runner)
         library = Library(base_model, runner, placement)
         roots = Roots(chosen.roots, fetch if chosen.allow_hub else None)
-        starter = Starter(library, store, roots, progress)
+        starter = Starter(library, store, audit, roots, progress)
         begun = starter.begin([Wanted.of(source) for source in experts], restored)
         models = ModelSet(base_model, [expert.loaded.expert for expert in begun])
         unknown = sorted(settings.policy.protected - set(models.experts))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from time import time
 
 from proxyserve.errors import LoadError, ProxyserveError
+from proxyserve.experts.audit import AuditLog
 from proxyserve.experts.library import Library, LoadedExpert
 from proxyserve.experts.manager import Begun
 from proxyserve.experts.recipe import Recipe, make_recipe
@@ -40,11 +41,13 @@ class Starter:
         self,
         library: Library,
         store: StateStore,
+        audit: AuditLog,
         roots: Roots,
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._library = library
         self._store = store
+        self._audit = audit
         self._roots = roots
         self._progress = progress
         self.messages: list[str] = []
@@ -69,6 +72,7 @@ class Starter:
         for stored in by_name.values():
             if stored.published.spec.trusted:
                 self._store.delete(stored.name)
+                self._record("delete", stored.published)
                 self.messages.append(f"expert '{stored.name}' is no longer on the command line")
             else:
                 begun += self._begin_stored(stored)
@@ -81,6 +85,7 @@ class Starter:
         spec = replace(expert.spec, origins=loaded.origins)
         stored = StoredGeneration(expert.name, number, spec, loaded.digest, time())
         self._store.publish(stored, origin=expert.origin)
+        self._record("put", stored)
         return Begun(stored, loaded, recipe.formats)
 
     def _begin_again(self, expert: Wanted, stored: StoredExpert) -> Begun:
@@ -101,6 +106,16 @@ class Starter:
             )
             return []
         return [Begun(published, loaded, recipe.formats, stored.previous)]
+
+    def _record(self, action: str, stored: StoredGeneration) -> None:
+        self._audit.record(
+            action,
+            actor="start-up",
+            expert=stored.expert,
+            generation=stored.generation,
+            content_hash=stored.content_hash,
+            outcome="done",
+        )
 
     def _load(
         self, name: str, generation: int, spec: ExpertSpec, expected: str | None
