@@ -122,7 +122,7 @@ class ControlPlane:
 
     def _refused(self, status: int, error: dict[str, Any]) -> Refused:
         message, code = str(error["message"]), error.get("code")
-        if status in (401, 403):
+        if status in (401, 403) and error.get("param") is None:  # about the key, not about a path
             message += " See --admin-key-file."
         elif code == "route_not_found":
             message = f"{self.url} has no control plane."

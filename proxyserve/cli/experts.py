@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich import filesize
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -354,18 +354,16 @@ def _waiting(text: str) -> Iterator[None]:
 
 
 def _overview(experts: Sequence[dict[str, Any]]) -> Table:
-    table = Table()
-    for column, justify in (
+    table = _table(
         ("name", "left"),
         ("state", "left"),
-        ("generation", "right"),
-        ("previous", "right"),
+        ("serves", "right"),
+        ("before", "right"),
         ("format", "left"),
         ("size", "right"),
-        ("in flight", "right"),
+        ("running", "right"),
         ("last error", "left"),
-    ):
-        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    )
     for expert in experts:
         generations = expert["generations"]
         serving = [entry for entry in generations if entry["generation"] == expert["generation"]]
@@ -385,19 +383,17 @@ def _overview(experts: Sequence[dict[str, Any]]) -> Table:
 
 
 def _generations(generations: Sequence[dict[str, Any]]) -> Table:
-    table = Table()
-    for column, justify in (
-        ("generation", "right"),
+    table = _table(
+        ("gen", "right"),
         ("phase", "left"),
         ("tuned", "left"),
         ("untuned", "left"),
         ("size", "right"),
-        ("in flight", "right"),
+        ("running", "right"),
         ("took", "right"),
         ("content", "left"),
         ("error", "left"),
-    ):
-        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    )
     for generation in generations:
         progress = generation["progress"]
         _add_row(
@@ -411,6 +407,20 @@ def _generations(generations: Sequence[dict[str, Any]]) -> Table:
             f"{sum(generation['seconds'].values()):.2f} s",
             generation["content_hash"][:12],
             generation["error"],
+        )
+    return table
+
+
+def _table(*columns: tuple[str, JustifyMethod]) -> Table:
+    """Without lines, so that it fits into 80 columns as long as names and errors are short; only what may be long is
+    folded."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name, justify in columns:
+        table.add_column(
+            name,
+            justify=justify,
+            overflow="fold",
+            no_wrap=name not in ("tuned", "untuned", "last error", "error"),
         )
     return table
 
