@@ -79,11 +79,11 @@ class ExpertManager:
         self._audit = audit
         self._roots = roots
         self._parse_preset = parse_preset
-        self._roster = Roster(engine, library)
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._roster = Roster(engine, library, self._jobs.put)
         self._lock = self._roster.lock
         self._room = Room(memory, engine.engine, library, self._roster)
         self._presets: dict[str, Mapping[str, Any]] = {}
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="proxyserve-loader", daemon=True)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
@@ -39,9 +39,11 @@ class SwapCounters:
 
 class Roster:
     """Entries by name, and how they change together with the offer. Everything but `sweep` needs `lock` to be held,
-    which nobody may hold while waiting for the engine."""
+    which nobody may hold while waiting for the engine. `defer` has something done soon on another thread."""
 
-    def __init__(self, engine: AsyncEngine, library: Library) -> None:
+    def __init__(
+        self, engine: AsyncEngine, library: Library, defer: Callable[[Callable[[], None]], None]
+    ) -> None:
         self.lock = threading.RLock()
         self.entries: dict[str, Entry] = {}
         self.counters = SwapCounters()
@@ -49,7 +51,8 @@ class Roster:
         self._library = library
         self._policy = engine.engine.policy
         self._draining: set[Generation] = set()
-        engine.engine.offers.on_release = self.sweep
+        self._defer = defer
+        engine.engine.offers.on_release = self._released
         library.on_unneeded = lambda trunks: self._drop((), trunks)
 
     def entry(self, name: str) -> Entry:
@@ -165,10 +168,20 @@ class Roster:
             self.move(generation, Phase.DRAINING)
             self._draining.add(generation)
 
-    def sweep(self) -> None:
-        """Generations that have drained stand by or retire. Called whenever something is released."""
-        if not self._draining:  # the usual case, at the end of any request
+    def _released(self) -> None:
+        """Requests end on the step thread, which must not wait for whoever writes to the disk under the lock."""
+        if not self._draining:  # the usual case
             return
+        if self.lock.acquire(blocking=False):
+            try:
+                self.sweep()
+            finally:
+                self.lock.release()
+        else:
+            self._defer(self.sweep)
+
+    def sweep(self) -> None:
+        """Generations that have drained stand by or retire."""
         with self.lock:
             for generation in list(self._draining):
                 if self.in_use(generation):
