@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proxyserve.api.errors import StartupError
 from proxyserve.api.presets import parse_fusion, parse_presets
+from proxyserve.config import EngineConfig
 from proxyserve.engine.engine import Engine
 from proxyserve.engine.loop import AsyncEngine
-from proxyserve.engine.memory import memory_limit
+from proxyserve.engine.memory import kv_budget, memory_limit, spelled
 from proxyserve.engine.offer import Offer
 from proxyserve.engine.preparation import check_presets
 from proxyserve.engine.runner import Runner
@@ -92,9 +93,10 @@ def open_server(
             name: preset for name, preset in restored.presets.items() if name not in presets
         }
         dropped = _drop_impossible(texts, presets, models, settings)
+        limit = memory_limit(placement.device, chosen.memory)
         engine = Engine(
             models,
-            settings.engine,
+            _within(limit, settings.engine, library.runners(), placement),
             settings.policy,
             progress,
             presets=presets,
@@ -109,7 +111,7 @@ def open_server(
             store,
             audit,
             roots,
-            MemoryPolicy(memory_limit(placement.device, chosen.memory), chosen.evict_idle),
+            MemoryPolicy(limit, chosen.evict_idle),
             parse_preset=parse_fusion,
         )
     except BaseException:
@@ -121,6 +123,22 @@ def open_server(
         yield Opened(loop, manager, [*starter.messages, *dropped])
     finally:
         manager.close()
+
+
+def _within(
+    limit: int, config: EngineConfig, runners: Sequence[Runner], placement: Placement
+) -> EngineConfig:
+    """The configuration with KV memory for which there is room beside the weights. Raises StartupError."""
+    weights = sum(runner.bytes for runner in runners)
+    kv = config.kv_memory if config.kv_memory is not None else kv_budget(placement.device, None)
+    if config.kv_memory is None:
+        kv = min(kv, limit - weights)
+    if kv <= 0 or weights + kv > limit:
+        [need, most] = spelled([weights + max(0, kv), limit])
+        raise StartupError(
+            f"The weights and --kv-memory need {need}, and --memory allows {most}: give more, or serve less."
+        )
+    return replace(config, kv_memory=kv)
 
 
 def _drop_impossible(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 from proxyserve.experts.recipe import Ingredient
 from proxyserve.models.formats.build import build_changed, scaled
 from proxyserve.models.formats.compressed import read_compressed
-from proxyserve.models.formats.diff import Change, fitted, read_diff
+from proxyserve.models.formats.diff import Change, difference, fitted, read_diff
 from proxyserve.models.formats.merge import merged
 from proxyserve.models.formats.tensors import FolderTensors
 
@@ -47,6 +48,21 @@ def changed_state(
             change = fitted(_change(part), untuned)
             parts.append((weight, scaled(change, untuned.names, part.source.scale, first, last)))
         return merged(untuned, parts, dtype=dtype, progress=progress)
+
+
+def changed_bytes(ingredient: Ingredient, origin: Path, itemsize: int) -> int:
+    """Bytes that this state takes at most at `itemsize` bytes per weight, by the headers of the files. Raises LoadError
+    for changes of another model."""
+    with ExitStack() as stack:
+        untuned = stack.enter_context(FolderTensors(origin))
+        names = set(untuned.names)
+        for _, part in ingredient.parts or ((1.0, ingredient),):
+            if part.kind == "folder":
+                assert part.path is not None
+                names.update(difference(stack.enter_context(FolderTensors(part.path)), untuned).shapes)
+            else:
+                names.update(fitted(_change(part), untuned).shapes)  # also weights that were tied to others
+        return itemsize * sum(math.prod(untuned.shape(name)) for name in names)
 
 
 def _change(ingredient: Ingredient) -> Change:

@@ -20,9 +20,8 @@ from proxyserve.engine.arena import Layout, expected_layout
 from proxyserve.engine.runner import Runner
 from proxyserve.engine.verify import verify_adapter, verify_paged, warm_paged
 from proxyserve.errors import LoadError
-from proxyserve.experts.changed import changed_state
+from proxyserve.experts.changed import changed_bytes, changed_state
 from proxyserve.experts.recipe import Ingredient, Recipe
-from proxyserve.experts.source import Source
 from proxyserve.models.formats.build import load_changed
 from proxyserve.models.formats.detect import TEMPLATES, content_files, content_hash, weight_bytes
 from proxyserve.models.formats.lora import LoraWeights, read_lora
@@ -116,36 +115,31 @@ class Library:
 
     def estimate(self, recipe: Recipe) -> int:
         """Bytes that the weights will need at most, by the headers of the files. Raises LoadError."""
-        total = 0
+        itemsize = self.placement.dtype.itemsize
+        total = sum(weight_bytes(folder, itemsize) for folder in self._gone(recipe))
         for ingredient in (recipe.untuned, recipe.tuned):
             if ingredient is None or ingredient.kind == "loaded" or self._is_here(ingredient.path):
                 continue
-            # What is changed becomes a whole model of the size of what it was.
-            whole = ingredient if ingredient.kind in ("folder", "lora") else self._origin(ingredient, recipe)
-            if whole.path is not None:
-                total += weight_bytes(whole.path, self.placement.dtype.itemsize)
-            elif whole.source.of is not None:
-                total += self._bytes_of(whole.source.of, recipe)
+            if ingredient.kind in ("folder", "lora"):
+                assert ingredient.path is not None
+                total += weight_bytes(ingredient.path, itemsize)
+            else:
+                total += changed_bytes(ingredient, self._changed_folder(ingredient, recipe), itemsize)
         return total
-
-    def _bytes_of(self, name: str, recipe: Recipe) -> int:
-        try:
-            return self.named(name).model.bytes
-        except LoadError:
-            if name not in recipe.spec.origins:
-                raise
-            return weight_bytes(Path(recipe.spec.origins[name]), self.placement.dtype.itemsize)
 
     def expected_layouts(self, recipe: Recipe) -> list[tuple[Layout, int]]:
         """What the KV of models that are new will look like, and their contexts, by their configurations. Raises
         LoadError."""
-        found = []
+        folders = self._gone(recipe)
         for ingredient in (recipe.untuned, recipe.tuned):
             if ingredient is not None and ingredient.kind == "folder" and not self._is_here(ingredient.path):
                 assert ingredient.path is not None
-                config = load_config(ingredient.path)
-                layout = expected_layout(config, self.placement.dtype, self.placement.device)
-                found.append((layout, context_length(config, str(ingredient.path))))
+                folders.append(ingredient.path)
+        found = []
+        for folder in folders:
+            config = load_config(folder)
+            layout = expected_layout(config, self.placement.dtype, self.placement.device)
+            found.append((layout, context_length(config, str(folder))))
         return found
 
     def _is_here(self, folder: Path | None) -> bool:
@@ -154,12 +148,26 @@ class Library:
             residents = [*self._residents.values(), *([] if self._base is None else [self._base])]
             return folder is not None and any(resident.folder == folder for resident in residents)
 
-    def _origin(self, ingredient: Ingredient, recipe: Recipe) -> Ingredient:
-        """What a change is made to."""
-        if ingredient.source.of is not None:
-            return Ingredient(Source(of=ingredient.source.of), "loaded")
-        assert recipe.untuned is not None  # a recipe has one
-        return recipe.untuned
+    def _gone(self, recipe: Recipe) -> list[Path]:
+        """The folders of models that `of` names and that are not in memory any more."""
+        sources = (part.source for part in (recipe.untuned, recipe.tuned) if part is not None)
+        names = dict.fromkeys(source.of for source in sources if source.of is not None)
+        folders = (recipe.spec.origins[name] for name in names if name in recipe.spec.origins)
+        return [Path(folder) for folder in folders if not self._is_here(Path(folder))]
+
+    def _changed_folder(self, ingredient: Ingredient, recipe: Recipe) -> Path:
+        """Where the model lies that a diff or a merge is a change of. Raises LoadError."""
+        name = ingredient.source.of
+        if name is None:
+            assert recipe.untuned is not None  # a recipe has one
+            if recipe.untuned.path is not None:
+                return recipe.untuned.path
+            name = recipe.untuned.source.of
+            assert name is not None  # it has no path
+        if name in recipe.spec.origins:
+            return Path(recipe.spec.origins[name])
+        resident = self.named(name)
+        return _folder_of(resident, ingredient)
 
     # From a recipe to an expert that steps can run ---------------------------------------------------------------
 
@@ -236,6 +244,12 @@ class Library:
                     resident.users += 1
                     return resident
         return None
+
+    def _digest_at(self, folder: Path) -> str | None:
+        """Of what was loaded from this folder and is in memory."""
+        with self._lock:
+            found = (resident.digest for resident in self._residents.values() if resident.folder == folder)
+            return next(found, None)
 
     def _add(self, resident: Resident) -> None:
         with self._lock:
@@ -363,23 +377,23 @@ class _Loading:
         return resident
 
     def _take_loaded(self, ingredient: Ingredient) -> Resident:
-        """The model that `of` names, read again from where it came from if it is gone."""
-        name = ingredient.source.of
+        """The model that `of` names. Where it came from counts more than what it is called now, and it is read again
+        from there if it is gone."""
+        name, library = ingredient.source.of, self._library
         assert name is not None
-        try:
-            resident = self._library.named(name)
-        except LoadError:
-            if name not in self._recipe.spec.origins:
-                raise
-            folder = Path(self._recipe.spec.origins[name])
-            self._digests[folder] = content_hash(folder)
-            self._origins[name] = str(folder)
-            return self._take(self._digests[folder]) or self._load_folder(folder, self._library._key(name))
-        if resident is self._library._base:
-            return resident
-        if resident.folder is not None:
-            self._origins[name] = str(resident.folder)
-        return self._take(resident.digest) or self._take_loaded(ingredient)
+        if name not in self._recipe.spec.origins:
+            resident = library.named(name)
+            if resident is library._base:
+                return resident
+            if resident.folder is not None:
+                self._origins[name] = str(resident.folder)
+            return self._take(resident.digest) or self._take_loaded(ingredient)
+        folder = Path(self._recipe.spec.origins[name])
+        self._origins[name] = str(folder)
+        digest = library._digest_at(folder)
+        if digest is None:
+            digest = self._digests[folder] = content_hash(folder)
+        return self._take(digest) or self._load_folder(folder, library._key(name))
 
     def _load_folder(self, folder: Path, key: ModelKey) -> Resident:
         library = self._library
@@ -388,25 +402,21 @@ class _Loading:
 
     def _load_changed(self, ingredient: Ingredient, origin: Resident, digest: str) -> Resident:
         library = self._library
-        if origin.folder is None:
-            raise LoadError(
-                f"'{origin.model.name}' was put together from several files itself; a {ingredient.kind} needs the "
-                "folder of a whole model"
-            )
-        if origin is not library._base and content_hash(origin.folder) != origin.digest:
-            raise LoadError(f"{origin.folder}: changed since '{origin.model.name}' was loaded from it")
+        folder = _folder_of(origin, ingredient)
+        if origin is not library._base and content_hash(folder) != origin.digest:
+            raise LoadError(f"{folder}: changed since '{origin.model.name}' was loaded from it")
         own = ingredient.path if ingredient.path is not None and ingredient.path.is_dir() else None
         state = changed_state(
             ingredient,
-            origin.folder,
+            folder,
             library.placement.dtype,
             self._share(0.6, 0.3),
         )
-        module = load_changed(origin.folder, state, library.placement, own=own)
+        module = load_changed(folder, state, library.placement, own=own)
         tokenizer = origin.model.tokenizer
         if own is not None and (own / "tokenizer.json").is_file():
             tokenizer = library._tokenizer(own)
-        where = ingredient.path or origin.folder
+        where = ingredient.path or folder
         model = make_loaded(where, self._key, module, tokenizer, library.placement)
         return self._keep(model, digest, None)
 
@@ -461,6 +471,16 @@ class _Loading:
             assert part.path is not None
             how += [repr(weight), repr(part.source.scale), repr(part.source.layers), self._digests[part.path]]
         return _digest_of(*how)
+
+
+def _folder_of(origin: Resident, change: Ingredient) -> Path:
+    """Raises LoadError if a diff or a merge has nothing on the disk to be a change of."""
+    if origin.folder is None:
+        raise LoadError(
+            f"'{origin.model.name}' was put together from several files itself; a {change.kind} needs the folder of a "
+            "whole model"
+        )
+    return origin.folder
 
 
 def _digest_of(*parts: str) -> str:
