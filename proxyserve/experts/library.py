@@ -409,6 +409,7 @@ class _Loading:
         state = changed_state(
             ingredient,
             folder,
+            origin.model.module,
             library.placement.dtype,
             self._share(0.6, 0.3),
         )

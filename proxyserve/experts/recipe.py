@@ -108,10 +108,6 @@ def _ingredient(source: Source, where: str, roots: Roots, trusted: bool) -> Ingr
         raise InvalidRequest("A whole folder has nothing to be scaled.", param=f"{where}.scale")
     if kind == "lora" and source.layers is not None:
         raise InvalidRequest("'layers' is for diffs; adapters have none.", param=f"{where}.layers")
-    if kind == "lora" and ".merge[" in where:
-        raise InvalidRequest(
-            "Adapters are not merged here; merge the adapter into a folder first.", param=f"{where}.path"
-        )
     return Ingredient(source, kind, path)
 
 

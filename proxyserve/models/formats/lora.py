@@ -89,6 +89,17 @@ class LoraModule:
     b: Tensor
     transposed: bool = False
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the layer's weight."""
+        size_out, size_in = self.b.shape[0], self.a.shape[1]
+        return (size_in, size_out) if self.transposed else (size_out, size_in)
+
+    def delta(self) -> Tensor:
+        """What is added to the layer's weight, in its shape, float32."""
+        product = self.b.float() @ self.a.float()
+        return product.t() if self.transposed else product
+
 
 @dataclass(frozen=True, eq=False)
 class LoraWeights:
@@ -145,10 +156,7 @@ def merge_lora(trunk_state: Mapping[str, Tensor], weights: LoraWeights) -> dict[
         if key not in merged:
             raise LoadError(f"{key}: the adapter changes it, but the model's state does not have it")
         weight = merged[key]
-        change = module.b.float() @ module.a.float()
-        if module.transposed:
-            change = change.t()
-        merged[key] = (weight.float() + change.to(weight.device)).to(weight.dtype)
+        merged[key] = (weight.float() + module.delta().to(weight.device)).to(weight.dtype)
     return merged
 
 
