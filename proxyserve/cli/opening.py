@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -117,7 +118,7 @@ def open_server(
     except BaseException:
         store.close()
         raise
-    manager.install(begun, texts)
+    manager.install(begun, texts, {name: json.loads(text) for name, text in settings.presets.items()})
     manager.start()
     try:
         yield Opened(loop, manager, [*starter.messages, *dropped])

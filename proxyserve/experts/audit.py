@@ -21,6 +21,7 @@ AUDIT = "audit.jsonl"
 Outcome = Literal["begun", "done", "failed"]
 
 _logger = logging.getLogger("proxyserve.audit")
+logger = logging.getLogger(__name__)
 
 
 class AuditLog:
@@ -41,6 +42,14 @@ class AuditLog:
         log = cls(folder / AUDIT)
         log._opened(folder / AUDIT)
         return log
+
+    def conclude(self, action: str, **fields: Any) -> None:
+        """`record` for what has happened and cannot be taken back: that it had begun is in the log already, so a line
+        that cannot be written is reported to the program's own log."""
+        try:
+            self.record(action, **fields)
+        except StateError:
+            logger.exception("%s: %s", action, fields)
 
     def record(
         self,

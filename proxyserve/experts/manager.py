@@ -21,20 +21,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from proxyserve.engine.loop import AsyncEngine
-from proxyserve.engine.offer import Offer
 from proxyserve.engine.preparation import check_presets
-from proxyserve.errors import InvalidRequest, NotReady, ProxyserveError, SwapConflict, UnknownModel
+from proxyserve.errors import InvalidRequest, NotReady, ProxyserveError, SwapConflict
 from proxyserve.experts.audit import AuditLog, Outcome
 from proxyserve.experts.generation import Phase
 from proxyserve.experts.ledger import Entry, Generation
 from proxyserve.experts.library import Library, LoadedExpert
+from proxyserve.experts.presets import PresetBook, PresetValues
 from proxyserve.experts.recipe import make_recipe, needs_hub
 from proxyserve.experts.room import MemoryPolicy, Room
 from proxyserve.experts.roots import Roots
 from proxyserve.experts.roster import Roster, SwapCounters
 from proxyserve.experts.source import ExpertSpec
 from proxyserve.experts.status import Change, ExpertStatus
-from proxyserve.experts.store import StateError, StateStore, StoredGeneration
+from proxyserve.experts.store import StateStore, StoredGeneration
 from proxyserve.fusion.fusion import Fusion
 from proxyserve.models.model_set import NAME
 
@@ -78,19 +78,21 @@ class ExpertManager:
         self._store = store
         self._audit = audit
         self._roots = roots
-        self._parse_preset = parse_preset
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._roster = Roster(engine, library, self._jobs.put)
         self._lock = self._roster.lock
         self._room = Room(memory, engine.engine, library, self._roster)
-        self._presets: dict[str, Mapping[str, Any]] = {}
+        self._presets = PresetBook(engine.engine, self._roster, store, audit, parse_preset)
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="proxyserve-loader", daemon=True)
 
     # Starting and stopping -------------------------------------------------------------------------------------
 
-    def install(self, begun: Sequence[Begun], presets: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take over what the engine began with, and the presets as JSON. Before `start`."""
+    def install(
+        self, begun: Sequence[Begun], presets: PresetValues, fixed_presets: PresetValues | None = None
+    ) -> None:
+        """Take over what the engine began with: its experts, and the presets as JSON values, those of the command line
+        apart. Before `start`."""
         for expert in begun:
             stored = expert.stored
             generation = Generation(
@@ -108,7 +110,7 @@ class ExpertManager:
             entry = self._roster.entries[stored.expert] = Entry(stored.expert, previous=expert.previous)
             entry.add(generation)
             self._roster.install(entry, generation)
-        self._presets = dict(presets)
+        self._presets.install(fixed_presets or {}, presets)
         self._engine.engine.offers.replace(self._roster.offer())
 
     def start(self) -> None:
@@ -139,9 +141,8 @@ class ExpertManager:
         with self._lock:
             return self._status(self._roster.entry(name))
 
-    def presets(self) -> Mapping[str, Mapping[str, Any]]:
-        with self._lock:
-            return dict(self._presets)
+    def presets(self) -> PresetValues:
+        return self._presets.values
 
     async def settled(self, change: Change) -> ExpertStatus:
         """Wait until the change is over, one way or the other. The state of an expert that was deleted is "deleted"."""
@@ -204,7 +205,7 @@ class ExpertManager:
                 self._require_presets(name, held.loaded)
                 self._record("rollback", actor, held, "begun")
                 self._publish(entry, held, rollback=True)
-                self._conclude("rollback", actor, held, "done")
+                self._record("rollback", actor, held, "done")
             else:
                 generation = Generation.again(stored)
                 self._record("rollback", actor, generation, "begun")
@@ -226,7 +227,7 @@ class ExpertManager:
                 generation.begin_again()
             self._roster.withdraw(entry)
             if generation is not None:
-                self._conclude("delete", actor, generation, "done")
+                self._record("delete", actor, generation, "done")
         self._roster.sweep()
         return Change(name, max(entry.generations) if generation is None else generation.number)
 
@@ -265,53 +266,11 @@ class ExpertManager:
 
     def put_preset(self, name: str, value: Mapping[str, Any], *, actor: str) -> None:
         """Raises InvalidRequest and SwapConflict."""
-        if not NAME.fullmatch(name) or name == "base":
-            raise InvalidRequest(
-                f"'{name[:100]}' cannot name a preset; use letters, digits, '_' and '-', at most 64.",
-                param="name",
-            )
-        fusion = self._parse_preset(value)
-        with self._lock:
-            if name == self._library.base.name or name in self._roster.entries:
-                raise SwapConflict(
-                    f"'{name}' is the name of a model; call the preset something else.", code="name_taken"
-                )
-            offer = self._with_presets({**self._engine.engine.catalog.presets, name: fusion})
-            self._audit.record("put_preset", actor=actor, outcome="begun", detail=name)
-            self._store.put_preset(name, value)
-            self._presets[name] = value
-            self._engine.engine.offers.replace(offer)
-            self._conclude_preset("put_preset", actor, name)
+        self._presets.put(name, value, actor=actor)
 
     def delete_preset(self, name: str, *, actor: str) -> None:
-        """Raises UnknownModel, and SwapConflict if another preset is made of it."""
-        with self._lock:
-            if name not in self._presets:
-                raise UnknownModel(f"There is no preset '{name}' here.", param="name")
-            presets = self._engine.engine.catalog.presets
-            try:
-                offer = self._with_presets({other: presets[other] for other in presets if other != name})
-            except InvalidRequest as error:
-                raise SwapConflict(f"{error.message} Delete that preset first.", code="in_use") from None
-            self._audit.record("delete_preset", actor=actor, outcome="begun", detail=name)
-            self._store.delete_preset(name)
-            del self._presets[name]
-            self._engine.engine.offers.replace(offer)
-            self._conclude_preset("delete_preset", actor, name)
-
-    def _conclude_preset(self, action: str, actor: str, name: str) -> None:
-        """As `_conclude`."""
-        try:
-            self._audit.record(action, actor=actor, outcome="done", detail=name)
-        except StateError:
-            logger.exception("%s of %s: done", action, name)
-
-    def _with_presets(self, presets: Mapping[str, Fusion]) -> Offer:
-        """Raises InvalidRequest if one of them cannot work."""
-        current = self._engine.engine.offers.current
-        offer = Offer(replace(current.catalog, presets=presets), current.policy)
-        check_presets(offer)
-        return offer
+        """Raises UnknownModel and SwapConflict."""
+        self._presets.delete(name, actor=actor)
 
     def drain(self, *, actor: str) -> None:
         """Refuse new requests; what runs goes on."""
@@ -342,12 +301,12 @@ class ExpertManager:
                 generation.loaded = None
                 self._roster.discard(loaded)
                 raise
-            self._conclude(action, actor, generation, "done")
+            self._record(action, actor, generation, "done")
         except Exception as error:
             self._fail(generation, error, Phase.FAILED)
             if not rollback:
                 self._store.fail(entry.name, generation.number, generation.error or "")
-            self._conclude(action, actor, generation, "failed", generation.error)
+            self._record(action, actor, generation, "failed", generation.error)
         finally:
             self._roster.sweep()
 
@@ -418,7 +377,9 @@ class ExpertManager:
     def _record(
         self, action: str, actor: str, generation: Generation, outcome: Outcome, detail: str | None = None
     ) -> None:
-        self._audit.record(
+        """What cannot be written down does not begin."""
+        write = self._audit.record if outcome == "begun" else self._audit.conclude
+        write(
             action,
             actor=actor,
             expert=generation.expert,
@@ -427,15 +388,6 @@ class ExpertManager:
             outcome=outcome,
             detail=detail,
         )
-
-    def _conclude(
-        self, action: str, actor: str, generation: Generation, outcome: Outcome, detail: str | None = None
-    ) -> None:
-        """Record what cannot be taken back any more; that it had begun is in the audit log already."""
-        try:
-            self._record(action, actor, generation, outcome, detail)
-        except StateError:
-            logger.exception("%s of %s@%s: %s", action, generation.expert, generation.number, outcome)
 
 
 @contextmanager
