@@ -1,6 +1,6 @@
 """Experts by hub id (`org/name` or `org/name@revision`), brought into the local cache of `huggingface_hub`.
 
-    python -m proxyserve.experts.hub ID       prints the folder
+    python -m proxyserve.experts.hub ID       prints the folder, or one line about why not
 
 The download runs in a process of its own: the server's has the hub switched off, and its interpreter is busy."""
 
@@ -37,4 +37,7 @@ def _download(hub_id: str) -> str:
 
 
 if __name__ == "__main__":
-    print(_download(sys.argv[1]))
+    try:
+        print(_download(sys.argv[1]))
+    except Exception as error:  # of many kinds: no network, no such model, no right to it
+        sys.exit(" ".join(str(error).split()) or type(error).__name__)

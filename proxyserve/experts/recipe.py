@@ -97,15 +97,16 @@ def _ingredient(source: Source, where: str, roots: Roots, trusted: bool) -> Ingr
         return Ingredient(source, "loaded")
     try:
         path = _trusted(source.path) if trusted else roots.find(source.path)
-        kind: Kind = source.format or detect(path)
         if not trusted:
-            roots.check(path, content_files(path))
+            roots.check(path, content_files(path))  # before a file is opened
+        kind: Kind = source.format or detect(path)
     except Forbidden as error:
         raise Forbidden(error.message, param=f"{where}.{error.param}") from None
     except InvalidRequest as error:
         raise InvalidRequest(error.message, param=f"{where}.{error.param}") from None
     if kind == "folder" and (source.scale != 1.0 or source.layers is not None):
-        raise InvalidRequest("A whole folder has nothing to be scaled.", param=f"{where}.scale")
+        field = "scale" if source.scale != 1.0 else "layers"
+        raise InvalidRequest("A whole folder has nothing to be scaled.", param=f"{where}.{field}")
     if kind == "lora" and source.layers is not None:
         raise InvalidRequest("'layers' is for diffs; adapters have none.", param=f"{where}.layers")
     return Ingredient(source, kind, path)

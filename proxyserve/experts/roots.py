@@ -62,7 +62,7 @@ class Roots:
         if not self._inside(path):
             return
         for file in files:
-            if not self._inside(file.resolve()):
+            if not self._inside(Path(os.path.realpath(file))):
                 raise Forbidden(
                     f"'{file.name}' is a link that leaves the folders that experts may come from (--expert-root).",
                     param="path",

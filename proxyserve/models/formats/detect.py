@@ -68,9 +68,12 @@ def content_files(path: Path) -> list[Path]:
     if not path.is_dir():
         raise LoadError(f"{path}: no such file or folder")
     files = {*path.glob("*.safetensors"), *path.glob("*.safetensors.index.json")}
-    files |= {path / name for name in _CONFIGURATION if (path / name).is_file()}
+    # Also links that lead nowhere: whether there is anything at their ends is not for everybody to know.
+    named = (path / name for name in _CONFIGURATION)
+    files |= {file for file in named if file.is_file() or file.is_symlink()}
     files |= {*path.glob(f"{TEMPLATES}/*.jinja")}
     if not files:
+        _refuse_pickles(path)
         raise LoadError(f"{path}: nothing that can be an expert; expected is {_EXPECTED}")
     return sorted(files)
 
