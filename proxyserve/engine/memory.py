@@ -62,12 +62,12 @@ def blocks_of_new_arena(
 ) -> int:
     """Blocks of an arena for the two lanes of an expert that comes while the server runs: `wanted` for each lane, as
     the other arenas have (None: `max_batch` full contexts), or as many as `room` bytes allow. Raises NoRoom if that is
-    no full context for each."""
-    contexts = -(-context // block_size)
-    most = 2 * (max_batch * contexts if wanted is None else min(wanted, max_batch * contexts))
+    less than `least_arena_bytes`."""
+    full = max_batch * -(-context // block_size)
+    most = 2 * (full if wanted is None else min(wanted, full))
     blocks = min(most, room // layout.block_bytes(block_size))
-    least = least_arena_bytes(layout, context, block_size)
-    if blocks < min(most, 2 * contexts):
+    least = least_arena_bytes(layout, context, block_size, wanted)
+    if blocks * layout.block_bytes(block_size) < least:
         needed, left = spelled([least, max(0, room)])
         raise NoRoom(
             f"The KV blocks of its two lanes need at least {needed}, and {left} of memory are left; unload "
@@ -76,9 +76,11 @@ def blocks_of_new_arena(
     return blocks
 
 
-def least_arena_bytes(layout: Layout, context: int, block_size: int) -> int:
-    """Of an arena that holds one full context for each of an expert's two lanes."""
-    return 2 * -(-context // block_size) * layout.block_bytes(block_size)
+def least_arena_bytes(layout: Layout, context: int, block_size: int, wanted: int | None) -> int:
+    """Of an arena that holds one full context for each of an expert's two lanes, or, where that is less, the `wanted`
+    blocks."""
+    contexts = -(-context // block_size)
+    return 2 * (contexts if wanted is None else min(wanted, contexts)) * layout.block_bytes(block_size)
 
 
 def blocks_of_remote(model: RemoteModel, *, block_size: int, max_batch: int, lanes: int) -> int:

@@ -137,7 +137,11 @@ class Entry:
         """`requests` are those in flight, by generation."""
         newest_first = sorted(self.generations.values(), key=lambda found: -found.number)
         failed = next((found for found in newest_first if found.error is not None), None)
-        serves = 0 if self.published is None else self.published.number
+        served = [
+            found.number
+            for found in newest_first
+            if not found.phase.is_loading and found.phase is not Phase.FAILED
+        ]
         spec = None if self.published is None else self.published.spec
         return ExpertStatus(
             name=self.name,
@@ -146,5 +150,5 @@ class Entry:
             previous=None if self.previous is None else self.previous.generation,
             protected=spec is not None and spec.protected,
             generations=tuple(found.status(requests.get(found.number, 0)) for found in newest_first),
-            last_error=failed.error if failed is not None and failed.number >= serves else None,
+            last_error=failed.error if failed is not None and failed.number >= max(served, default=0) else None,
         )

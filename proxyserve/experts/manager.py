@@ -148,9 +148,11 @@ class ExpertManager:
         """Wait until the change is over, one way or the other. The state of an expert that was deleted is "deleted"."""
         with self._lock:
             entry = self._roster.entries.get(change.expert)
-            generation = None if entry is None else entry.generations.get(change.generation)
-        if generation is not None:
-            await asyncio.shield(asyncio.wrap_future(generation.settled))
+            wanted = {} if entry is None else entry.generations
+            if entry is not None and not entry.withdrawn:
+                wanted = {number: found for number, found in wanted.items() if number == change.generation}
+            settled = [generation.settled for generation in wanted.values()]
+        await asyncio.gather(*(asyncio.shield(asyncio.wrap_future(future)) for future in settled))
         with self._lock:
             entry = self._roster.entries.get(change.expert)
             if entry is None:
@@ -224,7 +226,9 @@ class ExpertManager:
             if generation is not None:
                 self._record("delete", actor, generation, "begun")
                 self._store.delete(name)
-                generation.begin_again()
+                for found in entry.generations.values():
+                    if not found.phase.is_over:  # it will be
+                        found.begin_again()
             self._roster.withdraw(entry)
             if generation is not None:
                 self._record("delete", actor, generation, "done")
@@ -259,8 +263,10 @@ class ExpertManager:
             await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(settled)), max(0.0, patience))
         except TimeoutError:
             raise NotReady(f"Expert '{name}' is still being loaded; try again soon.") from None
-        if generation.error is not None:
-            raise NotReady(f"Expert '{name}' cannot be loaded again: {generation.error}")
+        with self._lock:  # held until what was loaded is offered
+            error = generation.error
+        if error is not None:
+            raise NotReady(f"Expert '{name}' cannot be loaded again: {error}")
 
     # Presets and the server --------------------------------------------------------------------------------------
 

@@ -40,8 +40,9 @@ class Room:
 
     def needed(self, recipe: Recipe) -> int:
         """Bytes of the weights at most, and of the least KV memory that they need where no arena here fits."""
+        size, wanted = self._engine.config.block_size, self._engine.blocks_per_lane
         kv = {
-            layout: least_arena_bytes(layout, context, self._engine.config.block_size)
+            layout: least_arena_bytes(layout, context, size, wanted)
             for layout, context in self._library.expected_layouts(recipe)
             if layout not in self._engine.residents.arenas
         }

@@ -52,7 +52,7 @@ class Roots:
     def _local(self, text: str) -> Path | None:
         for folder in self.folders:
             candidate = _inside(folder, text)
-            if candidate is not None and os.path.exists(candidate):  # noqa: PTH110 (see `_inside`)
+            if candidate is not None and os.path.exists(candidate):  # noqa: PTH110 (see `_real`)
                 return candidate
         return None
 
@@ -62,7 +62,8 @@ class Roots:
         if not self._inside(path):
             return
         for file in files:
-            if not self._inside(Path(os.path.realpath(file))):
+            real = _real(file)
+            if real is None or not self._inside(real):
                 raise Forbidden(
                     f"'{file.name}' is a link that leaves the folders that experts may come from (--expert-root).",
                     param="path",
@@ -73,8 +74,14 @@ class Roots:
 
 
 def _inside(folder: Path, text: str) -> Path | None:
-    """Where `text` leads from `folder`, whether there is anything or not; None if that is outside of it. Unlike
-    `Path.resolve` and `Path.exists`, those of `os.path` raise nothing for loops of links and for names that are too
-    long."""
-    candidate = Path(os.path.realpath(folder / text))
-    return candidate if candidate.is_relative_to(folder) else None
+    """Where `text` leads from `folder`, whether there is anything or not; None if that is outside of it."""
+    real = _real(folder / text)
+    return real if real is not None and real.is_relative_to(folder) else None
+
+
+def _real(path: Path) -> Path | None:
+    """Where links lead; None where a circle of them hides that. Unlike `Path.resolve` it raises nothing, be it for a
+    circle or for a name that is too long."""
+    real = os.path.realpath(path)
+    # Behind a circle nothing is resolved any more: `circle/../link` comes back as `link`.
+    return Path(real) if os.path.realpath(real) == real else None

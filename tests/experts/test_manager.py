@@ -80,6 +80,13 @@ async def test_rollback_takes_what_is_in_memory(server: Server) -> None:
     assert refusal.value.code == "no_previous_generation"
 
 
+async def test_rollback_brings_no_old_error_back(server: Server, world: World) -> None:
+    await server.put("qa", "first")
+    assert (await server.put("qa", world.broken["NaN"])).last_error is not None
+    assert (await server.put("qa", "second")).last_error is None
+    assert (await server.roll_back("qa")).last_error is None
+
+
 async def test_rollback_to_a_generation_that_still_drains(server: Server) -> None:
     await server.put("qa", "first")
     running = await begin(server, QA, "old")
@@ -163,6 +170,17 @@ async def test_delete_waits_for_those_that_run(server: Server) -> None:
     assert server.manager.experts() == []
     await server.quiet()
     assert server.holdings() == start
+
+
+async def test_delete_waits_for_those_that_run_on_older_generations_too(server: Server) -> None:
+    await server.put("qa", "first")
+    running = await begin(server, QA, "running")
+    await server.put("qa", "second")
+    deleting = asyncio.create_task(server.delete("qa"))
+    await wait_until(lambda: server.generation("qa", 2).phase is Phase.RETIRED)
+    assert server.manager.expert("qa").state == "draining" and not deleting.done()
+    await running.leave()
+    assert (await deleting).state == "deleted"
 
 
 async def test_put_on_a_name_that_still_drains(server: Server) -> None:
