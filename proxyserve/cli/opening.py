@@ -118,7 +118,12 @@ def open_server(
     except BaseException:
         store.close()
         raise
-    manager.install(begun, texts, {name: json.loads(text) for name, text in settings.presets.items()})
+    manager.install(
+        begun,
+        texts,
+        fixed_presets={name: json.loads(text) for name, text in settings.presets.items()},
+        dropped=starter.dropped,
+    )
     manager.start()
     try:
         yield Opened(loop, manager, [*starter.messages, *dropped])

@@ -150,5 +150,7 @@ class Entry:
             previous=None if self.previous is None else self.previous.generation,
             protected=spec is not None and spec.protected,
             generations=tuple(found.status(requests.get(found.number, 0)) for found in newest_first),
-            last_error=failed.error if failed is not None and failed.number >= max(served, default=0) else None,
+            last_error=failed.error
+            if failed is not None and failed.number >= max(served, default=0)
+            else None,
         )

@@ -89,10 +89,22 @@ class ExpertManager:
     # Starting and stopping -------------------------------------------------------------------------------------
 
     def install(
-        self, begun: Sequence[Begun], presets: PresetValues, fixed_presets: PresetValues | None = None
+        self,
+        begun: Sequence[Begun],
+        presets: PresetValues,
+        *,
+        fixed_presets: PresetValues | None = None,
+        dropped: Sequence[tuple[StoredGeneration, str]] = (),
     ) -> None:
         """Take over what the engine began with: its experts, and the presets as JSON values, those of the command line
-        apart. Before `start`."""
+        apart. `dropped` are generations that could not be loaded, and why: they are shown as failed, and can be
+        replaced or deleted. Before `start`."""
+        for stored, reason in dropped:
+            generation = Generation.again(stored)
+            generation.error = reason
+            generation.move(Phase.FAILED)
+            entry = self._roster.entries[stored.expert] = Entry(stored.expert)
+            entry.add(generation)
         for expert in begun:
             stored = expert.stored
             generation = Generation(
@@ -223,7 +235,9 @@ class ExpertManager:
             entry = self._roster.unchanging(self._roster.entry(name))
             generation = entry.published
             self._require_presets(name, None)
-            if generation is not None:
+            if generation is None:
+                self._store.delete(name)  # of an expert that could not be loaded when the server started
+            else:
                 self._record("delete", actor, generation, "begun")
                 self._store.delete(name)
                 for found in entry.generations.values():

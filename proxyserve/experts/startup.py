@@ -35,7 +35,8 @@ class Wanted:
 
 
 class Starter:
-    """Loads one expert after the other, before there is an engine. `messages` says what was dropped and why."""
+    """Loads one expert after the other, before there is an engine. `messages` says what was dropped and why, `dropped`
+    has the generations that are stored and could not be loaded, with the reasons."""
 
     def __init__(
         self,
@@ -51,6 +52,7 @@ class Starter:
         self._roots = roots
         self._progress = progress
         self.messages: list[str] = []
+        self.dropped: list[tuple[StoredGeneration, str]] = []
 
     def begin(self, wanted: Sequence[Wanted], restored: Restored) -> list[Begun]:
         """Everything that can be loaded. Raises LoadError for an expert of the command line that cannot; one that was
@@ -92,7 +94,10 @@ class Starter:
         """What was published last under a name of the command line; if that cannot be had, or is the command line's own
         and its files have changed, the command line's anew."""
         restored = self._begin_stored(stored)
-        return restored[0] if restored else self._begin_wanted(expert)
+        if restored:
+            return restored[0]
+        self.dropped.pop()
+        return self._begin_wanted(expert)
 
     def _begin_stored(self, stored: StoredExpert) -> list[Begun]:
         published = stored.published
@@ -101,6 +106,7 @@ class Starter:
                 stored.name, published.generation, published.spec, published.content_hash
             )
         except ProxyserveError as error:
+            self.dropped.append((published, error.message))
             self.messages.append(
                 f"generation {published.generation} of expert '{stored.name}' cannot be loaded: {error.message}"
             )
