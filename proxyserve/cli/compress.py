@@ -32,8 +32,12 @@ def compress_command(
     tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="Folder of the tuned model.")],
     untuned: Annotated[Path, typer.Argument(metavar="UNTUNED", help="Folder of what it was tuned from.")],
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="New folder, or a new file that ends in .safetensors.")
-    ],
+        Path | None,
+        typer.Argument(
+            metavar="[OUT]",
+            help="New folder, or a new file that ends in .safetensors; default: TUNED-compressed (or -diff) here.",
+        ),
+    ] = None,
     density: Annotated[
         float | None,
         typer.Option(
@@ -62,6 +66,8 @@ def compress_command(
     density = _DENSITY if density is None else density
     if not 0.0 < density <= 1.0:
         raise typer.BadParameter("must be above 0 and at most 1", param_hint="--density")
+    if out is None:
+        out = Path(f"{tuned.resolve().name}-{'diff' if diff else 'compressed'}")
     if out.exists():
         raise typer.BadParameter(f"{out} is there already; name another, or remove it", param_hint="OUT")
     check_writable(out, "OUT")

@@ -86,7 +86,9 @@ def open_server(
         starter = Starter(library, store, audit, roots, progress)
         begun = starter.begin([Wanted.of(source) for source in experts], restored)
         models = ModelSet(base_model, [expert.loaded.expert for expert in begun])
-        unknown = sorted(settings.policy.protected - set(models.experts))
+        # Those that did not come back are still known.
+        names = {*models.experts, *(expert.name for expert in restored.experts)}
+        unknown = sorted(settings.policy.protected - names)
         if unknown:
             raise StartupError(f"--protect {unknown[0]}: there is no such expert.")
         presets = parse_presets(settings.presets, {base_model.name, *models.experts})

@@ -23,6 +23,7 @@ from proxyserve.errors import LoadError
 from proxyserve.experts.changed import changed_bytes, changed_state
 from proxyserve.experts.recipe import Ingredient, Recipe
 from proxyserve.models.formats.build import load_changed
+from proxyserve.models.formats.companions import TOKENIZER_FILES
 from proxyserve.models.formats.detect import TEMPLATES, content_files, content_hash, weight_bytes
 from proxyserve.models.formats.lora import LoraWeights, read_lora
 from proxyserve.models.loaded_model import Expert, LoadedModel
@@ -32,14 +33,8 @@ from proxyserve.models.remote import AnyModel
 from proxyserve.text.tokenizer import Tokenizer
 from proxyserve.types import ModelKey
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "config.json",  # its model type decides the tokenizer's class
-)
+#: The model type in config.json decides the tokenizer's class.
+_TOKENIZER_FILES = (*TOKENIZER_FILES, "config.json")
 
 #: Told how far loading is, from 0 to 1.
 Progress = Callable[[float], None]
@@ -182,14 +177,9 @@ class Library:
     ) -> LoadedExpert:
         """Read everything, sharing what is here already. `expected` is the digest that it must have, where these are
         the files of a generation that has been here before. Raises LoadError; then nothing is kept."""
-        loading = _Loading(self, recipe, name, generation, progress)
+        loading = _Loading(self, recipe, name, generation, progress, expected)
         try:
             loaded = loading.run()
-            if expected is not None and loaded.digest != expected:
-                raise LoadError(
-                    f"the files of generation {generation} have changed since it was published; publish them as a "
-                    "new one"
-                )
         except BaseException:
             self.on_unneeded(self._let_go(loading.trunks))
             raise
@@ -286,13 +276,20 @@ class _Loading:
     """One `Library.load`. `trunks` are those taken so far, to be let go if it fails."""
 
     def __init__(
-        self, library: Library, recipe: Recipe, name: str, generation: int, progress: Progress
+        self,
+        library: Library,
+        recipe: Recipe,
+        name: str,
+        generation: int,
+        progress: Progress,
+        expected: str | None,
     ) -> None:
         self._library = library
         self._recipe = recipe
         self._key = ModelKey(f"{name}.tuned", generation)
         self._name = name
         self._progress = progress
+        self._expected = expected
         self._digests: dict[Path, str] = {}
         self.trunks: list[ModelKey] = []
         self._fresh: list[Runner] = []
@@ -327,7 +324,7 @@ class _Loading:
             expert,
             tuple(self.trunks),
             tuple(self._fresh),
-            _digest_of(digest, "" if untuned is None else untuned.digest),
+            _expert_digest(digest, untuned),
             size,
             self._origins,
         )
@@ -349,20 +346,32 @@ class _Loading:
         if ingredient.kind == "folder":
             assert ingredient.path is not None
             digest, base = self._digests[ingredient.path], self._library._base
+            self._require_expected(digest, untuned)
             if base is not None and ingredient.path == base.folder:
                 return self._as_tuned(base), digest
             resident = self._take(digest) or self._load_folder(ingredient.path, self._key)
             return self._as_tuned(resident), digest
         if ingredient.kind == "loaded":
             resident = self._take_loaded(ingredient)
+            self._require_expected(resident.digest, untuned)
             return self._as_tuned(resident), resident.digest
         origin = self._take_loaded(ingredient) if ingredient.source.of is not None else untuned
         assert origin is not None  # a recipe has one
         digest = self._recipe_digest(ingredient, origin)
+        self._require_expected(digest, untuned)
         if ingredient.kind == "lora":
             return self._adapted(ingredient, origin, digest), digest
         resident = self._take(digest) or self._load_changed(ingredient, origin, digest)
         return self._as_tuned(resident), digest
+
+    def _require_expected(self, digest: str, untuned: Resident | None) -> None:
+        """Before weights are read: those of a generation that comes back go under the key that it had, and another
+        expert may still share what is there, which is then of the same content. Raises LoadError."""
+        if self._expected is not None and _expert_digest(digest, untuned) != self._expected:
+            raise LoadError(
+                f"the files of generation {self._key.generation} have changed since it was published; publish them as "
+                "a new one"
+            )
 
     def _share(self, start: float, size: float) -> Progress:
         """Progress of a part of the work, from `start` to `start + size` of the whole."""
@@ -482,6 +491,10 @@ def _folder_of(origin: Resident, change: Ingredient) -> Path:
             "whole model"
         )
     return origin.folder
+
+
+def _expert_digest(tuned: str, untuned: Resident | None) -> str:
+    return _digest_of(tuned, "" if untuned is None else untuned.digest)
 
 
 def _digest_of(*parts: str) -> str:

@@ -92,6 +92,12 @@ def _ingredient(source: Source, where: str, roots: Roots, trusted: bool) -> Ingr
             (weight, _ingredient(part, f"{where}.merge[{number}]", roots, trusted))
             for number, (weight, part) in enumerate(source.merge)
         )
+        for number, (_, part) in enumerate(source.merge):
+            if part.of is not None:
+                raise InvalidRequest(
+                    "All parts of a merge change one model: name it beside 'merge'.",
+                    param=f"{where}.merge[{number}].of",
+                )
         return Ingredient(source, "merge", parts=parts)
     if source.path is None:
         return Ingredient(source, "loaded")
@@ -104,6 +110,11 @@ def _ingredient(source: Source, where: str, roots: Roots, trusted: bool) -> Ingr
         raise Forbidden(error.message, param=f"{where}.{error.param}") from None
     except InvalidRequest as error:
         raise InvalidRequest(error.message, param=f"{where}.{error.param}") from None
+    if kind == "folder" and source.of is not None:
+        raise InvalidRequest(
+            "A whole folder changes no other model; leave 'of' out. What it was tuned from is 'untuned'.",
+            param=f"{where}.of",
+        )
     if kind == "folder" and (source.scale != 1.0 or source.layers is not None):
         field = "scale" if source.scale != 1.0 else "layers"
         raise InvalidRequest("A whole folder has nothing to be scaled.", param=f"{where}.{field}")

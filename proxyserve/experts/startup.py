@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import time
 
-from proxyserve.errors import LoadError, ProxyserveError
+from proxyserve.errors import InvalidRequest, LoadError, ProxyserveError
 from proxyserve.experts.audit import AuditLog
 from proxyserve.experts.library import Library, LoadedExpert
 from proxyserve.experts.manager import Begun
@@ -68,27 +68,29 @@ class Starter:
                     "bring it back"
                 )
             elif stored is None or stored.origin != expert.origin:
-                begun.append(self._begin_wanted(expert))
+                begun.append(self._begin_wanted(expert, stored))
             else:
                 begun.append(self._begin_again(expert, stored))
         for stored in by_name.values():
             if stored.published.spec.trusted:
-                self._store.delete(stored.name)
+                self._store.delete(stored.name, with_origin=True)
                 self._record("delete", stored.published)
                 self.messages.append(f"expert '{stored.name}' is no longer on the command line")
+            elif stored.name == self._library.base.name:
+                self.messages.append(f"expert '{stored.name}' is left out: the base is called so now")
             else:
                 begun += self._begin_stored(stored)
         return begun
 
-    def _begin_wanted(self, expert: Wanted) -> Begun:
-        """As a new generation."""
+    def _begin_wanted(self, expert: Wanted, before: StoredExpert | None) -> Begun:
+        """As a new generation, after the one that was published `before`."""
         number = self._store.next_generation(expert.name)
         loaded, recipe = self._load(expert.name, number, expert.spec, None)
         spec = replace(expert.spec, origins=loaded.origins)
         stored = StoredGeneration(expert.name, number, spec, loaded.digest, time())
         self._store.publish(stored, origin=expert.origin)
         self._record("put", stored)
-        return Begun(stored, loaded, recipe.formats)
+        return Begun(stored, loaded, recipe.formats, None if before is None else before.published)
 
     def _begin_again(self, expert: Wanted, stored: StoredExpert) -> Begun:
         """What was published last under a name of the command line; if that cannot be had, or is the command line's own
@@ -97,7 +99,7 @@ class Starter:
         if restored:
             return restored[0]
         self.dropped.pop()
-        return self._begin_wanted(expert)
+        return self._begin_wanted(expert, stored)
 
     def _begin_stored(self, stored: StoredExpert) -> list[Begun]:
         published = stored.published
@@ -130,7 +132,7 @@ class Starter:
         try:
             recipe = make_recipe(spec, self._roots)
             loaded = self._library.load(recipe, name, generation, expected=expected)
-        except LoadError as error:
+        except (LoadError, InvalidRequest) as error:
             raise LoadError(f"expert '{name}': {error.message}") from error
         try:
             self._library.verify(loaded)

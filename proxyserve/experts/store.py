@@ -242,11 +242,14 @@ class StateStore:
                 raise SwapConflict(f"Expert '{expert}' cannot be rolled back: {reason}.")
         return restored
 
-    def delete(self, expert: str) -> None:
-        """Forgets the expert, if there is one, but for its origin and the numbers that it has used."""
+    def delete(self, expert: str, *, with_origin: bool = False) -> None:
+        """Forgets the expert, if there is one, but for the numbers that it has used and, unless `with_origin`, its
+        origin, so that the command line does not bring it back."""
         with self._transaction() as connection:
             connection.execute("DELETE FROM generations WHERE expert = ?", (expert,))
             connection.execute("UPDATE names SET error = NULL WHERE name = ?", (expert,))
+            if with_origin:
+                connection.execute("UPDATE names SET origin = NULL WHERE name = ?", (expert,))
 
     # Presets -----------------------------------------------------------------------------------------------------
 

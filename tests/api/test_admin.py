@@ -460,7 +460,7 @@ async def two_generations(manager: FakeManager) -> None:
                     "of": "small",
                     "merge": [
                         {"weight": 0.5, "path": "/a"},
-                        {"weight": -1, "path": "/b", "format": "compressed", "of": "small", "scale": 0.5},
+                        {"weight": -1, "path": "/b", "format": "compressed", "scale": 0.5},
                         {"weight": 1, "path": "/c", "layers": {"first": 0, "last": 1}},
                     ],
                 }
@@ -470,7 +470,7 @@ async def two_generations(manager: FakeManager) -> None:
                     of="small",
                     merge=(
                         (0.5, Source("/a")),
-                        (-1.0, Source("/b", "compressed", "small", 0.5)),
+                        (-1.0, Source("/b", "compressed", scale=0.5)),
                         (1.0, Source("/c", layers=LayerScale(0.0, 1.0))),
                     ),
                 )

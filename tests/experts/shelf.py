@@ -3,10 +3,12 @@ put together with nothing of the formats' own code but the decompressor."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,19 +18,27 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from proxyserve.config import EngineConfig
+from proxyserve.cli.opening import ExpertSettings, Opened, open_server
+from proxyserve.cli.options import parse_expert
+from proxyserve.cli.serve import ServeSettings
+from proxyserve.config import EngineConfig, ServerConfig
 from proxyserve.engine.engine import Engine
 from proxyserve.engine.runner import Runner
+from proxyserve.errors import LoadError
 from proxyserve.experts.library import Library, LoadedExpert
 from proxyserve.experts.recipe import make_recipe
 from proxyserve.experts.roots import Roots
 from proxyserve.experts.source import ExpertSpec, LayerScale, Source
+from proxyserve.experts.status import ExpertStatus
+from proxyserve.fusion.policy import FusionPolicy
 from proxyserve.models.formats.compressed import compress, read_compressed
 from proxyserve.models.formats.diff import make_diff
 from proxyserve.models.loaded_model import LoadedModel
 from proxyserve.models.loading import choose_placement, load_model
 from proxyserve.models.model_set import ModelSet
+from proxyserve.models.upstream import RemoteSource
 from proxyserve.types import ModelKey
+from tests.engine.driver import Collected, run, submission
 from tests.tiny import CHAT_TEMPLATE, config_of, make_tokenizer
 
 #: How the tiny models are named in tests, and whether head and embeddings are one matrix.
@@ -283,3 +293,57 @@ def make_engine(library: Library, experts: list[LoadedExpert], **config: Any) ->
 def base_of(library: Library) -> LoadedModel:
     assert isinstance(library.base, LoadedModel)
     return library.base
+
+
+# A server without HTTP ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_state(
+    base: Path | RemoteSource,
+    state: Path | None,
+    *experts: str,
+    roots: Sequence[Path] = (),
+    presets: Mapping[str, str] | None = None,
+    protect: Collection[str] = (),
+    memory: int | None = None,
+    evict_idle: bool = False,
+    served_name: str | None = None,
+    **config: Any,
+) -> Iterator[Opened]:
+    """What `proxyserve serve BASE --expert ... --state-dir STATE` has before it listens. Its engine steps when the test
+    says so; changes of what steps can run are made at once."""
+    values = {"max_batch": 8, "max_batch_tokens": 64, "kv_memory": 2**22, **config}
+    settings = ServeSettings(
+        EngineConfig(**values),
+        ServerConfig(),
+        FusionPolicy(protected=frozenset(protect)),
+        presets or {},
+        {},
+        ExpertSettings(tuple(roots), False, state, memory, evict_idle),
+    )
+    with open_server(
+        base,
+        [parse_expert(text) for text in experts],
+        settings,
+        placement=choose_placement("cpu", "float32"),
+        served_name=served_name,
+        progress=lambda _: None,
+    ) as opened:
+        yield opened
+
+
+def put(opened: Opened, name: str, spec: ExpertSpec) -> ExpertStatus:
+    """Wait until it is published; LoadError says why it is not."""
+    change = opened.experts.put(name, spec, actor="operator")
+    status = asyncio.run(opened.experts.settled(change))
+    if status.generation != change.generation:
+        raise LoadError(status.last_error or "no reason")
+    return status
+
+
+def answer(opened: Opened, name: str | None = None, *, prompt: Sequence[int] = (5, 17, 200)) -> Collected:
+    """Of an expert with weight 1, or of the base."""
+    engine = opened.engine.engine
+    weights = {} if name is None else {name: 1.0}
+    return run(engine, [submission("r", prompt, weights, logprobs=0)])["r/0"]

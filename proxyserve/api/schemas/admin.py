@@ -62,7 +62,6 @@ class PartObject(RequestModel):
     weight: float = Field(description="Multiplies what this model changes.")
     path: _Path = Field(description=_PATH)
     format: Format | None = Field(None, description=_FORMAT)
-    of: _Name | None = Field(None, description=_OF)
     scale: float | None = Field(None, description=_SCALE)
     layers: LayersObject | None = Field(None, description=_LAYERS)
 
@@ -71,7 +70,6 @@ class PartObject(RequestModel):
         return Source(
             path=self.path,
             format=self.format,
-            of=self.of,
             scale=_scale(self.scale),
             layers=None if self.layers is None else self.layers.layer_scale(),
         )
