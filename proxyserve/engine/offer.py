@@ -87,13 +87,18 @@ class Offers:
         if stale:
             self.on_release()
 
-    def replace(self, offer: Offer, *, unless_used: Collection[ModelKey] = ()) -> bool:
-        """Make `offer` the current one. False, and nothing has changed, if one of the given models is in use."""
+    def replace(self, offer: Offer, *, unless_held: Collection[ModelKey] = ()) -> bool:
+        """Make `offer` the current one. False, and nothing has changed, if a choice needs one of the given models."""
         with self._lock:
-            if any(self._used(key) for key in unless_used):
+            if any(self._held[key] for key in unless_held):
                 return False
             self._current = offer
             return True
+
+    def touch(self, keys: Iterable[ModelKey]) -> None:
+        """Count these models as used just now: they have come for somebody."""
+        with self._lock:
+            self._last_held.update(dict.fromkeys(keys, monotonic()))
 
     def hold(self, keys: Iterable[ModelKey]) -> None:
         """A choice needs these models, all of them in an offer that is leased now. `release` undoes it."""
@@ -121,13 +126,10 @@ class Offers:
     def used(self, key: ModelKey) -> bool:
         """Whether a choice needs the model, or one may that is being prepared."""
         with self._lock:
-            return self._used(key)
-
-    def _used(self, key: ModelKey) -> bool:
-        return self._held[key] > 0 or any(key in offer.keys for offer in self._leased)
+            return self._held[key] > 0 or any(key in offer.keys for offer in self._leased)
 
     def last_held(self, key: ModelKey) -> float:
-        """When a choice last began to need the model, by `time.monotonic`; 0 if none ever did."""
+        """When a choice last began to need the model, or it came, by `time.monotonic`; 0 if neither is known."""
         return self._last_held.get(key, 0.0)
 
     def forget(self, keys: Iterable[ModelKey]) -> None:

@@ -24,7 +24,13 @@ from proxyserve.experts.changed import changed_bytes, changed_state
 from proxyserve.experts.recipe import Ingredient, Recipe
 from proxyserve.models.formats.build import load_changed
 from proxyserve.models.formats.companions import TOKENIZER_FILES
-from proxyserve.models.formats.detect import TEMPLATES, content_files, content_hash, weight_bytes
+from proxyserve.models.formats.detect import (
+    TEMPLATES,
+    content_files,
+    content_hash,
+    sampled_hash,
+    weight_bytes,
+)
 from proxyserve.models.formats.lora import LoraWeights, read_lora
 from proxyserve.models.loaded_model import Expert, LoadedModel
 from proxyserve.models.loading import Placement, context_length, load_config, load_model, make_loaded
@@ -36,6 +42,8 @@ from proxyserve.types import ModelKey
 #: The model type in config.json decides the tokenizer's class.
 _TOKENIZER_FILES = (*TOKENIZER_FILES, "config.json")
 
+#: Names, times and sizes of files.
+Stamp = list[tuple[str, int, int]]
 #: Told how far loading is, from 0 to 1.
 Progress = Callable[[float], None]
 
@@ -43,12 +51,13 @@ Progress = Callable[[float], None]
 @dataclass(eq=False)
 class Resident:
     """Weights in memory, with the runner that runs them. `digest` says what they were made of; `folder` is where they
-    can be read again, None where they were put together from several. `users` counts the loaded experts that need
-    them."""
+    can be read again, None where they were put together from several, and `stamp` what its files looked like. `users`
+    counts the loaded experts that need them."""
 
     runner: Runner
     digest: str
     folder: Path | None
+    stamp: Stamp
     users: int = 0
 
     @property
@@ -84,7 +93,11 @@ class Library:
         self.base = base
         self.placement = placement
         self._lock = threading.RLock()
-        self._base = None if base_runner is None else Resident(base_runner, "base", base_runner.model.path, 1)
+        self._base: Resident | None = None
+        if base_runner is not None:
+            folder = base_runner.model.path
+            digest = f"base {sampled_hash(folder)}"  # it may be too large to be read for that
+            self._base = Resident(base_runner, digest, folder, _stamp(folder), users=1)
         self._residents: dict[ModelKey, Resident] = {}
         #: Told the trunks that nothing needs after a failed load: it may have shared them with an expert that left.
         self.on_unneeded: Callable[[tuple[ModelKey, ...]], object] = lambda _: None
@@ -138,10 +151,13 @@ class Library:
         return found
 
     def _is_here(self, folder: Path | None) -> bool:
-        """Whether the whole model in this folder seems to be in memory; its content may have changed."""
+        """Whether what is in this folder now seems to be in memory."""
+        if folder is None:
+            return False
+        stamp = _stamp(folder)
         with self._lock:
             residents = [*self._residents.values(), *([] if self._base is None else [self._base])]
-            return folder is not None and any(resident.folder == folder for resident in residents)
+            return any(resident.folder == folder and resident.stamp == stamp for resident in residents)
 
     def _gone(self, recipe: Recipe) -> list[Path]:
         """The folders of models that `of` names and that are not in memory any more."""
@@ -431,7 +447,7 @@ class _Loading:
         return self._keep(model, digest, None)
 
     def _keep(self, model: LoadedModel, digest: str, folder: Path | None) -> Resident:
-        resident = Resident(Runner(model), digest, folder)
+        resident = Resident(Runner(model), digest, folder, [] if folder is None else _stamp(folder))
         self._library._add(resident)
         self.trunks.append(model.key)
         self._fresh.append(resident.runner)
@@ -501,7 +517,7 @@ def _digest_of(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _stamp(path: Path) -> list[tuple[str, int, int]]:
+def _stamp(path: Path) -> Stamp:
     """Changes when a file that counts does."""
     stats = [(str(file), file.stat()) for file in content_files(path)]
     return [(name, stat.st_mtime_ns, stat.st_size) for name, stat in stats]

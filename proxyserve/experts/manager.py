@@ -332,8 +332,14 @@ class ExpertManager:
 
     def _wake(self, generation: Generation) -> None:
         """From LOADING to PUBLISHED, or back to PARKED."""
-        if generation.phase is not Phase.LOADING:  # meanwhile another generation took its place
-            return
+        with self._lock:
+            if generation.phase is not Phase.LOADING:  # meanwhile another generation took its place
+                return
+            if generation.loaded is not None:  # its weights had not gone yet
+                for phase in (Phase.VERIFYING, Phase.WARMING):
+                    self._roster.move(generation, phase)
+                self._roster.unpark(generation)
+                return
         try:
             generation.loaded = self._load(generation)
             with self._lock:

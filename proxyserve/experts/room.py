@@ -14,6 +14,9 @@ from proxyserve.experts.library import Library
 from proxyserve.experts.recipe import Recipe
 from proxyserve.experts.roster import Roster
 
+#: How long requests may take to be prepared that could still begin to use what is being evicted.
+_PATIENCE_SECONDS = 10.0
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryPolicy:
@@ -66,7 +69,10 @@ class Room:
                 freed = next((freed for found in victims if (freed := self._evict(found)) is not None), None)
             if freed is None:
                 raise self._no_room(needed, left)
-            freed.result()
+            try:
+                freed.result(_PATIENCE_SECONDS)
+            except TimeoutError:  # a request has begun to use it after all
+                raise self._no_room(needed, self.left) from None
 
     def _evictable(self) -> list[Generation]:
         """What memory can be taken from, best first: generations that stand by, then, if that is allowed, experts that
@@ -75,10 +81,12 @@ class Room:
         standby = [found for found in loaded if found.phase is Phase.STANDBY]
         if not self.policy.evict_idle:
             return standby
-        idle = [
-            found for found in loaded if found.phase is Phase.PUBLISHED and not self._roster.in_use(found)
-        ]
         offers = self._engine.offers
+        idle = [
+            found
+            for found in loaded
+            if found.phase is Phase.PUBLISHED and not any(map(offers.held, self._roster.own_keys(found)))
+        ]
         return [*standby, *sorted(idle, key=lambda found: (offers.last_held(found.key), found.created))]
 
     def _evict(self, generation: Generation) -> Future[None] | None:

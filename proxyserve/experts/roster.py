@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from proxyserve.engine.loop import AsyncEngine
 from proxyserve.engine.offer import Offer
@@ -51,6 +52,7 @@ class Roster:
         self._library = library
         self._policy = engine.engine.policy
         self._draining: set[Generation] = set()
+        self._freed: dict[Generation, Future[None]] = {}  # of parked ones whose weights have not gone yet
         self._defer = defer
         engine.engine.offers.on_release = self._released
         library.on_unneeded = lambda trunks: self._drop((), trunks)
@@ -113,6 +115,7 @@ class Roster:
         old = entry.published
         self.move(generation, Phase.PUBLISHED)
         self._draining.discard(generation)
+        self._engine.engine.offers.touch(self.own_keys(generation))
         self.counters.rollbacks += rollback
         self.install(entry, generation)
         entry.previous = None if rollback or old is None else old.stored
@@ -143,18 +146,24 @@ class Roster:
         self._engine.engine.offers.replace(self.offer())
 
     def park(self, generation: Generation) -> Future[None] | None:
-        """Keep a published generation on disk only. None if a request has begun to use it; else the future is done when
-        its memory is free."""
+        """Take a published generation out of the offer, to be kept on disk only. None if a request runs on it. Else the
+        future is done when its memory is free: requests that are being prepared may still begin to use it."""
         keys = self.own_keys(generation)
         offer = self.offer(parking=[generation.expert])
-        if not self._engine.engine.offers.replace(offer, unless_used=keys):
+        if not self._engine.engine.offers.replace(offer, unless_held=keys):
             return None
         self.move(generation, Phase.PARKED)
-        return self.unload(generation)
+        self._draining.add(generation)
+        freed = self._freed[generation] = Future()
+        self.sweep()
+        return freed
 
     def unpark(self, generation: Generation) -> None:
-        """A parked generation is loaded again."""
+        """A parked generation is loaded again, or its weights had not gone yet."""
+        self._draining.discard(generation)
+        self._freed.pop(generation, None)
         self.move(generation, Phase.PUBLISHED)
+        self._engine.engine.offers.touch(self.own_keys(generation))
         self._engine.engine.offers.replace(self.offer())
 
     # Leaving ---------------------------------------------------------------------------------------------------
@@ -162,10 +171,8 @@ class Roster:
     def _leave(self, generation: Generation) -> None:
         if generation.phase is Phase.LOADING:  # a request was about to wake it
             self.move(generation, Phase.PARKED)
-        if generation.phase is Phase.PARKED:
-            self.move(generation, Phase.RETIRED)
-        else:
-            self.move(generation, Phase.DRAINING)
+        self.move(generation, Phase.RETIRED if generation.phase is Phase.PARKED else Phase.DRAINING)
+        if generation.loaded is not None:
             self._draining.add(generation)
 
     def _released(self) -> None:
@@ -181,12 +188,16 @@ class Roster:
             self._defer(self.sweep)
 
     def sweep(self) -> None:
-        """Generations that have drained stand by or retire."""
+        """Generations that have drained stand by or retire, parked ones leave memory."""
         with self.lock:
             for generation in list(self._draining):
                 if self.in_use(generation):
                     continue
                 self._draining.discard(generation)
+                if generation.phase is not Phase.DRAINING:  # parked, and perhaps replaced since
+                    gone = self._freed.pop(generation)
+                    self.unload(generation).add_done_callback(partial(_pass_on, gone))
+                    continue
                 previous = self.entries[generation.expert].previous
                 if previous is not None and previous.generation == generation.number:
                     self.move(generation, Phase.STANDBY)
@@ -256,3 +267,7 @@ class Roster:
         seconds = generation.move(phase)
         self.counters.phases[before] += 1
         self.counters.seconds[before] = self.counters.seconds.get(before, 0.0) + seconds
+
+
+def _pass_on(later: Future[None], done: Future[None]) -> None:
+    later.set_result(None)
