@@ -22,7 +22,7 @@ from proxyserve.engine.verify import verify_paged
 from proxyserve.errors import InvalidRequest
 from proxyserve.experts.audit import AuditLog
 from proxyserve.experts.hub import fetch
-from proxyserve.experts.library import Library
+from proxyserve.experts.library import Library, LoadedExpert
 from proxyserve.experts.manager import ExpertManager
 from proxyserve.experts.room import MemoryPolicy
 from proxyserve.experts.roots import Roots
@@ -31,13 +31,16 @@ from proxyserve.experts.store import StateStore
 from proxyserve.fusion.catalog import Catalog
 from proxyserve.fusion.fusion import Fusion
 from proxyserve.models.family import ExpertSource, load_family
-from proxyserve.models.loaded_model import LoadedModel
+from proxyserve.models.loaded_model import LoadedModel, ParkedExpert
 from proxyserve.models.loading import Placement
 from proxyserve.models.model_set import ModelSet
 from proxyserve.models.upstream import RemoteSource
 
 if TYPE_CHECKING:
     from proxyserve.cli.serve import ServeSettings
+
+#: At most one part in so many of all memory is kept for KV caches before experts are restored.
+_KV_PART = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,29 +86,39 @@ def open_server(
             verify_paged(runner)
         library = Library(base_model, runner, placement)
         roots = Roots(chosen.roots, fetch if chosen.allow_hub else None)
-        starter = Starter(library, store, audit, roots, progress)
-        begun = starter.begin([Wanted.of(source) for source in experts], restored)
-        models = ModelSet(base_model, [expert.loaded.expert for expert in begun])
-        # Those that did not come back are still known.
-        names = {*models.experts, *(expert.name for expert in restored.experts)}
+        memory = MemoryPolicy(memory_limit(placement.device, chosen.memory), chosen.evict_idle)
+        beside_kv = replace(memory, limit=memory.limit - _kv_share(memory.limit, settings.engine, placement))
+        starter = Starter(library, store, audit, roots, beside_kv, progress)
+        wanted = [Wanted.of(source) for source in experts]
+        begun = starter.begin(wanted, restored)
+        models = ModelSet(
+            base_model,
+            [expert.loaded.expert for expert in begun if isinstance(expert.loaded, LoadedExpert)],
+            parked={
+                expert.stored.expert: expert.loaded
+                for expert in begun
+                if isinstance(expert.loaded, ParkedExpert)
+            },
+        )
+        # Also those that were deleted or did not come back.
+        names = {expert.name for expert in wanted} | {expert.name for expert in restored.experts}
         unknown = sorted(settings.policy.protected - names)
         if unknown:
             raise StartupError(f"--protect {unknown[0]}: there is no such expert.")
-        presets = parse_presets(settings.presets, {base_model.name, *models.experts})
+        presets = parse_presets(settings.presets, {base_model.name, *models.experts, *models.parked})
         texts: dict[str, Mapping[str, Any]] = {
             name: preset for name, preset in restored.presets.items() if name not in presets
         }
         dropped = _drop_impossible(texts, presets, models, settings)
-        limit = memory_limit(placement.device, chosen.memory)
         engine = Engine(
             models,
-            _within(limit, settings.engine, library.runners(), placement),
+            _within(memory.limit, settings.engine, library.runners(), placement),
             settings.policy,
             progress,
             presets=presets,
             calibrations=settings.calibrations,
             runners=library.runners(),
-            grows=bool(chosen.roots) or chosen.allow_hub,
+            grows=bool(chosen.roots or models.parked) or chosen.allow_hub,
         )
         loop = AsyncEngine(engine, settings.server.limits)
         manager = ExpertManager(
@@ -114,7 +127,7 @@ def open_server(
             store,
             audit,
             roots,
-            MemoryPolicy(limit, chosen.evict_idle),
+            memory,
             parse_preset=parse_fusion,
         )
     except BaseException:
@@ -133,20 +146,22 @@ def open_server(
         manager.close()
 
 
+def _kv_share(limit: int, config: EngineConfig, placement: Placement) -> int:
+    """Bytes that KV caches are sure to get, whatever experts were published before."""
+    return min(kv_budget(placement.device, config.kv_memory), limit // _KV_PART)
+
+
 def _within(
     limit: int, config: EngineConfig, runners: Sequence[Runner], placement: Placement
 ) -> EngineConfig:
-    """The configuration with KV memory for which there is room beside the weights. Raises StartupError."""
+    """The configuration with at most the KV memory for which there is room beside the weights. Raises StartupError."""
     weights = sum(runner.bytes for runner in runners)
-    kv = config.kv_memory if config.kv_memory is not None else kv_budget(placement.device, None)
-    if config.kv_memory is None:
-        kv = min(kv, limit - weights)
-    if kv <= 0 or weights + kv > limit:
-        [need, most] = spelled([weights + max(0, kv), limit])
+    if weights >= limit:
+        [need, most] = spelled([weights, limit])
         raise StartupError(
-            f"The weights and --kv-memory need {need}, and --memory allows {most}: give more, or serve less."
+            f"The weights alone need {need}, and --memory allows {most}: give more, or serve less."
         )
-    return replace(config, kv_memory=kv)
+    return replace(config, kv_memory=min(kv_budget(placement.device, config.kv_memory), limit - weights))
 
 
 def _drop_impossible(
@@ -164,7 +179,7 @@ def _drop_impossible(
         added = False
         for name, value in list(waiting.items()):
             try:
-                if name in models.experts or name == models.base.name:
+                if name in (*models.experts, *models.parked, models.base.name):
                     raise InvalidRequest("a model has this name now")
                 candidate = {**presets, name: parse_fusion(value)}
                 catalog = Catalog(models, candidate, settings.calibrations)

@@ -32,7 +32,7 @@ from proxyserve.models.formats.detect import (
     weight_bytes,
 )
 from proxyserve.models.formats.lora import LoraWeights, read_lora
-from proxyserve.models.loaded_model import Expert, LoadedModel
+from proxyserve.models.loaded_model import Expert, LoadedModel, ParkedExpert
 from proxyserve.models.loading import Placement, context_length, load_config, load_model, make_loaded
 from proxyserve.models.model_set import make_expert
 from proxyserve.models.remote import AnyModel
@@ -134,6 +134,22 @@ class Library:
             else:
                 total += changed_bytes(ingredient, self._changed_folder(ingredient, recipe), itemsize)
         return total
+
+    def as_parked(self, recipe: Recipe, created: float) -> ParkedExpert:
+        """What is known of an expert without its weights. Raises LoadError."""
+        untuned = recipe.untuned
+        folders = [
+            part.path for part in (recipe.tuned, untuned) if part is not None and part.kind == "folder"
+        ]
+        contexts = [context_length(load_config(path), str(path)) for path in folders if path is not None]
+        name = None
+        if untuned is not None:
+            name = untuned.source.of if untuned.path is None else untuned.path.name
+        return ParkedExpert(
+            name,
+            min(contexts, default=self.base.context_length),
+            int(created),
+        )
 
     def expected_layouts(self, recipe: Recipe) -> list[tuple[Layout, int]]:
         """What the KV of models that are new will look like, and their contexts, by their configurations. Raises

@@ -36,6 +36,7 @@ from proxyserve.experts.source import ExpertSpec
 from proxyserve.experts.status import Change, ExpertStatus
 from proxyserve.experts.store import StateStore, StoredGeneration
 from proxyserve.fusion.fusion import Fusion
+from proxyserve.models.loaded_model import ParkedExpert
 from proxyserve.models.model_set import NAME
 
 logger = logging.getLogger(__name__)
@@ -49,11 +50,11 @@ _FAREWELL_SECONDS = 5.0
 
 @dataclass(frozen=True, eq=False)
 class Begun:
-    """An expert that the server has from its start: what is stored of it, its weights, its formats, and what a rollback
-    goes back to."""
+    """An expert that the server has from its start: what is stored of it, its weights, or, where there was no room for
+    them, what is known without them, its formats, and what a rollback goes back to."""
 
     stored: StoredGeneration
-    loaded: LoadedExpert
+    loaded: LoadedExpert | ParkedExpert
     formats: Mapping[str, str]
     previous: StoredGeneration | None = None
 
@@ -114,14 +115,18 @@ class ExpertManager:
                 created=stored.created,
                 formats=dict(expert.formats),
                 digest=stored.content_hash,
-                loaded=expert.loaded,
             )
-            for phase in (Phase.VERIFYING, Phase.WARMING, Phase.PUBLISHED):
-                generation.move(phase)
-            generation.seconds.clear()  # they were spent before anybody looked
             entry = self._roster.entries[stored.expert] = Entry(stored.expert, previous=expert.previous)
             entry.add(generation)
-            self._roster.install(entry, generation)
+            if isinstance(expert.loaded, ParkedExpert):
+                generation.move(Phase.PARKED)
+                entry.published, entry.parked = generation, expert.loaded
+            else:
+                generation.loaded = expert.loaded
+                for phase in (Phase.VERIFYING, Phase.WARMING, Phase.PUBLISHED):
+                    generation.move(phase)
+                self._roster.install(entry, generation)
+            generation.seconds.clear()  # they were spent before anybody looked
         self._presets.install(fixed_presets or {}, presets)
         self._engine.engine.offers.replace(self._roster.offer())
 

@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import time
 
-from proxyserve.errors import InvalidRequest, LoadError, ProxyserveError
+from proxyserve.engine.memory import spelled
+from proxyserve.errors import InvalidRequest, LoadError, NoRoom, ProxyserveError
 from proxyserve.experts.audit import AuditLog
 from proxyserve.experts.library import Library, LoadedExpert
 from proxyserve.experts.manager import Begun
 from proxyserve.experts.recipe import Recipe, make_recipe
+from proxyserve.experts.room import MemoryPolicy
 from proxyserve.experts.roots import Roots
 from proxyserve.experts.source import ExpertSpec, Source
 from proxyserve.experts.store import Restored, StateStore, StoredExpert, StoredGeneration
@@ -44,12 +46,16 @@ class Starter:
         store: StateStore,
         audit: AuditLog,
         roots: Roots,
+        memory: MemoryPolicy,
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
+        """`memory` is what weights may take; experts that were published before and do not fit are parked, if it says
+        so, or dropped."""
         self._library = library
         self._store = store
         self._audit = audit
         self._roots = roots
+        self._memory = memory
         self._progress = progress
         self.messages: list[str] = []
         self.dropped: list[tuple[StoredGeneration, str]] = []
@@ -104,6 +110,9 @@ class Starter:
     def _begin_stored(self, stored: StoredExpert) -> list[Begun]:
         published = stored.published
         try:
+            parked = self._parked(stored)
+            if parked is not None:
+                return [parked]
             loaded, recipe = self._load(
                 stored.name, published.generation, published.spec, published.content_hash
             )
@@ -114,6 +123,24 @@ class Starter:
             )
             return []
         return [Begun(published, loaded, recipe.formats, stored.previous)]
+
+    def _parked(self, stored: StoredExpert) -> Begun | None:
+        """The expert without its weights, if there is no room for them. Raises NoRoom if it may not be parked."""
+        published = stored.published
+        recipe = make_recipe(published.spec, self._roots)
+        needed = self._library.estimate(recipe)
+        left = self._memory.limit - sum(runner.bytes for runner in self._library.runners())
+        if needed <= left:
+            return None
+        if not self._memory.evict_idle:
+            need, free = spelled([needed, max(0, left)])
+            raise NoRoom(
+                f"{need} of memory are needed beside the KV caches, and {free} are left; start with a larger --memory "
+                "or with --evict-idle"
+            )
+        self.messages.append(f"expert '{stored.name}' is parked: it is loaded when a request names it")
+        known = self._library.as_parked(recipe, published.created)
+        return Begun(published, known, recipe.formats, stored.previous)
 
     def _record(self, action: str, stored: StoredGeneration) -> None:
         self._audit.record(

@@ -217,7 +217,7 @@ def test_in_paged_mode(tmp_path: Path) -> None:
     bank = AdapterBank(model.module)
     bank.add(A, adapter)
     with attention_plan(ShapeProbe()), adapter_plan(bank.plan([A], [6])):
-        close(runner._forward(ids.tolist(), list(range(6)), [1, 5]), wanted[[1, 5]])
+        close(runner._forward(ids.tolist(), list(range(6)), [1, 5], 2), wanted[[1, 5]])
 
 
 @pytest.mark.parametrize("device", DEVICES)
