@@ -68,7 +68,7 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
         return Generation(state, [submission], lease, request.state.arrived)
 
     with _chat_field_names(body):
-        generation = await with_experts(state, begin)
+        generation = await with_experts(request, begin)
     return await respond(request, body, generation, shape)
 
 

@@ -62,7 +62,7 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
         )
         return Generation(state, submissions, lease, request.state.arrived)
 
-    return await respond(request, body, await with_experts(state, begin), shape)
+    return await respond(request, body, await with_experts(request, begin), shape)
 
 
 def _submissions(

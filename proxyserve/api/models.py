@@ -6,8 +6,9 @@ from fastapi import APIRouter, Request
 
 from proxyserve.api.documentation import error_answers
 from proxyserve.api.schemas.other import ModelBody, ModelList
-from proxyserve.api.state import ServerState, server_state
+from proxyserve.api.state import server_state
 from proxyserve.errors import ExpertParked
+from proxyserve.fusion.catalog import Catalog
 from proxyserve.fusion.model_name import parse_model_name
 
 router = APIRouter(tags=["models"])
@@ -17,23 +18,23 @@ router = APIRouter(tags=["models"])
 async def list_models(request: Request) -> ModelList:
     """The base, the base with each expert at weight 1 (those with an untuned model), and the presets."""
     state = server_state(request)
-    base = state.models.base.name
-    models = state.models
+    catalog = state.catalog  # once: another one may be offered at any time
+    models = catalog.models
+    base = models.base.name
     everyone = {**{name: expert.as_parked for name, expert in models.experts.items()}, **models.parked}
     pairs = [name for name, expert in sorted(everyone.items()) if expert.untuned is not None]
-    names = [base, *(f"{base}+{name}" for name in pairs), *state.catalog.presets]
-    return ModelList(data=[_model(state, name) for name in names])
+    names = [base, *(f"{base}+{name}" for name in pairs), *catalog.presets]
+    return ModelList(data=[_model(catalog, name) for name in names])
 
 
 @router.get("/v1/models/{model_id:path}", summary="Look a model up", responses=error_answers(400, 401, 404))
 async def read_model(request: Request, model_id: str) -> ModelBody:
     """Any name that can be called, listed or not: `atlas+qa:0.8+arith`."""
-    return _model(server_state(request), model_id)
+    return _model(server_state(request).catalog, model_id)
 
 
-def _model(state: ServerState, name: str) -> ModelBody:
+def _model(catalog: Catalog, name: str) -> ModelBody:
     """Raises UnknownModel or InvalidRequest."""
-    catalog = state.catalog
     base = catalog.models.base
     try:
         program = parse_model_name(name, catalog).compile(catalog)

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
+from proxyserve.api.presence import while_present
 from proxyserve.api.schemas.common import GenerationRequest
 from proxyserve.api.schemas.fusion import FusionObject
+from proxyserve.api.state import server_state
 from proxyserve.config import Limits
 from proxyserve.engine.submission import LanePrompts
 from proxyserve.errors import ExpertParked, InvalidRequest
@@ -23,7 +25,6 @@ from proxyserve.fusion.rules.proxy import Proxy
 from proxyserve.types import SamplingParams
 
 if TYPE_CHECKING:
-    from proxyserve.api.state import ServerState
     from proxyserve.engine.engine import Engine
     from proxyserve.engine.offer import Lease
     from proxyserve.models.model_set import ModelSet
@@ -55,9 +56,11 @@ async def prepared(request: Request, work: Callable[[], T]) -> T:
     return work()
 
 
-async def with_experts(state: ServerState, begin: Callable[[Lease], Awaitable[T]]) -> T:
+async def with_experts(request: Request, begin: Callable[[Lease], Awaitable[T]]) -> T:
     """Run `begin` with the current offer leased. If that finds that an expert must be loaded first, wait for it, for
-    `ServerConfig.load_wait_seconds` in all, and run it again. Raises NotReady if that takes too long or fails."""
+    `ServerConfig.load_wait_seconds` in all, and run it again. Raises NotReady if that takes too long or fails,
+    QueueFull, and ClientDisconnect."""
+    state = server_state(request)
     patience = asyncio.get_running_loop().time() + state.config.load_wait_seconds
     while True:
         try:
@@ -66,7 +69,9 @@ async def with_experts(state: ServerState, begin: Callable[[Lease], Awaitable[T]
         except ExpertParked as parked:
             if state.experts is None:
                 raise
-            await state.experts.wake(parked.name, patience - asyncio.get_running_loop().time())
+            left = patience - asyncio.get_running_loop().time()
+            await request.body()  # so that the next message is that the client has left
+            await while_present(state.experts.wake(parked.name, left), request.receive, state.stopping)
 
 
 #: What a request may add to a preset.

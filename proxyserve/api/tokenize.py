@@ -33,7 +33,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> TokenizeResponse:
     async def encode(lease: Lease) -> list[int]:
         return await prepared(request, lambda: _tokens(body, lease.catalog))
 
-    tokens = await with_experts(state, encode)
+    tokens = await with_experts(request, encode)
     return TokenizeResponse(tokens=tokens, count=len(tokens), max_model_len=state.models.base.context_length)
 
 
@@ -43,7 +43,7 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> DetokenizeRes
     async def decode(lease: Lease) -> str:
         return await prepared(request, lambda: _text(body, lease.catalog))
 
-    return DetokenizeResponse(prompt=await with_experts(server_state(request), decode))
+    return DetokenizeResponse(prompt=await with_experts(request, decode))
 
 
 def _tokens(body: TokenizeRequest, catalog: Catalog) -> list[int]:

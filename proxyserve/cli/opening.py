@@ -100,11 +100,12 @@ def open_server(
                 if isinstance(expert.loaded, ParkedExpert)
             },
         )
-        # Also those that were deleted or did not come back.
+        # Those of the command line may have been deleted while an earlier server ran, others may come later.
         names = {expert.name for expert in wanted} | {expert.name for expert in restored.experts}
         unknown = sorted(settings.policy.protected - names)
-        if unknown:
+        if unknown and not (chosen.roots or chosen.allow_hub):
             raise StartupError(f"--protect {unknown[0]}: there is no such expert.")
+        starter.messages.extend(f"--protect {name}: there is no such expert now" for name in unknown)
         presets = parse_presets(settings.presets, {base_model.name, *models.experts, *models.parked})
         texts: dict[str, Mapping[str, Any]] = {
             name: preset for name, preset in restored.presets.items() if name not in presets

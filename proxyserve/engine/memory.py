@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -14,11 +16,13 @@ from proxyserve.models.remote import RemoteModel
 
 _CPU_SHARE, _CPU_MOST = 0.25, 2 * 2**30
 _GPU_SHARE = 0.85
-#: Of the whole machine, for weights and KV together.
+#: Of what the machine or its container has, for weights and KV together.
 _CPU_LIMIT, _GPU_LIMIT = 0.8, 0.92
 #: An arena has room for this many lanes of each request, where it has that many models: an expert's two, and a second
 #: expert over the same untuned model.
 _LANES = 3
+#: Bytes that a container may take, under cgroups 2 and 1.
+_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +108,8 @@ def memory_limit(device: torch.device, wanted: int | None) -> int:
     if wanted is not None:
         return wanted
     if device.type == "cuda":
-        _, total = torch.cuda.mem_get_info(device)
-        return int(total * _GPU_LIMIT)
+        free, _ = torch.cuda.mem_get_info(device)
+        return int((free + torch.cuda.memory_reserved(device)) * _GPU_LIMIT)  # the rest is other processes'
     return int(_physical_bytes() * _CPU_LIMIT)
 
 
@@ -124,4 +128,9 @@ def _spell(size: int) -> str:
 
 
 def _physical_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Of the machine, or of the container that this process runs in, if that has less."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for file in _CGROUP_LIMITS:
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            physical = min(physical, int(file.read_text()))
+    return physical

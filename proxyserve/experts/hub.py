@@ -13,6 +13,8 @@ from pathlib import Path
 
 from proxyserve.errors import LoadError
 
+#: A download that hangs must not keep all other experts from being loaded for ever.
+_PATIENCE_SECONDS = 3600
 #: What a model or an adapter is made of; no pickles, no code.
 _PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
 
@@ -21,7 +23,12 @@ def fetch(hub_id: str) -> Path:
     """The folder of its snapshot. Raises LoadError if it cannot be had."""
     command = [sys.executable, "-m", "proxyserve.experts.hub", hub_id]
     environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=_PATIENCE_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise LoadError(f"'{hub_id}' did not come from the hub within {_PATIENCE_SECONDS} s") from None
     lines = done.stdout.split("\n")
     if done.returncode != 0 or len(lines) < 2:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]

@@ -180,7 +180,7 @@ class Library:
         sources = (part.source for part in (recipe.untuned, recipe.tuned) if part is not None)
         names = dict.fromkeys(source.of for source in sources if source.of is not None)
         folders = (recipe.spec.origins[name] for name in names if name in recipe.spec.origins)
-        return [Path(folder) for folder in folders if not self._is_here(Path(folder))]
+        return [Path(folder) for folder in folders if self._digest_at(Path(folder)) is None]
 
     def _changed_folder(self, ingredient: Ingredient, recipe: Recipe) -> Path:
         """Where the model lies that a diff or a merge is a change of. Raises LoadError."""
@@ -195,6 +195,19 @@ class Library:
             return Path(recipe.spec.origins[name])
         resident = self.named(name)
         return _folder_of(resident, ingredient)
+
+    def keep(self, recipe: Recipe) -> tuple[ModelKey, ...]:
+        """Keep the models that `of` names in memory, whatever is evicted, until `let_go` is given what this returns."""
+        sources = (part.source for part in (recipe.untuned, recipe.tuned) if part is not None)
+        names = {source.of for source in sources if source.of is not None}
+        folders = {Path(recipe.spec.origins[name]) for name in names if name in recipe.spec.origins}
+        kept = []
+        with self._lock:
+            for key, resident in self._residents.items():
+                if key.name in names or resident.folder in folders:
+                    resident.users += 1
+                    kept.append(key)
+        return tuple(kept)
 
     # From a recipe to an expert that steps can run ---------------------------------------------------------------
 
@@ -213,7 +226,7 @@ class Library:
         try:
             loaded = loading.run()
         except BaseException:
-            self.on_unneeded(self._let_go(loading.trunks))
+            self.on_unneeded(self.let_go(loading.trunks))
             raise
         return loaded
 
@@ -231,7 +244,7 @@ class Library:
     def release(self, loaded: LoadedExpert) -> tuple[ModelKey, ...]:
         """The expert is not needed any more. Returns the trunks that nothing needs now, to be dropped by the engine if
         it has them."""
-        return self._let_go(loaded.trunks)
+        return self.let_go(loaded.trunks)
 
     def runners(self) -> list[Runner]:
         """Of everything here, the base included if it is here."""
@@ -247,7 +260,8 @@ class Library:
                 return self._base.runner
             return self._residents[trunk].runner
 
-    def _let_go(self, trunks: Iterable[ModelKey]) -> tuple[ModelKey, ...]:
+    def let_go(self, trunks: Iterable[ModelKey]) -> tuple[ModelKey, ...]:
+        """One user less for each. Returns those that nothing needs now."""
         gone = []
         with self._lock:
             for key in trunks:

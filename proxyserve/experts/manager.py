@@ -22,13 +22,13 @@ from typing import Any
 
 from proxyserve.engine.loop import AsyncEngine
 from proxyserve.engine.preparation import check_presets
-from proxyserve.errors import InvalidRequest, NotReady, ProxyserveError, SwapConflict
+from proxyserve.errors import InvalidRequest, NotReady, ProxyserveError, QueueFull, SwapConflict
 from proxyserve.experts.audit import AuditLog, Outcome
 from proxyserve.experts.generation import Phase
 from proxyserve.experts.ledger import Entry, Generation
 from proxyserve.experts.library import Library, LoadedExpert
 from proxyserve.experts.presets import PresetBook, PresetValues
-from proxyserve.experts.recipe import make_recipe, needs_hub
+from proxyserve.experts.recipe import make_recipe, needs_hub, pinned
 from proxyserve.experts.room import MemoryPolicy, Room
 from proxyserve.experts.roots import Roots
 from proxyserve.experts.roster import Roster, SwapCounters
@@ -85,6 +85,7 @@ class ExpertManager:
         self._room = Room(memory, engine.engine, library, self._roster)
         self._presets = PresetBook(engine.engine, self._roster, store, audit, parse_preset)
         self._closing = False
+        self._waiting = 0  # requests, for parked experts; counted on the event loop
         self._thread = threading.Thread(target=self._work, name="proxyserve-loader", daemon=True)
 
     # Starting and stopping -------------------------------------------------------------------------------------
@@ -220,7 +221,7 @@ class ExpertManager:
                     f"Expert '{name}' has no earlier generation to go back to.", code="no_previous_generation"
                 )
             held = entry.generations.get(stored.generation)
-            if held is not None and held.loaded is not None:
+            if held is not None and held.phase in (Phase.DRAINING, Phase.STANDBY) and held.loaded is not None:
                 self._require_presets(name, held.loaded)
                 self._record("rollback", actor, held, "begun")
                 self._publish(entry, held, rollback=True)
@@ -265,8 +266,19 @@ class ExpertManager:
             ) from None
 
     async def wake(self, name: str, patience: float) -> None:
-        """Have a parked expert loaded, within `patience` seconds. Raises NotReady if it takes longer or fails; a load
-        that has begun goes on."""
+        """Have a parked expert loaded, within `patience` seconds. Raises NotReady if it takes longer or fails, and
+        QueueFull if too many requests wait for experts; a load that has begun goes on."""
+        if self._waiting >= self._engine.limits.max_waiting_requests:
+            raise QueueFull(
+                "Too many requests wait for experts to be loaded; try again later.", retry_after=1.0
+            )
+        self._waiting += 1
+        try:
+            await self._woken(name, patience)
+        finally:
+            self._waiting -= 1
+
+    async def _woken(self, name: str, patience: float) -> None:
         with self._lock:
             entry = self._roster.entries.get(name)
             generation = None if entry is None else entry.published
@@ -285,7 +297,8 @@ class ExpertManager:
         with self._lock:  # held until what was loaded is offered
             error = generation.error
         if error is not None:
-            raise NotReady(f"Expert '{name}' cannot be loaded again: {error}")
+            # Why is for administrators: it may name the server's files.
+            raise NotReady(f"Expert '{name}' cannot be loaded now; the server's operator can see why.")
 
     # Presets and the server --------------------------------------------------------------------------------------
 
@@ -365,17 +378,21 @@ class ExpertManager:
         engine, library = self._engine.engine, self._library
         recipe = make_recipe(generation.spec, self._roots)
         generation.formats = recipe.formats
-        self._room.make(recipe, generation)
-        loaded = library.load(
-            recipe,
-            generation.expert,
-            generation.number,
-            progress=generation.progressed,
-            expected=generation.digest or None,
-        )
+        kept = library.keep(recipe)
+        try:
+            self._room.make(recipe, generation)
+            loaded = library.load(
+                recipe,
+                generation.expert,
+                generation.number,
+                progress=generation.progressed,
+                expected=generation.digest or None,
+            )
+        finally:
+            library.on_unneeded(library.let_go(kept))
         try:
             generation.digest = loaded.digest
-            generation.spec = replace(generation.spec, origins=loaded.origins)
+            generation.spec = replace(pinned(recipe), origins=loaded.origins)
             with self._lock:
                 self._roster.move(generation, Phase.VERIFYING)
             library.verify(loaded)

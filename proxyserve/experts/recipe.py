@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,12 +20,14 @@ _CHANGES: frozenset[Kind] = frozenset({"lora", "diff", "compressed", "merge"})
 
 @dataclass(frozen=True, slots=True)
 class Ingredient:
-    """One model's source. `path` is None for merges, whose `parts` have theirs, and for loaded models."""
+    """One model's source. `path` is None for merges, whose `parts` have theirs, and for loaded models; `from_hub`: it
+    was a hub id."""
 
     source: Source
     kind: Kind
     path: Path | None = None
     parts: tuple[tuple[float, Ingredient], ...] = ()
+    from_hub: bool = False
 
     @property
     def is_change(self) -> bool:
@@ -79,6 +81,24 @@ def make_recipe(spec: ExpertSpec, roots: Roots) -> Recipe:
     return Recipe(spec, tuned, untuned)
 
 
+def pinned(recipe: Recipe) -> ExpertSpec:
+    """The spec with the revisions that the hub's ids stood for, so that it means the same later."""
+
+    def pin(ingredient: Ingredient) -> Source:
+        source, path = ingredient.source, ingredient.path
+        if ingredient.parts:
+            return replace(source, merge=tuple((weight, pin(part)) for weight, part in ingredient.parts))
+        if not ingredient.from_hub or source.path is None or path is None or "@" in source.path:
+            return source
+        return replace(
+            source, path=f"{source.path}@{path.name}"
+        )  # a snapshot's folder is called after its commit
+
+    spec = recipe.spec
+    untuned = None if spec.untuned is None or recipe.untuned is None else pin(recipe.untuned)
+    return replace(spec, tuned=pin(recipe.tuned), untuned=untuned)
+
+
 def needs_hub(spec: ExpertSpec, roots: Roots) -> bool:
     """Whether `make_recipe` would have to ask the hub, which can take long."""
     sources = [spec.tuned, *(part for _, part in spec.tuned.merge)]
@@ -102,6 +122,7 @@ def _ingredient(source: Source, where: str, roots: Roots, trusted: bool) -> Ingr
     if source.path is None:
         return Ingredient(source, "loaded")
     try:
+        from_hub = not trusted and roots.is_hub_id(source.path)
         path = _trusted(source.path) if trusted else roots.find(source.path)
         if not trusted:
             roots.check(path, content_files(path))  # before a file is opened
@@ -120,7 +141,7 @@ def _ingredient(source: Source, where: str, roots: Roots, trusted: bool) -> Ingr
         raise InvalidRequest("A whole folder has nothing to be scaled.", param=f"{where}.{field}")
     if kind == "lora" and source.layers is not None:
         raise InvalidRequest("'layers' is for diffs; adapters have none.", param=f"{where}.layers")
-    return Ingredient(source, kind, path)
+    return Ingredient(source, kind, path, from_hub=from_hub)
 
 
 def _trusted(text: str) -> Path:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
+from time import monotonic
 
 from proxyserve.engine.engine import Engine
 from proxyserve.engine.memory import least_arena_bytes, spelled
@@ -16,6 +18,7 @@ from proxyserve.experts.roster import Roster
 
 #: How long requests may take to be prepared that could still begin to use what is being evicted.
 _PATIENCE_SECONDS = 10.0
+_PAUSE_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +65,26 @@ class Room:
     def make(self, recipe: Recipe, generation: Generation) -> None:
         """Let go of what may go until the recipe of this generation fits. Must not be called under the roster's lock.
         Raises NoRoom."""
-        needed = self.needed(recipe)
-        while (left := self.left) < needed:
+        # What is shared may go with its last user, so that more is needed than before.
+        while (left := self.left) < (needed := self.needed(recipe)):
+            self._roster.sweep()
             with self._roster.lock:
                 victims = (found for found in self._evictable() if found is not generation)
                 freed = next((freed for found in victims if (freed := self._evict(found)) is not None), None)
             if freed is None:
                 raise self._no_room(needed, left)
-            try:
-                freed.result(_PATIENCE_SECONDS)
-            except TimeoutError:  # a request has begun to use it after all
-                raise self._no_room(needed, self.left) from None
+            if not self._is_done(freed):  # a request has begun to use it after all
+                raise self._no_room(needed, self.left)
+
+    def _is_done(self, freed: Future[None]) -> bool:
+        """Wait for it. Whoever ends the last use may have left the sweeping to this thread."""
+        until = monotonic() + _PATIENCE_SECONDS
+        while monotonic() < until:
+            with suppress(TimeoutError):
+                freed.result(_PAUSE_SECONDS)
+                return True
+            self._roster.sweep()
+        return False
 
     def _evictable(self) -> list[Generation]:
         """What memory can be taken from, best first: generations that stand by, then, if that is allowed, experts that
