@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,6 +221,10 @@ def serve(
         ) as opened,
     ):
         status.stop()
+        # What is here now stays. A full garbage collection, of which some swaps cause one, would look at all of it and
+        # steps would wait for a quarter of a second.
+        gc.collect()
+        gc.freeze()
         for message in opened.messages:
             console.print(Text.assemble(("note: ", "bold yellow"), message), soft_wrap=True)
         console.print(startup_table(opened.engine.engine, settings.server, settings.experts))

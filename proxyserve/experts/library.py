@@ -8,6 +8,7 @@ Loading, verifying and warming touch nothing that steps use, so that they may ha
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -39,8 +40,8 @@ from proxyserve.models.remote import AnyModel
 from proxyserve.text.tokenizer import Tokenizer
 from proxyserve.types import ModelKey
 
-#: The model type in config.json decides the tokenizer's class.
-_TOKENIZER_FILES = (*TOKENIZER_FILES, "config.json")
+#: What of a model's configuration its tokenizer depends on.
+_TOKENIZER_CONFIG = ("model_type", "tokenizer_class", "transformers_version")
 
 #: Names, times and sizes of files.
 Stamp = list[tuple[str, int, int]]
@@ -104,6 +105,9 @@ class Library:
         self._numbers: Counter[str] = Counter()
         self._tokenizers: WeakValueDictionary[str, Tokenizer] = WeakValueDictionary()
         self._adapters: WeakValueDictionary[str, LoraWeights] = WeakValueDictionary()
+        if base_runner is not None:
+            model = base_runner.model
+            self._tokenizers[_tokenizer_digest(model.path)] = model.tokenizer
 
     def named(self, name: str) -> Resident:
         """The weights that a source's `of` means: an untuned model's own name, or the base's. Raises LoadError."""
@@ -304,17 +308,12 @@ class Library:
             return ModelKey(name, self._numbers[name])
 
     def _tokenizer(self, folder: Path) -> Tokenizer:
-        """The folder's tokenizer; equal files are loaded once."""
-        digest = hashlib.sha256()
-        templates = sorted(file.name for file in folder.glob(f"{TEMPLATES}/*.jinja"))
-        for name in (*_TOKENIZER_FILES, *(f"{TEMPLATES}/{template}" for template in templates)):
-            file = folder / name
-            digest.update(name.encode() + b"\0")
-            if file.is_file():
-                digest.update(hashlib.sha256(file.read_bytes()).digest())
-        found = self._tokenizers.get(digest.hexdigest())
+        """The folder's tokenizer; equal files are loaded once. That matters to steps: whatever loads a tokenizer keeps
+        the interpreter to itself, for half a second if the vocabulary is large."""
+        digest = _tokenizer_digest(folder)
+        found = self._tokenizers.get(digest)
         if found is None:
-            found = self._tokenizers[digest.hexdigest()] = Tokenizer.load(folder)
+            found = self._tokenizers[digest] = Tokenizer.load(folder)
         return found
 
 
@@ -545,6 +544,21 @@ def _expert_digest(tuned: str, untuned: Resident | None) -> str:
 
 def _digest_of(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _tokenizer_digest(folder: Path) -> str:
+    """Of everything that the tokenizer in a model's folder is made from."""
+    parts = []
+    templates = sorted(file.name for file in folder.glob(f"{TEMPLATES}/*.jinja"))
+    for name in (*TOKENIZER_FILES, *(f"{TEMPLATES}/{template}" for template in templates)):
+        file = folder / name
+        if file.is_file():
+            parts += [name, hashlib.sha256(file.read_bytes()).hexdigest()]
+    try:
+        config = dict(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, TypeError):  # none, or a damaged one, which is found elsewhere
+        config = {}
+    return _digest_of(*parts, *(repr(config.get(name)) for name in _TOKENIZER_CONFIG))
 
 
 def _stamp(path: Path) -> Stamp:

@@ -13,10 +13,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import queue
-import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +26,7 @@ from proxyserve.experts.audit import AuditLog, Outcome
 from proxyserve.experts.generation import Phase
 from proxyserve.experts.ledger import Entry, Generation
 from proxyserve.experts.library import Library, LoadedExpert
+from proxyserve.experts.pacing import paced
 from proxyserve.experts.presets import PresetBook, PresetValues
 from proxyserve.experts.recipe import make_recipe, needs_hub, pinned
 from proxyserve.experts.room import MemoryPolicy, Room
@@ -41,9 +41,6 @@ from proxyserve.models.model_set import NAME
 
 logger = logging.getLogger(__name__)
 
-#: While something is loaded, threads ask for the interpreter this much more often (seconds): else each of the step
-#: thread's operations would wait up to 5 ms for a loader that runs Python code.
-_SWITCH_SECONDS = 50e-6
 #: How long a load may hold up the end of the server.
 _FAREWELL_SECONDS = 5.0
 
@@ -221,7 +218,11 @@ class ExpertManager:
                     f"Expert '{name}' has no earlier generation to go back to.", code="no_previous_generation"
                 )
             held = entry.generations.get(stored.generation)
-            if held is not None and held.phase in (Phase.DRAINING, Phase.STANDBY) and held.loaded is not None:
+            if held is not None and held.loaded is not None:
+                if held.phase.is_over:  # it was parked, and a request that is being prepared may still run it
+                    raise SwapConflict(
+                        f"Generation {held.number} of expert '{name}' is leaving memory; try again in a moment."
+                    )
                 self._require_presets(name, held.loaded)
                 self._record("rollback", actor, held, "begun")
                 self._publish(entry, held, rollback=True)
@@ -320,8 +321,7 @@ class ExpertManager:
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None and not self._closing:
             try:
-                with _eager_switching():
-                    job()
+                job()
             except Exception:  # such as a full disk when a failure was to be written down
                 logger.exception("a change of an expert did not end as it should")
 
@@ -381,13 +381,14 @@ class ExpertManager:
         kept = library.keep(recipe)
         try:
             self._room.make(recipe, generation)
-            loaded = library.load(
-                recipe,
-                generation.expert,
-                generation.number,
-                progress=generation.progressed,
-                expected=generation.digest or None,
-            )
+            with self._paced():
+                loaded = library.load(
+                    recipe,
+                    generation.expert,
+                    generation.number,
+                    progress=generation.progressed,
+                    expected=generation.digest or None,
+                )
         finally:
             library.on_unneeded(library.let_go(kept))
         try:
@@ -395,10 +396,12 @@ class ExpertManager:
             generation.spec = replace(pinned(recipe), origins=loaded.origins)
             with self._lock:
                 self._roster.move(generation, Phase.VERIFYING)
-            library.verify(loaded)
+            with self._paced():
+                library.verify(loaded)
             with self._lock:
                 self._roster.move(generation, Phase.WARMING)
-            library.warm(loaded, engine.config.max_batch)
+            with self._paced():
+                library.warm(loaded, engine.config.max_batch)
             left = self._room.left - sum(runner.bytes for runner in loaded.fresh)
             arenas = dict(engine.residents.arenas)
             for runner in loaded.fresh:
@@ -411,6 +414,10 @@ class ExpertManager:
             self._roster.discard(loaded)
             raise
         return loaded
+
+    def _paced(self) -> AbstractContextManager[None]:
+        """Slowly, as long as there are requests."""
+        return paced(lambda: self._engine.engine.has_work)
 
     def _fail(self, generation: Generation, error: Exception, phase: Phase) -> None:
         if isinstance(error, ProxyserveError):
@@ -436,13 +443,3 @@ class ExpertManager:
             outcome=outcome,
             detail=detail,
         )
-
-
-@contextmanager
-def _eager_switching() -> Iterator[None]:
-    usual = sys.getswitchinterval()
-    sys.setswitchinterval(min(usual, _SWITCH_SECONDS))
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(usual)

@@ -65,7 +65,8 @@ def require_compatible(
 
     Extra tokens on one side are fine (they are left out of the shared ids); the same token under two ids, or two
     tokens under one id, are not: the models would talk about different things."""
-    if reference == other:  # the usual case, and much faster than looking for differences
+    # The usual cases, and much faster than looking for differences; a dictionary compares all its items even to itself.
+    if reference is other or reference == other:
         return
     moved = [
         f"token {token!r} is {token_id} in {reference_name} and {other[token]} in {other_name}"

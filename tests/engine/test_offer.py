@@ -59,16 +59,16 @@ def test_what_is_current_is_not_used_by_that_alone() -> None:
     assert not Offers(fake(KEYS[0])).used(KEYS[0])
 
 
-def test_replacing_unless_something_is_used() -> None:
-    old, new = fake(KEYS[0]), fake(KEYS[1])
+def test_replacing_unless_something_is_held() -> None:
+    old, new = fake(*KEYS[:2]), fake(KEYS[1])
     offers = Offers(old)
-    with offers.lease():
-        assert not offers.replace(new, unless_used=[KEYS[0]]) and offers.current is old
-        assert not offers.replace(new, unless_used=[KEYS[1], KEYS[0]])
     offers.hold([KEYS[0]])
-    assert not offers.replace(new, unless_used=[KEYS[0]])
+    assert not offers.replace(new, unless_held=[KEYS[0]]) and offers.current is old
+    assert not offers.replace(new, unless_held=[KEYS[1], KEYS[0]])
     offers.release([KEYS[0]])
-    assert offers.replace(new, unless_used=[KEYS[0]]) and offers.current is new
+    with offers.lease() as lease:  # whoever prepares a request has what it needs, for as long as that takes
+        assert offers.replace(new, unless_held=[KEYS[0]]) and offers.current is new
+        assert offers.used(KEYS[0]) and lease.offer is old
 
 
 def test_who_waits_is_told_when_the_last_user_has_gone() -> None:
@@ -106,6 +106,8 @@ def test_last_uses() -> None:
         offers.hold([key])
         offers.release([key])
     assert 0.0 < offers.last_held(KEYS[0]) <= offers.last_held(KEYS[1])
+    offers.touch(KEYS[:1])
+    assert offers.last_held(KEYS[1]) <= offers.last_held(KEYS[0]) and not offers.used(KEYS[0])
     offers.forget(KEYS)
     assert offers.last_held(KEYS[0]) == 0.0
 
@@ -185,8 +187,8 @@ class OfferMachine(RuleBasedStateMachine):
     @rule(keys=st.sets(st.sampled_from(KEYS), min_size=1, max_size=2), unless=st.sets(st.sampled_from(KEYS)))
     def replace(self, keys: set[ModelKey], unless: set[ModelKey]) -> None:
         new = fake(*keys)
-        done = self.offers.replace(new, unless_used=unless)
-        assert done == all(self.users(key) == 0 for key in unless)
+        done = self.offers.replace(new, unless_held=unless)
+        assert done == all(self.held(key) == 0 for key in unless)
         if done:
             self.current = new
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from proxyserve.errors import ExpertParked, NoRoom, NotReady, UnknownModel
+from proxyserve.errors import ExpertParked, NoRoom, NotReady, SwapConflict, UnknownModel
 from proxyserve.experts.generation import Phase
 from proxyserve.experts.room import MemoryPolicy
+from proxyserve.types import ModelKey
 from tests.experts.contents import World
 from tests.experts.faults import Faults, Gate
 from tests.experts.kinds import Kind, proxy_kind
@@ -19,6 +20,7 @@ from tests.experts.swapping import Server, begin, check_answer, open_world, wait
 PROMPT = tuple(range(5, 26))
 QA = proxy_kind({"qa": 1.0}, PROMPT)
 RECORD = proxy_kind({"record": 1.0}, PROMPT)
+RECORD_KEY = ModelKey("record.tuned", 1)
 BIO = proxy_kind({"bio": 1.0}, PROMPT)
 KINDS = {"qa": QA, "record": RECORD, "bio": BIO}
 
@@ -71,12 +73,62 @@ async def test_the_least_recently_used_expert_is_parked_and_woken(small: Server)
 
 async def test_an_expert_in_use_is_not_parked(small: Server) -> None:
     await fill(small)
-    running = await begin(small, QA, "running")
-    with small.plain.offers.lease(), pytest.raises(NoRoom):  # a lease keeps them all
+    running = [await begin(small, kind, f"running-{name}") for name, kind in list(KINDS.items())[:2]]
+    with pytest.raises(NoRoom):
         await small.put("bio", "diff")
+    await running[1].leave()
+    await wait_until(lambda: small.plain.offers.held(RECORD_KEY) == 0)
     await small.put("bio", "diff")
     assert small.states() == {"qa": "published", "record": "parked", "bio": "published"}
-    await running.leave()
+    await running[0].leave()
+
+
+async def test_parking_waits_for_requests_that_are_being_prepared(small: Server) -> None:
+    await fill(small)
+    with small.plain.offers.lease() as lease:
+        change = await small.begin_put("bio", "diff")
+        await wait_until(lambda: small.generation("qa", 1).phase is Phase.PARKED)
+        assert small.generation("qa", 1).loaded is not None
+        answering = small.stream(QA.submission("prepared"), lease)
+    (answer,) = await answering.all()
+    assert answer.tokens == small.expected(QA, answer)
+    assert (await small.manager.settled(change)).state == "published"
+    assert small.generation("qa", 1).loaded is None
+    await ask_waking(small, QA, "woken")
+
+
+async def test_an_expert_that_is_wanted_again_before_its_weights_have_gone(
+    small: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxyserve.experts.room._PATIENCE_SECONDS", 0.01)
+    await fill(small)
+    loaded = small.generation("qa", 1).loaded
+    with small.plain.offers.lease():
+        status = await small.put("bio", "diff")
+        assert status.state == "failed" and "are left" in (status.last_error or "")
+        assert small.states()["qa"] == "parked"
+        await ask_waking(small, QA, "woken")
+        assert small.generation("qa", 1).loaded is loaded
+    assert (await small.put("bio", "diff")).state == "published"
+
+
+async def test_rollback_to_a_generation_that_was_parked_and_has_not_gone(
+    small: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxyserve.experts.room._PATIENCE_SECONDS", 0.01)
+    await small.put("qa", "lora")
+    await fill(small)
+    with small.plain.offers.lease():
+        await small.put("bio", "diff")
+        assert small.states()["qa"] == "parked" and small.generation("qa", 2).loaded is not None
+        small.manager._room.policy = MemoryPolicy(2**40)
+        assert (await small.put("qa", "merge")).previous == 2
+        with pytest.raises(SwapConflict):
+            await small.roll_back("qa")
+        assert small.manager.expert("qa").generation == 3
+    await wait_until(lambda: small.generation("qa", 2).loaded is None)
+    assert (await small.roll_back("qa")).generation == 2
+    await check_answer(small, QA, 2)
 
 
 async def test_many_requests_wake_an_expert_once(small: Server) -> None:

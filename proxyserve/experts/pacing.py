@@ -1,0 +1,43 @@
+"""Loading in small portions, so that steps on another thread hardly notice.
+
+Loading a model is mostly Python: tens of thousands of calls. While another thread runs Python, a step has to ask for
+the interpreter after each of its thousand operations, and takes two to three times as long. So the loader works for
+half a millisecond at a time and then sleeps for two. The one place from which it can be stopped, wherever in the code
+of others it is, is the interpreter itself, which calls a profiler at every call and return.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import perf_counter, sleep
+from typing import Any
+
+_WORK_SECONDS = 0.5e-3
+_REST_SECONDS = 2e-3
+#: How often threads ask for the interpreter meanwhile; 5 ms, as usual, would be long for each operation of a step.
+_SWITCH_SECONDS = 50e-6
+
+
+@contextmanager
+def paced(busy: Callable[[], bool]) -> Iterator[None]:
+    """What this thread does inside goes on in portions for as long as `busy` says so. A call into C is one portion,
+    however long it takes. Inside, hold no lock that a step may want."""
+    until = perf_counter() + _WORK_SECONDS
+
+    def pause(frame: Any, event: str, argument: Any) -> None:
+        nonlocal until
+        if perf_counter() >= until:
+            if busy():
+                sleep(_REST_SECONDS)
+            until = perf_counter() + _WORK_SECONDS
+
+    interval, profiler = sys.getswitchinterval(), sys.getprofile()
+    sys.setswitchinterval(min(interval, _SWITCH_SECONDS))
+    sys.setprofile(pause)
+    try:
+        yield
+    finally:
+        sys.setprofile(profiler)
+        sys.setswitchinterval(interval)
