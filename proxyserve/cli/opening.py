@@ -139,6 +139,7 @@ def open_server(
         texts,
         fixed_presets={name: json.loads(text) for name, text in settings.presets.items()},
         dropped=starter.dropped,
+        last_errors=restored.last_errors,
     )
     manager.start()
     try:

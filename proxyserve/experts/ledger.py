@@ -102,7 +102,8 @@ class Generation:
 class Entry:
     """One expert. `published` is the generation that serves (it may be parked), `previous` the one that a rollback
     brings back. `parked` is what is known of the published one without its weights. `withdrawn`: it was deleted, and is
-    forgotten with its last generation."""
+    forgotten with its last generation. `error` is why a load failed before the server was started, until another one
+    is published."""
 
     name: str
     generations: dict[int, Generation] = field(default_factory=dict)
@@ -110,6 +111,7 @@ class Entry:
     previous: StoredGeneration | None = None
     parked: ParkedExpert | None = None
     withdrawn: bool = False
+    error: str | None = None
 
     @property
     def changing(self) -> Generation | None:
@@ -152,5 +154,5 @@ class Entry:
             generations=tuple(found.status(requests.get(found.number, 0)) for found in newest_first),
             last_error=failed.error
             if failed is not None and failed.number >= max(served, default=0)
-            else None,
+            else self.error,
         )

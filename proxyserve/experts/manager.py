@@ -94,10 +94,11 @@ class ExpertManager:
         *,
         fixed_presets: PresetValues | None = None,
         dropped: Sequence[tuple[StoredGeneration, str]] = (),
+        last_errors: Mapping[str, str] | None = None,
     ) -> None:
         """Take over what the engine began with: its experts, and the presets as JSON values, those of the command line
         apart. `dropped` are generations that could not be loaded, and why: they are shown as failed, and can be
-        replaced or deleted. Before `start`."""
+        replaced or deleted. `last_errors` says by expert why its last load had failed. Before `start`."""
         for stored, reason in dropped:
             generation = Generation.again(stored)
             generation.error = reason
@@ -125,6 +126,7 @@ class ExpertManager:
                     generation.move(phase)
                 self._roster.install(entry, generation)
             generation.seconds.clear()  # they were spent before anybody looked
+            entry.error = (last_errors or {}).get(stored.expert)
         self._presets.install(fixed_presets or {}, presets)
         self._engine.engine.offers.replace(self._roster.offer())
 

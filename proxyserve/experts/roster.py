@@ -119,6 +119,7 @@ class Roster:
         self.counters.rollbacks += rollback
         self.install(entry, generation)
         entry.previous = None if rollback or old is None else old.stored
+        entry.error = None
         for other in list(entry.generations.values()):
             if other.phase is Phase.STANDBY:  # it was the previous one
                 self.retire(other)
@@ -222,7 +223,22 @@ class Roster:
         return self._drop(loaded.over_trunks, self._library.release(loaded))
 
     def _drop(self, models: Sequence[LoadedModel], trunks: Sequence[ModelKey]) -> Future[None]:
-        return self._engine.between_steps(lambda: self._engine.engine.drop(models, trunks))
+        engine, left, freed = self._engine.engine, list[object](), Future[None]()
+
+        def drop() -> None:
+            left.extend([engine.residents.runners, engine.residents.arenas])
+            engine.drop(models, trunks)
+
+        def free(dropped: Future[None]) -> None:
+            left.clear()
+            error = dropped.exception()
+            freed.set_result(None) if error is None else freed.set_exception(error)
+
+        # To give a GiB back takes a tenth of a second and more, which steps must not wait for.
+        self._engine.between_steps(drop).add_done_callback(
+            lambda dropped: threading.Thread(target=free, args=[dropped], name="proxyserve-free").start()
+        )
+        return freed
 
     def _forget_if_over(self, name: str) -> None:
         """An expert that was deleted is forgotten with its last generation."""
