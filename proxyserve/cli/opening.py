@@ -22,7 +22,8 @@ from proxyserve.engine.verify import verify_paged
 from proxyserve.errors import InvalidRequest
 from proxyserve.experts.audit import AuditLog
 from proxyserve.experts.hub import fetch
-from proxyserve.experts.library import Library, LoadedExpert
+from proxyserve.experts.library import Library
+from proxyserve.experts.loading import LoadedExpert
 from proxyserve.experts.manager import ExpertManager
 from proxyserve.experts.room import MemoryPolicy
 from proxyserve.experts.roots import Roots

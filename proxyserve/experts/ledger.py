@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from time import monotonic, time
 
 from proxyserve.experts.generation import Phase, require_legal
-from proxyserve.experts.library import LoadedExpert
+from proxyserve.experts.loading import LoadedExpert
 from proxyserve.experts.source import ExpertSpec
 from proxyserve.experts.status import ExpertStatus, GenerationStatus
 from proxyserve.experts.store import StoredGeneration

@@ -25,7 +25,8 @@ from proxyserve.errors import InvalidRequest, NotReady, ProxyserveError, QueueFu
 from proxyserve.experts.audit import AuditLog, Outcome
 from proxyserve.experts.generation import Phase
 from proxyserve.experts.ledger import Entry, Generation
-from proxyserve.experts.library import Library, LoadedExpert
+from proxyserve.experts.library import Library
+from proxyserve.experts.loading import LoadedExpert
 from proxyserve.experts.pacing import paced
 from proxyserve.experts.presets import PresetBook, PresetValues
 from proxyserve.experts.recipe import make_recipe, needs_hub, pinned
@@ -392,7 +393,7 @@ class ExpertManager:
                     expected=generation.digest or None,
                 )
         finally:
-            library.on_unneeded(library.let_go(kept))
+            library.let_go(kept)
         try:
             generation.digest = loaded.digest
             generation.spec = replace(pinned(recipe), origins=loaded.origins)

@@ -18,7 +18,8 @@ from proxyserve.engine.offer import Offer
 from proxyserve.errors import SwapConflict, UnknownModel
 from proxyserve.experts.generation import Phase
 from proxyserve.experts.ledger import Entry, Generation
-from proxyserve.experts.library import Library, LoadedExpert
+from proxyserve.experts.library import Library
+from proxyserve.experts.loading import LoadedExpert
 from proxyserve.fusion.catalog import Catalog
 from proxyserve.models.loaded_model import LoadedModel
 from proxyserve.models.model_set import ModelSet

@@ -9,7 +9,8 @@ from time import time
 from proxyserve.engine.memory import spelled
 from proxyserve.errors import InvalidRequest, LoadError, NoRoom, ProxyserveError
 from proxyserve.experts.audit import AuditLog
-from proxyserve.experts.library import Library, LoadedExpert
+from proxyserve.experts.library import Library
+from proxyserve.experts.loading import LoadedExpert
 from proxyserve.experts.manager import Begun
 from proxyserve.experts.recipe import Recipe, make_recipe
 from proxyserve.experts.room import MemoryPolicy

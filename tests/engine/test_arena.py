@@ -13,7 +13,8 @@ from proxyserve.engine.engine import Engine
 from proxyserve.engine.offer import Offer
 from proxyserve.engine.runner import Runner
 from proxyserve.errors import InvalidRequest, LoadError, NoRoom
-from proxyserve.experts.library import Library, LoadedExpert
+from proxyserve.experts.library import Library
+from proxyserve.experts.loading import LoadedExpert
 from proxyserve.experts.source import ExpertSpec, Source
 from proxyserve.models.loaded_model import LoadedModel
 from proxyserve.models.model_set import ModelSet

@@ -25,7 +25,8 @@ from proxyserve.config import EngineConfig, ServerConfig
 from proxyserve.engine.engine import Engine
 from proxyserve.engine.runner import Runner
 from proxyserve.errors import LoadError
-from proxyserve.experts.library import Library, LoadedExpert
+from proxyserve.experts.library import Library
+from proxyserve.experts.loading import LoadedExpert
 from proxyserve.experts.recipe import make_recipe
 from proxyserve.experts.roots import Roots
 from proxyserve.experts.source import ExpertSpec, LayerScale, Source

@@ -119,7 +119,7 @@ class Server:
     def holdings(self) -> dict[str, int]:
         """All that experts bring with them, in numbers."""
         residents = self.plain.residents
-        runners = [self.library._base.runner, *(found.runner for found in self.library._residents.values())]
+        runners = [self.library.shelf.base.runner, *(found.runner for found in self.library.shelf.residents.values())]
         return {
             "bytes": residents.bytes,
             "runners": len(residents.runners),
@@ -127,8 +127,8 @@ class Server:
             "arenas": len(residents.arenas),
             "adapters": sum(len(runner.adapters) for runner in runners),
             "hooks": sum(len(runner.adapters._hooks) for runner in runners),
-            "library": len(self.library._residents),
-            "users": sum(found.users for found in self.library._residents.values()),
+            "library": len(self.library.shelf.residents),
+            "users": sum(found.users for found in self.library.shelf.residents.values()),
             "blocks in use": sum(arena.pool.in_use for arena in residents.arenas.values()),
             "held": len(self.plain.offers._held),
             "leased": len(self.plain.offers._leased),

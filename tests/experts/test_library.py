@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from proxyserve.engine.arena import expected_layout
 from proxyserve.engine.runner import Runner
 from proxyserve.errors import LoadError
-from proxyserve.experts.library import Library, LoadedExpert
+from proxyserve.experts.library import Library
+from proxyserve.experts.loading import LoadedExpert
 from proxyserve.experts.recipe import make_recipe
 from proxyserve.experts.roots import Roots
 from proxyserve.experts.source import ExpertSpec, LayerScale, Source

@@ -69,11 +69,11 @@ async def test_rollback_takes_what_is_in_memory(server: Server) -> None:
     await server.put("qa", "second")
     held = server.generation("qa", 1).loaded
     assert held is not None and server.manager.expert("qa").previous == 1
-    before = server.library._residents.copy()
+    before = server.library.shelf.residents.copy()
     status = await server.roll_back("qa")
     assert (status.generation, status.previous) == (1, None)
     assert server.generation("qa", 1).loaded is held
-    assert set(server.library._residents.values()) <= set(before.values())
+    assert set(server.library.shelf.residents.values()) <= set(before.values())
     await check_answer(server, QA, 1)
     with pytest.raises(SwapConflict) as refusal:
         await server.roll_back("qa")

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from proxyserve.api.presets import parse_fusion
 from proxyserve.engine.engine import Engine
 from proxyserve.engine.offer import Offer
-from proxyserve.experts.library import LoadedExpert
+from proxyserve.experts.loading import LoadedExpert
 from proxyserve.models.model_set import ModelSet
 from tests.engine.driver import Collected, run, submission
 from tests.experts.shelf import FAMILIES, Shelf, load_expert, make_engine, make_library, make_shelf

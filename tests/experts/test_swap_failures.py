@@ -165,7 +165,7 @@ async def test_weights_that_only_a_failed_load_needed_are_gone(
         raise LoadError("not as it should be")
 
     with monkeypatch.context() as patch:
-        patch.setattr("proxyserve.experts.library.make_expert", delete_and_fail_early)
+        patch.setattr("proxyserve.experts.loading.make_expert", delete_and_fail_early)
         assert (await server.put("record", "first")).state == "failed"
     await server.delete("record")
     await server.quiet()
