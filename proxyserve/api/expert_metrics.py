@@ -45,6 +45,9 @@ class ExpertCollector(Collector):
         running = GaugeMetricFamily(
             "proxyserve_expert_requests_running", "Choices in flight on a generation.", labels=labels
         )
+        progress = GaugeMetricFamily(
+            "proxyserve_expert_load_progress", "How much of a load is done, from 0 to 1.", labels=labels
+        )
         size = GaugeMetricFamily(
             "proxyserve_expert_bytes", "Weights that were loaded for a generation.", labels=labels
         )
@@ -55,7 +58,9 @@ class ExpertCollector(Collector):
                     info.add_metric([*names, generation.phase], 1)
                     running.add_metric(names, generation.requests)
                     size.add_metric(names, generation.bytes)
-        yield from (info, running, size)
+                    if generation.progress is not None:
+                        progress.add_metric(names, generation.progress)
+        yield from (info, running, size, progress)
 
 
 def _by_phase(name: str, text: str, values: Mapping[str, float]) -> Metric:

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from starlette.concurrency import run_in_threadpool
 
 from proxyserve.api.expert_metrics import ExpertCollector
 from proxyserve.api.families import counter_family, gauge_family
@@ -48,7 +49,8 @@ router = APIRouter(tags=["operation"])
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response)
 async def read_metrics(request: Request) -> Response:
     """Prometheus text format. Needs a key where the server has any, since labels name models."""
-    return Response(server_state(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
+    text = await run_in_threadpool(server_state(request).metrics.render)
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
 class Metrics:

@@ -114,7 +114,7 @@ def open_server(
         dropped = _drop_impossible(texts, presets, models, settings)
         engine = Engine(
             models,
-            _within(memory.limit, settings.engine, library.runners(), placement),
+            _within(memory.limit, settings.engine, library.runners(), placement, starter.messages.append),
             settings.policy,
             progress,
             presets=presets,
@@ -155,7 +155,11 @@ def _kv_share(limit: int, config: EngineConfig, placement: Placement) -> int:
 
 
 def _within(
-    limit: int, config: EngineConfig, runners: Sequence[Runner], placement: Placement
+    limit: int,
+    config: EngineConfig,
+    runners: Sequence[Runner],
+    placement: Placement,
+    tell: Callable[[str], None],
 ) -> EngineConfig:
     """The configuration with at most the KV memory for which there is room beside the weights. Raises StartupError."""
     weights = sum(runner.bytes for runner in runners)
@@ -164,7 +168,11 @@ def _within(
         raise StartupError(
             f"The weights alone need {need}, and --memory allows {most}: give more, or serve less."
         )
-    return replace(config, kv_memory=min(kv_budget(placement.device, config.kv_memory), limit - weights))
+    left = limit - weights
+    if config.kv_memory is not None and config.kv_memory > left:
+        [wanted, most] = spelled([config.kv_memory, left])
+        tell(f"--kv-memory is {wanted}, and --memory leaves {most} for it beside the weights")
+    return replace(config, kv_memory=min(kv_budget(placement.device, config.kv_memory), left))
 
 
 def _drop_impossible(

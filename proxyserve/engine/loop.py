@@ -18,7 +18,6 @@ from proxyserve.engine.engine import Engine
 from proxyserve.engine.offer import Lease
 from proxyserve.engine.submission import Submission
 from proxyserve.errors import InvalidRequest, NotReady, QueueFull
-from proxyserve.kv.block_pool import BlockPool
 from proxyserve.types import FinishReason, OutputEvent
 
 logger = logging.getLogger(__name__)
@@ -238,12 +237,10 @@ class AsyncEngine:
     def snapshot(self) -> EngineStats:
         """Numbers for metrics. Read without stopping the engine: each is right, together they may be a step apart."""
         engine, counters = self.engine, self.engine.counters
-        pools: dict[str, PoolStats] = {}
-        seen: set[BlockPool] = set()
-        for key, pool in engine.pools.items():
-            if pool not in seen:
-                seen.add(pool)
-                pools[key.name] = PoolStats(pool.num_blocks, pool.in_use, pool.cached)
+        pools = {
+            name: PoolStats(pool.num_blocks, pool.in_use, pool.cached)
+            for pool, name in engine.residents.pool_names.items()
+        }
         tokens: Counter[str] = Counter()
         for stats in engine.residents.stats.values():
             tokens.update(stats.tokens.copy())

@@ -21,8 +21,7 @@ _CPU_LIMIT, _GPU_LIMIT = 0.8, 0.92
 #: An arena has room for this many lanes of each request, where it has that many models: an expert's two, and a second
 #: expert over the same untuned model.
 _LANES = 3
-#: Bytes that a container may take, under cgroups 2 and 1.
-_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +129,18 @@ def _spell(size: int) -> str:
 def _physical_bytes() -> int:
     """Of the machine, or of the container that this process runs in, if that has less."""
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for file in _CGROUP_LIMITS:
+    for file in _cgroup_limits():
         with suppress(OSError, ValueError):  # no such file, or "max"
             physical = min(physical, int(file.read_text()))
     return physical
+
+
+def _cgroup_limits() -> list[Path]:
+    """Files with the bytes that this process, or what it is part of, may take, under cgroups 2 and 1."""
+    files = [_CGROUPS / "memory.max", _CGROUPS / "memory" / "memory.limit_in_bytes"]
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            if line.startswith("0::/"):
+                own = _CGROUPS / line[4:]
+                files += [folder / "memory.max" for folder in (own, *own.parents)]
+    return [file for file in files if file.is_relative_to(_CGROUPS)]

@@ -47,10 +47,12 @@ def prepare(
     _check_bias(submission, program)
     _check_entropy(submission)
     stop_ids = frozenset().union(*(spec.model.eos_ids for spec in program.lanes))
-    experts = (
-        name.partition(".tuned")[0] for spec in program.lanes for name in spec.names if ".tuned" in name
+    names = (name.partition("@")[0] for spec in program.lanes for name in spec.names)
+    experts = dict.fromkeys(
+        name.rpartition(".")[0] for name in names if name.endswith((".tuned", ".untuned"))
     )
-    generations = {name: catalog.models.expert(name).generation for name in dict.fromkeys(experts)}
+    known = catalog.models.experts
+    generations = {name: known[name].generation for name in experts if name in known}
     salt = submission.salt if share_prefixes else f"{submission.salt}\0{submission.request_id}"
     choices: list[Choice] = []
     for index in range(submission.n):

@@ -23,6 +23,8 @@ class Residents:
         self.runners: Mapping[ModelKey, AnyRunner] = MappingProxyType({})
         self.arenas: Mapping[Layout, Arena] = MappingProxyType({})
         self.pools: Mapping[ModelKey, BlockPool] = MappingProxyType({})
+        #: Of pools, after the first model that used them.
+        self.pool_names: Mapping[BlockPool, str] = MappingProxyType({})
         #: By the trunk's name: all generations of it count together, and go on counting after it has left.
         self.stats: Mapping[str, RunnerStats] = MappingProxyType({})
 
@@ -45,6 +47,9 @@ class Residents:
         self.stats = MappingProxyType({**self.stats, key.name: runner.stats})
         self.runners = MappingProxyType({**self.runners, key: runner})
         self.pools = MappingProxyType({**self.pools, key: pool})
+        if pool not in self.pool_names:
+            name = str(key) if key.name in self.pool_names.values() else key.name
+            self.pool_names = MappingProxyType({**self.pool_names, pool: name})
 
     def drop(self, trunk: ModelKey) -> None:
         """No step will run this model again, and nothing is over it any more. An arena goes with its last model.
@@ -56,6 +61,10 @@ class Residents:
         runners = {key: other for key, other in self.runners.items() if key != trunk}
         self.runners = MappingProxyType(runners)
         self.pools = MappingProxyType({key: pool for key, pool in self.pools.items() if key != trunk})
+        left = set(self.pools.values())
+        self.pool_names = MappingProxyType(
+            {pool: name for pool, name in self.pool_names.items() if pool in left}
+        )
         kept = {other.layout for other in runners.values() if isinstance(other, Runner)}
         self.arenas = MappingProxyType(
             {layout: arena for layout, arena in self.arenas.items() if layout in kept}

@@ -73,7 +73,12 @@ class Runner:
         return [probe.shapes[layer] for layer in range(layers)]
 
     def _probe_head(self) -> bool:
-        """Soft caps and biases of heads are found by trying."""
+        """What a configuration does not say, a difference of two rows shows."""
+        config = self.model.module.config.get_text_config()
+        if getattr(config, "final_logit_softcapping", None) is not None:
+            return False
+        if getattr(self.model.module.get_output_embeddings(), "bias", None) is not None:
+            return False
         rows = HeadRows.of([0, 1], [(0, 1)], self.model.device)
         with attention_plan(ShapeProbe()), torch.inference_mode(), head_rows(rows):
             logits = self._forward(list(range(4)), list(range(4)), [2, 3], 3).float()

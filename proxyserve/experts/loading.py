@@ -40,9 +40,9 @@ class LoadedExpert:
 
     @property
     def over_trunks(self) -> tuple[LoadedModel, ...]:
-        """Its models that run as rows of a trunk."""
-        tuned = self.expert.tuned
-        return (tuned,) if tuned.over is not None else ()
+        """Its own models that run as rows of a trunk."""
+        own = (self.expert.tuned, self.expert.untuned)
+        return tuple(model for model in own if model is not None and model.over is not None)
 
 
 class Loading:
@@ -84,7 +84,7 @@ class Loading:
             self._name,
             self._shelf.model,
             tuned,
-            None if untuned is None else untuned.model,
+            None if untuned is None else self._as_untuned(untuned),
             generation=self._key.generation,
             protected=recipe.spec.protected,
         )
@@ -219,6 +219,15 @@ class Loading:
         if model.key == self._key:
             return model
         return replace(model, key=self._key, over=model, parameters=0, bytes=0)
+
+    def _as_untuned(self, resident: Resident) -> LoadedModel:
+        """The weights under their name, which experts share; those of another expert's tuned model under a name of
+        this one's, so that requests for the one do not count for the other."""
+        model = resident.model
+        if not model.name.endswith(".tuned"):
+            return model
+        key = ModelKey(f"{self._name}.untuned", self._key.generation)
+        return replace(model, key=key, over=model, parameters=0, bytes=0)
 
     def _adapted(self, ingredient: Ingredient, origin: Resident, digest: str) -> LoadedModel:
         assert ingredient.path is not None

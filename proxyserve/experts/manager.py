@@ -11,10 +11,12 @@ see it: a server that is killed comes back with what its last requests could hav
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -164,17 +166,26 @@ class ExpertManager:
 
     async def settled(self, change: Change) -> ExpertStatus:
         """Wait until the change is over, one way or the other. The state of an expert that was deleted is "deleted"."""
+        # Whoever writes to the disk holds the lock, which the event loop must not wait for.
+        settled = await asyncio.to_thread(self._unsettled, change)
+        await asyncio.gather(*(asyncio.shield(asyncio.wrap_future(future)) for future in settled))
+        return await asyncio.to_thread(self._last_status, change.expert)
+
+    def _unsettled(self, change: Change) -> list[Future[None]]:
+        """What a change waits for."""
         with self._lock:
             entry = self._roster.entries.get(change.expert)
             wanted = {} if entry is None else entry.generations
             if entry is not None and not entry.withdrawn:
                 wanted = {number: found for number, found in wanted.items() if number == change.generation}
-            settled = [generation.settled for generation in wanted.values()]
-        await asyncio.gather(*(asyncio.shield(asyncio.wrap_future(future)) for future in settled))
+            return [generation.settled for generation in wanted.values()]
+
+    def _last_status(self, name: str) -> ExpertStatus:
+        """Also of an expert that is gone."""
         with self._lock:
-            entry = self._roster.entries.get(change.expert)
+            entry = self._roster.entries.get(name)
             if entry is None:
-                return ExpertStatus(change.expert, "deleted", None, None, False, (), None)
+                return ExpertStatus(name, "deleted", None, None, False, (), None)
             return self._status(entry)
 
     def _status(self, entry: Entry) -> ExpertStatus:
@@ -203,7 +214,7 @@ class ExpertManager:
             entry = self._roster.unchanging(self._roster.entries.get(name) or Entry(name))
             number = self._store.next_generation(name)
             generation = Generation(name, number, spec, formats=dict(formats))
-            self._record("put", actor, generation, "begun")
+            self._record("put", actor, generation, "begun", json.dumps(spec.as_json()))
             self._store.begin(name, number, spec)
             self._roster.entries[name] = entry
             entry.add(generation)
@@ -245,8 +256,9 @@ class ExpertManager:
             entry = self._roster.unchanging(self._roster.entry(name))
             generation = entry.published
             self._require_presets(name, None)
-            if generation is None:
-                self._store.delete(name)  # of an expert that could not be loaded when the server started
+            if generation is None:  # none ever served, or could be loaded when the server started
+                self._record("delete", actor, entry.generations[max(entry.generations)], "begun")
+                self._store.delete(name)
             else:
                 self._record("delete", actor, generation, "begun")
                 self._store.delete(name)
@@ -283,26 +295,36 @@ class ExpertManager:
             self._waiting -= 1
 
     async def _woken(self, name: str, patience: float) -> None:
+        generation = await asyncio.to_thread(self._waking, name)
+        if generation is None:
+            return
+        try:
+            await asyncio.wait_for(
+                asyncio.shield(asyncio.wrap_future(generation.settled)), max(0.0, patience)
+            )
+        except TimeoutError:
+            raise NotReady(f"Expert '{name}' is still being loaded; try again soon.") from None
+        if await asyncio.to_thread(self._failure, generation) is not None:
+            # Why is for administrators: it may name the server's files.
+            raise NotReady(f"Expert '{name}' cannot be loaded now; the server's operator can see why.")
+
+    def _waking(self, name: str) -> Generation | None:
+        """The generation that is being loaded again, from now on if it was not. None if nothing is to be waited for."""
         with self._lock:
             entry = self._roster.entries.get(name)
             generation = None if entry is None else entry.published
             if generation is None or generation.phase is Phase.PUBLISHED:
-                return  # meanwhile it was loaded, or deleted; the request will see
+                return None  # meanwhile it was loaded, or deleted; the request will see
             if generation.phase is Phase.PARKED:
                 generation.begin_again()
                 self._roster.move(generation, Phase.LOADING)
                 self._roster.counters.wakes += 1
                 self._jobs.put(lambda: self._wake(generation))
-            settled = generation.settled
-        try:
-            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(settled)), max(0.0, patience))
-        except TimeoutError:
-            raise NotReady(f"Expert '{name}' is still being loaded; try again soon.") from None
+            return generation
+
+    def _failure(self, generation: Generation) -> str | None:
         with self._lock:  # held until what was loaded is offered
-            error = generation.error
-        if error is not None:
-            # Why is for administrators: it may name the server's files.
-            raise NotReady(f"Expert '{name}' cannot be loaded now; the server's operator can see why.")
+            return generation.error
 
     # Presets and the server --------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -63,7 +64,8 @@ class PresetBook:
                     f"'{name}' is the name of a model; call the preset something else.", code="name_taken"
                 )
             offer = self._offer({**self._engine.catalog.presets, name: fusion})
-            self._audit.record("put_preset", actor=actor, outcome="begun", detail=name)
+            what = json.dumps({name: value})
+            self._audit.record("put_preset", actor=actor, outcome="begun", detail=what)
             self._store.put_preset(name, value)
             self._values[name] = value
             self._engine.offers.replace(offer)

@@ -88,11 +88,10 @@ def pinned(recipe: Recipe) -> ExpertSpec:
         source, path = ingredient.source, ingredient.path
         if ingredient.parts:
             return replace(source, merge=tuple((weight, pin(part)) for weight, part in ingredient.parts))
-        if not ingredient.from_hub or source.path is None or path is None or "@" in source.path:
+        if not ingredient.from_hub or source.path is None or path is None:
             return source
-        return replace(
-            source, path=f"{source.path}@{path.name}"
-        )  # a snapshot's folder is called after its commit
+        # A snapshot's folder is called after its commit; the revision may have been a branch.
+        return replace(source, path=f"{source.path.partition('@')[0]}@{path.name}")
 
     spec = recipe.spec
     untuned = None if spec.untuned is None or recipe.untuned is None else pin(recipe.untuned)

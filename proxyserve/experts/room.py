@@ -57,7 +57,9 @@ class Room:
     def require_possible(self, recipe: Recipe) -> None:
         """Raise NoRoom if a recipe would not fit even after everything has gone that may go."""
         with self._roster.lock:
-            evictable = sum(found.loaded.bytes for found in self._evictable() if found.loaded is not None)
+            loaded = [found.loaded for found in self._evictable() if found.loaded is not None]
+            evictable = self._library.shelf.bytes_of([key for each in loaded for key in each.trunks])
+            evictable += sum(model.bytes for each in loaded for model in each.over_trunks)
         needed, left = self.needed(recipe), self.left
         if needed > left + evictable:
             raise self._no_room(needed, left)

@@ -52,6 +52,8 @@ class Roster:
         self._engine = engine
         self._library = library
         self._policy = engine.engine.policy
+        self._calibrations = engine.engine.catalog.calibrations
+        self._calibrated: dict[str, int] = {}  # the generation of each expert when the server started
         self._draining: set[Generation] = set()
         self._freed: dict[Generation, Future[None]] = {}  # of parked ones whose weights have not gone yet
         self._defer = defer
@@ -104,10 +106,15 @@ class Roster:
             if (published := self.entries[name].published) is not None and published.spec.protected
         }
         current = self._engine.engine.offers.current.catalog
+        # A calibration says nothing of another generation than the one that it was made for.
+        calibrations = {
+            expert.name: self._calibrations[expert.name]
+            for expert in pairs
+            if expert.name in self._calibrations
+            and self._calibrated.get(expert.name, expert.generation) == expert.generation
+        }
         return Offer(
-            Catalog(
-                ModelSet(current.models.base, pairs, parked=parked), current.presets, current.calibrations
-            ),
+            Catalog(ModelSet(current.models.base, pairs, parked=parked), current.presets, calibrations),
             replace(self._policy, protected=self._policy.protected | protected),
         )
 
@@ -131,6 +138,7 @@ class Roster:
     def install(self, entry: Entry, generation: Generation) -> None:
         """Make it the published one of its entry."""
         assert generation.loaded is not None
+        self._calibrated.setdefault(entry.name, generation.number)
         entry.published = generation
         entry.parked = generation.loaded.expert.as_parked
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -112,6 +112,17 @@ class Shelf:
                     resident.users += 1
                     kept.append(key)
         return tuple(kept)
+
+    def bytes_of(self, trunks: Sequence[ModelKey]) -> int:
+        """Bytes that would be free if each of these had one user less."""
+        with self._lock:
+            uses = Counter(trunks)
+            found = ((self.residents.get(key), count) for key, count in uses.items())
+            return sum(
+                resident.model.bytes
+                for resident, count in found
+                if resident is not None and resident.users <= count
+            )
 
     def let_go(self, trunks: Iterable[ModelKey]) -> tuple[ModelKey, ...]:
         """One user less for each. Returns those that nothing needs now."""

@@ -117,10 +117,13 @@ class Starter:
             loaded, recipe = self._load(
                 stored.name, published.generation, published.spec, published.content_hash
             )
-        except ProxyserveError as error:
-            self.dropped.append((published, error.message))
+        except Exception as error:  # whatever it is, the others can be served
+            reason = (
+                error.message if isinstance(error, ProxyserveError) else f"{type(error).__name__}: {error}"
+            )
+            self.dropped.append((published, reason))
             self.messages.append(
-                f"generation {published.generation} of expert '{stored.name}' cannot be loaded: {error.message}"
+                f"generation {published.generation} of expert '{stored.name}' cannot be loaded: {reason}"
             )
             return []
         return [Begun(published, loaded, recipe.formats, stored.previous)]

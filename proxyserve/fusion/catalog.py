@@ -89,7 +89,7 @@ class Catalog:
             names.append(f"{name}.tuned")
             if expert.untuned is not None:
                 names.append(f"{name}.untuned")
-        return ", ".join(names)
+        return ", ".join(dict.fromkeys(names))
 
     def model(self, lane: str) -> AnyModel:
         """The model of a lane that `lane` or a rule has named."""
