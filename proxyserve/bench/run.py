@@ -1,5 +1,5 @@
 """Fused decoding in proxyserve beside the plain Hugging Face loop: same models, same prompts, interleaved rounds; and
-what solving weights costs.
+the other measurements, each over random models of the same shapes.
 
 These machines are noisy, so what counts are the ratios within one run. Each round measures every contestant once; the
 best round of each is compared.
@@ -7,6 +7,7 @@ best round of each is compared.
 
 from __future__ import annotations
 
+import enum
 import platform
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -14,16 +15,19 @@ from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from proxyserve.bench.adapters import AdapterResult, measure_adapters
 from proxyserve.bench.models import VOCABULARY, BenchFamily, build_bench_family
 from proxyserve.bench.peaked import Peaks
 from proxyserve.bench.solving import BATCH as SOLVING_BATCH
 from proxyserve.bench.solving import SolvingResult, measure_solving
+from proxyserve.bench.swaps import SwapRow, measure_swaps
 from proxyserve.config import EngineConfig
 from proxyserve.engine.engine import Engine
 from proxyserve.engine.submission import LanePrompts, Submission
@@ -38,11 +42,22 @@ PLAIN = Fusion()
 KV_MEMORY = 2**30
 
 
+class Part(enum.StrEnum):
+    """What can be measured: fused decoding beside the plain loop, what solving weights costs, experts that are swapped
+    under load, and many experts at once."""
+
+    LOOP = "loop"
+    SOLVING = "solving"
+    SWAPS = "swaps"
+    ADAPTERS = "adapters"
+
+
 @dataclass(frozen=True, slots=True)
 class BenchSettings:
-    """`batches` are those that are held against the loop; empty: none is. `prompt` and `new` are tokens per request,
-    `rounds` how often each contestant is measured."""
+    """`parts` are what is measured. `batches` are those that are held against the loop, `prompt` and `new` tokens per
+    request there, `rounds` how often each contestant is measured."""
 
+    parts: tuple[Part, ...] = tuple(Part)
     batches: tuple[int, ...] = (1, 8, 32)
     prompt: int = 64
     new: int = 64
@@ -77,14 +92,18 @@ class BenchRow:
 
 @dataclass(frozen=True, slots=True)
 class BenchResult:
-    """Rows, and what they were measured with. `solving` has a result per kind of laws."""
+    """What was measured, empty or None for what was not. `solving` has a result per kind of laws, `swaps` a row per
+    number of streams."""
 
     settings: BenchSettings
     machine: dict[str, str]
-    rows: tuple[BenchRow, ...]
-    solving: tuple[SolvingResult, ...]
+    rows: tuple[BenchRow, ...] = ()
+    solving: tuple[SolvingResult, ...] = ()
+    swaps: tuple[SwapRow, ...] = ()
+    adapters: AdapterResult | None = None
 
-    def as_dict(self) -> dict[str, object]:
+    def as_dict(self) -> dict[str, Any]:
+        adapters = self.adapters
         return {
             "settings": asdict(self.settings),
             "machine": self.machine,
@@ -97,6 +116,8 @@ class BenchResult:
                 }
                 for result in self.solving
             ],
+            "swaps": [{**asdict(row), "ratios": row.ratios} for row in self.swaps],
+            "adapters": None if adapters is None else {**asdict(adapters), "ratios": adapters.ratios},
         }
 
 
@@ -107,24 +128,36 @@ def run_bench(
     torch.set_num_threads(settings.threads)
     transformers.utils.logging.disable_progress_bar()
     placement = choose_placement(settings.device, settings.dtype)
-    rows, solving = [], []
+    parts = settings.parts
+    rows: list[BenchRow] = []
+    solving: list[SolvingResult] = []
+    swaps: list[SwapRow] = []
+    adapters = None
     for peaks in (None, Peaks()):
+        if peaks is not None and Part.SOLVING not in parts:
+            continue
         laws = _describe(peaks)
         progress(f"making random models, {laws}")
         with tempfile.TemporaryDirectory() as folder:
             family = build_bench_family(Path(folder), peaks=peaks)
-            engine = _load(family, placement, settings)
-            if peaks is None and settings.batches:
-                peers = _load_peers(family, placement)
+            if peaks is None and Part.LOOP in parts:
+                engine, peers = _load(family, placement, settings), _load_peers(family, placement)
                 rows = [_measure(engine, peers, batch, settings, progress) for batch in settings.batches]
-                del peers
-            solving.append(
-                measure_solving(
-                    engine, "expert", "second", laws=laws, prompt=settings.prompt, progress=progress
+                del engine, peers
+            if Part.SOLVING in parts:
+                engine = _load(family, placement, settings)
+                solving.append(
+                    measure_solving(
+                        engine, "expert", "second", laws=laws, prompt=settings.prompt, progress=progress
+                    )
                 )
-            )
-            del engine
-    return BenchResult(settings, _machine(placement.device), tuple(rows), tuple(solving))
+                del engine
+            if peaks is None and Part.SWAPS in parts:
+                swaps = measure_swaps(family, placement, progress=progress)
+            if peaks is None and Part.ADAPTERS in parts:
+                adapters = measure_adapters(family, placement, progress=progress)
+    machine = _machine(placement.device)
+    return BenchResult(settings, machine, tuple(rows), tuple(solving), tuple(swaps), adapters)
 
 
 def _describe(peaks: Peaks | None) -> str:

@@ -1,39 +1,45 @@
-"""`proxyserve bench`: side by side with the plain Hugging Face loop, and what solving weights costs."""
+"""`proxyserve bench`: beside the plain Hugging Face loop, what solving weights costs, swaps, many experts at once."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from proxyserve.bench.run import BenchResult, BenchSettings, run_bench
+from proxyserve.bench.adapters import AdapterResult
+from proxyserve.bench.run import BenchResult, BenchSettings, Part, run_bench
 from proxyserve.bench.solving import SolvingResult
+from proxyserve.bench.swaps import SwapRow
 from proxyserve.cli import options
 
 
 def bench_command(
+    only: Annotated[
+        list[Part] | None, typer.Option("--only", help="Measure this part alone; repeatable.")
+    ] = None,
     batch: Annotated[
-        list[int] | None, typer.Option("--batch", min=1, help="Requests at once; repeatable.")
+        list[int] | None, typer.Option("--batch", min=1, help="Requests at once beside the loop; repeatable.")
     ] = None,
     prompt: Annotated[int, typer.Option("--prompt", min=1, help="Prompt tokens per request.")] = 64,
     new: Annotated[int, typer.Option("--new", min=1, help="Generated tokens per request.")] = 64,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Measurements of each contestant.")] = 3,
-    loop: Annotated[
-        bool, typer.Option("--loop/--no-loop", help="Without: only what solving weights costs.")
-    ] = True,
     dtype: options.Dtype = "float32",
     device: options.Device = "auto",
     threads: options.Threads = 1,
     output: Annotated[Path | None, typer.Option("--output", help="Write the result as JSON.")] = None,
 ) -> None:
-    """Tokens per second of proxyserve and of the plain loop over the same random models, and their ratios; then
-    how much longer a step takes whose weights are solved."""
+    """Four parts over random models. loop: tokens per second of proxyserve and of the plain Hugging Face loop. solving:
+    how much longer a step takes whose weights are solved. swaps: how long it takes to swap an expert, and what running
+    streams notice. adapters: many LoRA experts at once beside as many full ones and beside one."""
     settings = BenchSettings(
-        batches=tuple(batch or (1, 8, 32)) if loop else (),
+        parts=tuple(only or Part),
+        batches=tuple(batch or (1, 8, 32)),
         prompt=prompt,
         new=new,
         rounds=rounds,
@@ -44,12 +50,21 @@ def bench_command(
     console = Console(stderr=True)
     with console.status("starting") as status:
         result = run_bench(settings, progress=status.update)
-    if result.rows:
-        Console().print(bench_table(result))
-    for part in result.solving:
-        Console().print(solving_table(part))
+    for table in bench_tables(result):
+        Console().print(table)
     if output is not None:
         output.write_text(json.dumps(result.as_dict(), indent=2) + "\n")
+
+
+def bench_tables(result: BenchResult) -> list[Table]:
+    """A table for each thing that was measured."""
+    tables = [bench_table(result)] if result.rows else []
+    tables += [solving_table(part) for part in result.solving]
+    if result.swaps:
+        tables += [swap_table(result.swaps), gap_table(result.swaps)]
+    if result.adapters is not None:
+        tables.append(adapter_table(result.adapters))
+    return tables
 
 
 def bench_table(result: BenchResult) -> Table:
@@ -92,5 +107,61 @@ def solving_table(result: SolvingResult) -> Table:
             f"{row.proxy_step * 1e3:.2f}",
             f"{row.mean_weight:.2f}",
             f"{row.overhead:+.1%}",
+        )
+    return table
+
+
+def swap_table(rows: Sequence[SwapRow]) -> Table:
+    """Milliseconds from put to published, a row per number of streams."""
+    phases = list(rows[0].phases)
+    table = Table(title="an expert is swapped: ms from put to published", caption="phases: median swap")
+    for title in ("streams", "swaps", "median", "worst"):
+        table.add_column(title, justify="right")
+    for phase in phases:
+        table.add_column(phase, justify="right")
+    for row in rows:
+        numbers = (median(row.published), max(row.published), *(row.phases[phase] for phase in phases))
+        table.add_row(
+            str(row.streams), str(len(row.published)), *(f"{number * 1e3:.0f}" for number in numbers)
+        )
+    return table
+
+
+def gap_table(rows: Sequence[SwapRow]) -> Table:
+    """The longest time between two tokens of any stream, a row per number of streams."""
+    table = Table(
+        title="what running streams notice: the longest time between two tokens of any stream",
+        caption="swap: while an expert is swapped; quiet: as long without a swap, right before",
+    )
+    for title in ("streams", "usual ms", "swap ms", "quiet ms"):
+        table.add_column(title, justify="right")
+    for title in rows[0].ratios:
+        table.add_column(f"{title} / usual", justify="right", style="bold")
+    for row in rows:
+        numbers = (row.gap, median(row.worst), median(row.quiet_worst))
+        table.add_row(
+            str(row.streams),
+            *(f"{number * 1e3:.0f}" for number in numbers),
+            *(f"{ratio:.2f}x" for ratio in row.ratios.values()),
+        )
+    return table
+
+
+def adapter_table(result: AdapterResult) -> Table:
+    """Throughput and memory, a row per kind of experts."""
+    ratios = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in result.ratios.items())
+    table = Table(
+        title=f"many experts at once, {result.requests} requests, adapters of rank {result.rank}",
+        caption=ratios,
+    )
+    table.add_column("experts")
+    for title in ("tokens/s", "MiB", "MiB per expert", "MiB of the process"):
+        table.add_column(title, justify="right")
+    for row in result.rows:
+        sizes = (row.bytes, row.bytes / row.number, row.resident_bytes)
+        table.add_row(
+            row.experts,
+            f"{result.tokens_per_second(row):.0f}",
+            *(f"{size / 2**20:.1f}" for size in sizes),
         )
     return table

@@ -258,6 +258,28 @@ def test_a_deleted_expert_finishes_what_runs(server: Swapping) -> None:
     assert server.text("atlas+qa") == (first[0], {"qa": 2})
 
 
+def test_who_uses_one_expert_does_not_hold_another_one_of_its_weights(server: Swapping) -> None:
+    """The tuned model of one is the untuned model of another."""
+    server.put("one", FULL)
+    server.put("two", {"tuned": "record", "untuned": "qa"})
+    two = server.text("atlas+two")
+    with server.held() as go_on:
+        stream = server.stream("atlas+two")
+        server.put("one", ADAPTER)
+        wait_until(lambda: server.state_of("one")["generations"][1]["phase"] == "standby")
+        assert server.state_of("one")["generations"][1]["requests"] == 0
+        answer = server.admin.delete("/admin/v1/experts/one", params={"wait": "true"})
+        assert answer.status_code == 200
+        go_on()
+        assert ended(stream) == two
+    assert server.text("atlas+two") == two
+    assert set(server.ask("atlas+two").json()["usage"]["lane_tokens"]) == {
+        "atlas",
+        "two.tuned",
+        "two.untuned",
+    }
+
+
 def test_chat_names_the_generation_as_well(server: Swapping) -> None:
     server.put("qa", FULL)
     server.put("qa", OTHER)
@@ -615,6 +637,6 @@ def test_a_parked_expert_whose_files_are_gone_says_so(parking: Open, shelf: Shel
         shutil.rmtree(shelf.root / "e0")
         refused = server.ask("atlas+e0")
         assert refused.status_code == 503
-        assert "'e0' cannot be loaded again" in refused.json()["error"]["message"]
+        assert "'e0' cannot be loaded now" in refused.json()["error"]["message"]
         assert server.text("atlas+e5")[1] == {"e5": 1}
         assert server.state_of("e0")["state"] == "parked"

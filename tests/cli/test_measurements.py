@@ -1,30 +1,38 @@
-"""`eval` and `bench`: what they print and write, and how the cost of solving weights is measured."""
+"""`eval` and `bench`: what they print and write, and how solving, swaps and adapters are measured."""
 
 from __future__ import annotations
 
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from proxyserve.bench.adapters import AdapterResult, AdapterRow, measure_adapters
+from proxyserve.bench.models import BenchFamily
 from proxyserve.bench.peaked import Peaks, make_peaked
-from proxyserve.bench.run import BenchResult, BenchRow, BenchSettings
+from proxyserve.bench.run import BenchResult, BenchRow, BenchSettings, Part
 from proxyserve.bench.solving import SolvingResult, SolvingRow, measure_solving
-from proxyserve.cli import evaluate
-from proxyserve.cli.bench import bench_table, solving_table
+from proxyserve.bench.swaps import SwapRow, measure_swaps
+from proxyserve.bench.variants import write_adapter, write_variant
+from proxyserve.cli import bench, evaluate
+from proxyserve.cli.bench import bench_tables
 from proxyserve.cli.main import app
 from proxyserve.config import EngineConfig
 from proxyserve.engine.engine import Engine
 from proxyserve.evaluation.evaluate import FamilyResult, Score, SkillResult
 from proxyserve.evaluation.report import from_json
+from proxyserve.models.formats.lora import read_lora
+from proxyserve.models.loading import Placement
 from proxyserve.models.model_set import ModelSet
-from tests.tiny import config_of
+from tests.tiny import TinyFamily, config_of
 
 
 def test_eval(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -57,23 +65,126 @@ def test_eval(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert len(people) == 3 and options["weight"] == 1.0  # type: ignore[arg-type, index]
 
 
-def test_bench_tables() -> None:
-    row = SolvingRow("exact, both", step=0.021, proxy_step=0.02, mean_weight=0.75)
-    assert row.overhead == pytest.approx(0.05)
-    result = BenchResult(
+def bench_result() -> BenchResult:
+    """One that has every part."""
+    solving = SolvingRow("exact, both", step=0.021, proxy_step=0.02, mean_weight=0.75)
+    swaps = SwapRow(
+        8,
+        published=(0.3, 0.5, 0.4),
+        phases={"loading": 0.2, "verifying": 0.1, "warming": 0.05},
+        gap=0.04,
+        worst=(0.06, 0.05, 0.08),
+        quiet_worst=(0.05, 0.045, 0.044),
+    )
+    adapters = AdapterResult(
+        4,
+        8,
+        one=AdapterRow("one full expert", 1, step=0.02, bytes=64 * 2**20, resident_bytes=96 * 2**20),
+        adapters=AdapterRow("4 adapters", 4, step=0.025, bytes=4 * 2**20, resident_bytes=5 * 2**20),
+        full=AdapterRow("4 full experts", 4, step=0.05, bytes=256 * 2**20, resident_bytes=384 * 2**20),
+    )
+    return BenchResult(
         BenchSettings(),
         {"device": "cpu"},
         (BenchRow(8, fused=30.0, base=60.0, loop_fused=20.0, loop_base=50.0, single_fused=10.0),),
-        (SolvingResult("laws of about 2.5 nats", 8, (row,)),),
+        (SolvingResult("laws of about 2.5 nats", 8, (solving,)),),
+        (swaps,),
+        adapters,
     )
-    written = json.loads(json.dumps(result.as_dict()))
-    assert written["rows"][0]["ratios"]["fused / loop"] == 1.5
-    assert written["solving"][0]["rows"][0]["overhead"] == pytest.approx(0.05)
+
+
+def test_bench_tables() -> None:
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(bench_table(result))
-    console.print(solving_table(result.solving[0]))
+    for table in bench_tables(bench_result()):
+        console.print(table)
     text = console.export_text()
     assert "1.50x" in text and "+5.0%" in text and "2.5 nats" in text
+    # Swaps: put to published, and the ratios of the longest gaps, of the median swap and of the worst.
+    assert "│ 8 │ 3 │ 400 │ 500 │ 200 │ 100 │ 50 │" in " ".join(text.split())
+    assert "│ 8 │ 40 │ 60 │ 45 │ 1.50x │ 2.00x │ 1.12x │ 1.25x │" in " ".join(text.split())
+    # 4 requests per step; 64 MiB for a full expert and 1 MiB for an adapter.
+    assert "│ 4 adapters │ 160 │ 4.0 │ 1.0 │ 5.0 │" in " ".join(text.split())
+    assert "adapters / full 2.00x" in text and "adapters / one 0.80x" in text and "per adapter 64.00x" in text
+
+
+def test_a_part_that_was_not_measured_has_no_table() -> None:
+    assert bench_tables(BenchResult(BenchSettings(), {"device": "cpu"})) == []
+
+
+def test_bench_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[BenchSettings] = []
+
+    def answer(settings: BenchSettings, **options: object) -> BenchResult:
+        asked.append(settings)
+        return replace(bench_result(), settings=settings)
+
+    monkeypatch.setattr(bench, "run_bench", answer)
+    found = tmp_path / "found.json"
+    arguments = ["bench", "--only", "swaps", "--only", "adapters", "--output", str(found)]
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0, shown.output
+    assert asked[0].parts == (Part.SWAPS, Part.ADAPTERS)
+    written = json.loads(found.read_text())
+    assert written["settings"]["parts"] == ["swaps", "adapters"]
+    assert written["rows"][0]["ratios"]["fused / loop"] == 1.5
+    assert written["solving"][0]["rows"][0]["overhead"] == pytest.approx(0.05)
+    assert written["swaps"][0]["ratios"]["worst swap"] == pytest.approx(2.0)
+    assert written["adapters"]["ratios"]["adapters / full"] == pytest.approx(2.0)
+    CliRunner().invoke(app, ["bench"])
+    assert asked[1].parts == tuple(Part)
+
+
+CPU = Placement(torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def bench_family(tiny_family: TinyFamily) -> BenchFamily:
+    tuned, second = tiny_family.experts.values()
+    return BenchFamily(tiny_family.base, tuned, tiny_family.untuned, second)
+
+
+def test_swaps_are_measured_while_streams_run(bench_family: BenchFamily) -> None:
+    (row,) = measure_swaps(bench_family, CPU, streams=(3,), swaps=2)
+    assert row.streams == 3
+    assert len(row.published) == len(row.worst) == len(row.quiet_worst) == 2
+    assert list(row.phases) == ["loading", "verifying", "warming"]
+    # Every swap had weights to load, verify and warm; phases are part of the time from put to published.
+    assert all(seconds > 0.0 for seconds in row.phases.values())
+    assert max(row.phases.values()) < max(row.published)
+    assert 0.0 < row.gap <= max(row.quiet_worst) and all(math.isfinite(gap) for gap in row.worst)
+
+
+def test_many_experts_are_measured_as_adapters_and_as_full_models(bench_family: BenchFamily) -> None:
+    result = measure_adapters(bench_family, CPU, experts=3, rank=2, prompt=5, turns=2, steps=2)
+    assert [row.number for row in result.rows] == [1, 3, 3]
+    assert all(row.step > 0.0 for row in result.rows)
+    assert result.full.bytes == 3 * result.one.bytes
+    assert 0 < result.adapters.bytes < result.full.bytes
+    assert all(math.isfinite(ratio) for ratio in result.ratios.values())
+
+
+def test_a_variant_is_another_model_of_the_same_shape(bench_family: BenchFamily, tmp_path: Path) -> None:
+    like = load_file(bench_family.tuned / "model.safetensors")
+    written = [
+        load_file(write_variant(bench_family.tuned, tmp_path / str(seed), seed) / "model.safetensors")
+        for seed in range(2)
+    ]
+    for state in written:
+        assert {name: tensor.shape for name, tensor in state.items()} == {
+            name: tensor.shape for name, tensor in like.items()
+        }
+    embedding = "model.embed_tokens.weight"
+    assert not torch.equal(written[0][embedding], like[embedding])
+    assert not torch.equal(written[0][embedding], written[1][embedding])
+
+
+def test_an_adapter_changes_all_linear_layers_but_the_head(bench_family: BenchFamily, tmp_path: Path) -> None:
+    module = AutoModelForCausalLM.from_pretrained(bench_family.untuned)
+    folder = write_adapter(bench_family.untuned, tmp_path / "adapter", 0, rank=2)
+    adapter = read_lora(folder, module, dtype=torch.float32, device=torch.device("cpu"))
+    linear = {name for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear)}
+    assert set(adapter.modules) == linear - {"lm_head"}
+    assert adapter.rank == 2 and all(bool(change.b.any()) for change in adapter.modules.values())
 
 
 def test_what_solving_costs_is_measured_with_the_same_lanes(tiny_models: ModelSet) -> None:

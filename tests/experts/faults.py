@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from proxyserve.errors import LoadError
-from proxyserve.experts import library as library_module
+from proxyserve.experts import loading as library_module
 from proxyserve.experts.store import StateError
 from tests.experts.swapping import Server
 

@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 from proxyserve.engine.arena import expected_layout
 from proxyserve.engine.runner import Runner
 from proxyserve.errors import LoadError
-from proxyserve.experts.library import Library
-from proxyserve.experts.loading import LoadedExpert
+from proxyserve.experts.library import Library, LoadedExpert
 from proxyserve.experts.recipe import make_recipe
 from proxyserve.experts.roots import Roots
 from proxyserve.experts.source import ExpertSpec, LayerScale, Source
@@ -59,7 +58,7 @@ def here(library: Library) -> list[str]:
 def names(loaded: LoadedExpert) -> tuple[str, str | None]:
     """The trunks of the tuned and the untuned model."""
     untuned = loaded.expert.untuned
-    return str(loaded.expert.tuned.trunk.key), None if untuned is None else str(untuned.key)
+    return str(loaded.expert.tuned.trunk.key), None if untuned is None else str(untuned.trunk.key)
 
 
 # Sharing --------------------------------------------------------------------------------------------------------
@@ -90,6 +89,10 @@ def test_weights_may_be_tuned_for_one_and_untuned_for_another(root: Path, librar
     three = load_expert(library, "three", expert("small", "record"), root)
     assert names(two) == ("two.tuned@1", "one.tuned@1")
     assert names(three) == ("small@1", "two.tuned@1")
+    # Under names of their own: who uses one expert does not keep the other one.
+    for loaded, name in ((two, "two"), (three, "three")):
+        assert loaded.expert.untuned is not None
+        assert (loaded.expert.tuned.name, loaded.expert.untuned.name) == (f"{name}.tuned", f"{name}.untuned")
     assert str(three.expert.tuned.key) == "three.tuned@1"
     assert library.release(one) == ()  # both of its models are needed still
     assert library.release(three) == (ModelKey("small"),)

@@ -159,7 +159,7 @@ async def test_waking_fails_and_succeeds_later(small: Server, monkeypatch: pytes
     for point in ("read", "verify", "warm", "adopt", "adopt halfway", "room"):
         before = small.holdings()
         faults.arm(point, "qa")
-        with pytest.raises(NotReady, match="cannot be loaded again"):
+        with pytest.raises(NotReady, match="cannot be loaded"):
             await small.manager.wake("qa", 20.0)
         assert small.states()["qa"] == "parked"
         await small.quiet()

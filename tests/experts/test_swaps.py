@@ -253,9 +253,15 @@ def check_each_step(server: Server, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(server.plain, "step", checked)
 
 
+def hurry(patch: pytest.MonkeyPatch) -> None:
+    """Loads rest less for the sake of steps than they usually do, which would take minutes."""
+    patch.setattr("proxyserve.experts.pacing._REST_SECONDS", 1e-4)
+
+
 @pytest.mark.slow
 async def test_swaps_under_load_and_failure(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     check_each_step(server, monkeypatch)
+    hurry(monkeypatch)
     # pytest keeps what is logged, tracebacks with their frames included, and so the weights that were being loaded.
     monkeypatch.setattr(logging.getLogger("proxyserve.experts.manager"), "disabled", True)
     faults = Faults(server, monkeypatch)
@@ -289,10 +295,13 @@ GUEST_KINDS = tuple(proxy_kind({name: 1.0}, PROMPTS[2], seed=seed) for name in G
 
 
 @pytest.mark.slow
-async def test_swaps_with_too_little_room(world: World, tmp_path: Path) -> None:
+async def test_swaps_with_too_little_room(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever is needed is loaded again, at the cost of what is not: two streams, and one change at a time."""
     folders = ("first", "second", "diff", "compressed", "merge")
     with open_world(world, state_dir=tmp_path / "state", evict_idle=True) as server:
+        hurry(monkeypatch)
         for name, content in zip(GUESTS[:4], folders, strict=False):
             await server.put(name, content)
         server.manager._room.policy = MemoryPolicy(server.plain.residents.bytes, evict_idle=True)
