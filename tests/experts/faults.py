@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from proxyserve.errors import LoadError
-from proxyserve.experts import loading as library_module
+from proxyserve.experts import loading
 from proxyserve.experts.store import StateError
 from tests.experts.swapping import Server
 
@@ -98,8 +98,8 @@ class Faults:
             self._raise(f"audit {named['outcome']}", named.get("expert", ""), StateError("the disk is full"))
             record(action, **named)
 
-        content_hash = library_module.content_hash
-        patch.setattr(library_module, "content_hash", hash_)
+        content_hash = loading.content_hash
+        patch.setattr(loading, "content_hash", hash_)
         for owner, name, replacement in (
             (library, "load", load_),
             (library, "verify", verify_),
