@@ -59,7 +59,7 @@ typecheck: install ## mypy over the server, the kernels and the Python client
 pytest: install
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
-bench: install ## proxyserve beside the plain Hugging Face loop, and what solving weights costs
+bench: install ## proxyserve beside the plain Hugging Face loop; what solving, swaps and many experts cost
 	$(BIN)/proxyserve bench $(ARGS)
 
 eval: install ## the gap-closed table of the demo family
