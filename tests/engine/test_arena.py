@@ -177,7 +177,10 @@ def test_blocks_of_a_model_that_left_serve_its_successor(shelf: Shelf, library: 
             result = run(engine, [submission(f"{generation}.{number}", prompt, {"folder": 1.0})])
             assert len(result[f"{generation}.{number}/0"].tokens) == 12
         offer(engine, stays)
+        pool = engine.pools[ModelKey("small")]
+        cached = pool.cached
         drop(engine, library, loaded)
+        assert pool.cached < cached  # nobody will ever look for them
         assert all(pool.in_use == 0 for pool in engine.pools.values())
 
 

@@ -81,6 +81,7 @@ OUTSIDE: dict[str, Callable[[Path, str], str]] = {
     "link to a folder": lambda place, name: f"door/{name}",
     "link of a link": lambda place, name: f"second-door/{name}",
     "link and up": lambda place, name: f"door/../outside/{name}",
+    "link behind a circle": lambda place, name: f"circle/../door/{name}",
 }
 
 
@@ -89,6 +90,7 @@ OUTSIDE: dict[str, Callable[[Path, str], str]] = {
 def test_what_lies_outside_is_refused_whether_it_exists_or_not(place: Path, way: str, several: bool) -> None:
     (place / "root" / "door").symlink_to(place / "outside")
     (place / "root" / "second-door").symlink_to("door")
+    (place / "root" / "circle").symlink_to("circle")
     other = [place / "root" / "lora"] if several else []
     roots = Roots([place / "root", *other])
     there = refusal(roots, OUTSIDE[way](place, "secret"))
