@@ -119,7 +119,10 @@ class Server:
     def holdings(self) -> dict[str, int]:
         """All that experts bring with them, in numbers."""
         residents = self.plain.residents
-        runners = [self.library.shelf.base.runner, *(found.runner for found in self.library.shelf.residents.values())]
+        runners = [
+            self.library.shelf.base.runner,
+            *(found.runner for found in self.library.shelf.residents.values()),
+        ]
         return {
             "bytes": residents.bytes,
             "runners": len(residents.runners),

@@ -102,7 +102,7 @@ class Load:
             try:
                 with self.server.plain.offers.lease() as lease:
                     if random.random() < 0.1:
-                        await asyncio.sleep(0.05 * random.random())
+                        await asyncio.sleep(0.5 * random.random())
                     return self.server.stream(submission, lease)
             except ExpertParked as parked:
                 await self.server.manager.wake(parked.name, 20.0)
