@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -769,3 +770,9 @@ def test_the_hash_is_that_of_the_content(tiny_family: TinyFamily, tmp_path: Path
     assert content_hash(folder / "model.safetensors") != first
     with pytest.raises(LoadError, match="no such file"):
         content_hash(tmp_path / "none")
+
+
+def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(LoadError, match="regular file"):
+        content_files(tmp_path)

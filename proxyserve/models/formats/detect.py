@@ -76,6 +76,9 @@ def content_files(path: Path) -> list[Path]:
     if not files:
         _refuse_pickles(path)
         raise LoadError(f"{path}: nothing that can be an expert; expected is {_EXPECTED}")
+    odd = [file for file in sorted(files) if file.exists() and not file.is_file()]
+    if odd:  # a pipe would keep its reader waiting for ever
+        raise LoadError(f"{odd[0]}: no regular file")
     return sorted(files)
 
 
