@@ -101,10 +101,10 @@ def open_server(
                 if isinstance(expert.loaded, ParkedExpert)
             },
         )
-        # Those of the command line may have been deleted while an earlier server ran, others may come later.
+        # With a state folder, an earlier server may have known it, and may have been told to delete it.
         names = {expert.name for expert in wanted} | {expert.name for expert in restored.experts}
         unknown = sorted(settings.policy.protected - names)
-        if unknown and not (chosen.roots or chosen.allow_hub):
+        if unknown and chosen.state_dir is None:
             raise StartupError(f"--protect {unknown[0]}: there is no such expert.")
         starter.messages.extend(f"--protect {name}: there is no such expert now" for name in unknown)
         presets = parse_presets(settings.presets, {base_model.name, *models.experts, *models.parked})
