@@ -59,25 +59,26 @@ _MEMORY = 2**33
 @dataclass(frozen=True, slots=True)
 class SwapRow:
     """With `streams` running, all in seconds. `published` has the time from put to published of each swap, `phases` the
-    medians of what it is spent on. `gap` is the median time between two tokens of a stream where nothing is swapped.
-    `worst` has, for each swap, the longest such time that any stream saw during it, `quiet_worst` the longest in the
-    stretch before."""
+    medians of what it is spent on. `worst` has, for each swap, the longest time between two tokens that any stream saw
+    during it, `quiet_worst` the longest in the stretch before it, and `usual` the median of all streams there."""
 
     streams: int
     published: tuple[float, ...]
     phases: Mapping[str, float]
-    gap: float
+    usual: tuple[float, ...]
     worst: tuple[float, ...]
     quiet_worst: tuple[float, ...]
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Of longest gaps to the usual one: of the median swap and of the worst, and likewise without swaps."""
+        """Of the longest gaps to the usual one: those of the median swap and of the worst, and likewise without."""
+        swap = [worst / usual for worst, usual in zip(self.worst, self.usual, strict=True)]
+        quiet = [worst / usual for worst, usual in zip(self.quiet_worst, self.usual, strict=True)]
         return {
-            "swap": median(self.worst) / self.gap,
-            "worst swap": max(self.worst) / self.gap,
-            "quiet": median(self.quiet_worst) / self.gap,
-            "worst quiet": max(self.quiet_worst) / self.gap,
+            "swap": median(swap),
+            "worst swap": max(swap),
+            "quiet": median(quiet),
+            "worst quiet": max(quiet),
         }
 
 
@@ -192,7 +193,7 @@ async def _measure(
         streams=streams,
         published=tuple(published),
         phases={str(name): median(spent[name] for spent in phases) for name in phases[0]},
-        gap=median(gap for quiet, begun, _ in marks for gap in _gaps(answers, quiet, begun)),
+        usual=tuple(median(_gaps(answers, quiet, begun)) for quiet, begun, _ in marks),
         worst=tuple(max(_gaps(answers, begun, end)) for _, begun, end in marks),
         quiet_worst=tuple(max(_gaps(answers, quiet, begun)) for quiet, begun, _ in marks),
     )

@@ -138,7 +138,7 @@ def gap_table(rows: Sequence[SwapRow]) -> Table:
     for title in rows[0].ratios:
         table.add_column(f"{title} / usual", justify="right", style="bold")
     for row in rows:
-        numbers = (row.gap, median(row.worst), median(row.quiet_worst))
+        numbers = map(median, (row.usual, row.worst, row.quiet_worst))
         table.add_row(
             str(row.streams),
             *(f"{number * 1e3:.0f}" for number in numbers),

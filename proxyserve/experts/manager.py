@@ -29,7 +29,7 @@ from proxyserve.experts.generation import Phase
 from proxyserve.experts.ledger import Entry, Generation
 from proxyserve.experts.library import Library
 from proxyserve.experts.loading import LoadedExpert
-from proxyserve.experts.pacing import paced
+from proxyserve.experts.pacing import eager_switching, paced
 from proxyserve.experts.presets import PresetBook, PresetValues
 from proxyserve.experts.recipe import make_recipe, needs_hub, pinned
 from proxyserve.experts.room import MemoryPolicy, Room
@@ -346,7 +346,8 @@ class ExpertManager:
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None and not self._closing:
             try:
-                job()
+                with eager_switching():
+                    job()
             except Exception:  # such as a full disk when a failure was to be written down
                 logger.exception("a change of an expert did not end as it should")
 

@@ -16,7 +16,6 @@ from typing import Any
 
 _WORK_SECONDS = 0.5e-3
 _REST_SECONDS = 2e-3
-#: How often threads ask for the interpreter meanwhile; 5 ms, as usual, would be long for each operation of a step.
 _SWITCH_SECONDS = 50e-6
 
 
@@ -33,11 +32,21 @@ def paced(busy: Callable[[], bool]) -> Iterator[None]:
                 sleep(_REST_SECONDS)
             until = perf_counter() + _WORK_SECONDS
 
-    interval, profiler = sys.getswitchinterval(), sys.getprofile()
-    sys.setswitchinterval(min(interval, _SWITCH_SECONDS))
+    profiler = sys.getprofile()
     sys.setprofile(pause)
     try:
         yield
     finally:
         sys.setprofile(profiler)
-        sys.setswitchinterval(interval)
+
+
+@contextmanager
+def eager_switching() -> Iterator[None]:
+    """Inside, threads ask for the interpreter more often than each 5 ms: a step would wait that long for each of its
+    operations. It holds for all threads, so only one may do this."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(min(usual, _SWITCH_SECONDS))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)

@@ -13,6 +13,7 @@ from proxyserve.errors import NoRoom
 from proxyserve.experts.generation import Phase
 from proxyserve.experts.ledger import Generation
 from proxyserve.experts.library import Library
+from proxyserve.experts.pacing import paced
 from proxyserve.experts.recipe import Recipe
 from proxyserve.experts.roster import Roster
 
@@ -47,12 +48,13 @@ class Room:
     def needed(self, recipe: Recipe) -> int:
         """Bytes of the weights at most, and of the least KV memory that they need where no arena here fits."""
         size, wanted = self._engine.config.block_size, self._engine.blocks_per_lane
-        kv = {
-            layout: least_arena_bytes(layout, context, size, wanted)
-            for layout, context in self._library.expected_layouts(recipe)
-            if layout not in self._engine.residents.arenas
-        }
-        return self._library.estimate(recipe) + sum(kv.values())
+        with paced(lambda: self._engine.has_work):
+            kv = {
+                layout: least_arena_bytes(layout, context, size, wanted)
+                for layout, context in self._library.expected_layouts(recipe)
+                if layout not in self._engine.residents.arenas
+            }
+            return self._library.estimate(recipe) + sum(kv.values())
 
     def require_possible(self, recipe: Recipe) -> None:
         """Raise NoRoom if a recipe would not fit even after everything has gone that may go."""
