@@ -10,7 +10,7 @@
 PYTHON ?= python3
 TORCH_PIP_ARGS ?=
 CONSTRAINTS ?= constraints.txt
-EXTRAS ?= dev,eval
+EXTRAS ?= dev,eval,otel
 ARGS ?=
 PYTEST_ARGS ?=
 PYTEST_WORKERS ?= 2

@@ -44,9 +44,13 @@ def _require(condition: bool, param: str, message: str) -> None:
 class SamplingParams:
     """How one choice is drawn from the fused law. Field names are those of the HTTP API.
 
-    Order of application: logit bias and penalties, then temperature, then min-p, top-k and top-p (top-p on
-    what top-k left, renormalised), then the draw. `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0
-    switch the filters off. `logprobs` None means none, 0 the chosen token only, k the k most likely as well.
+    Order of application: logit bias and penalties, then what rules tokens out (`allowed_token_ids`, `bad_words`,
+    `min_tokens`, grammars), then temperature, then min-p, top-k and top-p (top-p on what top-k left, renormalised),
+    then the draw. `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 switch the filters off. `logprobs` None
+    means none, 0 the chosen token only, k the k most likely as well; `logprob_token_ids` are given at each position
+    too. `prompt_logprobs` asks the same of the prompt's tokens; only with it may `max_tokens` be 0.
+
+    Before `min_tokens` tokens no token comes that would end the text. `bad_words` are sequences of ids that never come.
     """
 
     max_tokens: int
@@ -63,6 +67,12 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    logprob_token_ids: tuple[int, ...] = ()
+    prompt_logprobs: int | None = None
+    min_tokens: int = 0
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         for name in (
@@ -75,7 +85,19 @@ class SamplingParams:
         ):
             value = getattr(self, name)
             _require(math.isfinite(value), name, f"{name} must be a finite number, not {value}.")
-        _require(self.max_tokens >= 1, "max_tokens", "max_tokens must be at least 1.")
+        least = 1 if self.prompt_logprobs is None else 0
+        _require(self.max_tokens >= least, "max_tokens", f"max_tokens must be at least {least}.")
+        _require(
+            0 <= self.min_tokens <= self.max_tokens,
+            "min_tokens",
+            "min_tokens must be between 0 and max_tokens.",
+        )
+        _require(all(self.bad_words), "bad_words", "bad_words must not be empty.")
+        _require(
+            self.allowed_token_ids is None or len(self.allowed_token_ids) > 0,
+            "allowed_token_ids",
+            "allowed_token_ids must name at least one token.",
+        )
         _require(0.0 <= self.temperature <= 100.0, "temperature", "temperature must be between 0 and 100.")
         _require(0.0 < self.top_p <= 1.0, "top_p", "top_p must be above 0 and at most 1.")
         _require(self.top_k >= 0, "top_k", "top_k must be 0 (off) or a positive number.")
@@ -95,7 +117,9 @@ class SamplingParams:
                 f"logit_bias.{token}",
                 "logit_bias values must be between -100 and 100.",
             )
-        _require(self.logprobs is None or self.logprobs >= 0, "logprobs", "logprobs must not be negative.")
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            _require(count is None or count >= 0, name, f"{name} must not be negative.")
 
     @property
     def greedy(self) -> bool:
@@ -110,11 +134,13 @@ class SamplingParams:
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """Natural-log probabilities of one position under the fused law before bias, penalties, temperature and
-    filters, over the shared vocabulary. `top` is ordered from most to least likely, ties by lowest id."""
+    filters, over the shared vocabulary. `top` is ordered from most to least likely, ties by lowest id; `listed` has the
+    ids of `SamplingParams.logprob_token_ids` in their order. A token that is in several has one value."""
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    listed: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +213,11 @@ class OutputEvent:
 
     `text` is text that is final (bytes of unfinished characters and possible beginnings of stop strings are
     held back and come later). `logprobs` and `explanations` have one entry per id in `token_ids` where the request
-    asked for them. `finish_reason`, `usage` and, for fused requests, `fusion` are set on the last event only; `error`
-    says what failed when `finish_reason` is `ERROR`.
+    asked for them. `prompt_logprobs`, if asked for, comes once, not later than the first token, with one entry per
+    prompt token of the base; None for the first ones, which have nothing before them in some lane. `removed_mass` is
+    the mean, over generated positions, of the probability that constraints took from the fused law; None without any.
+    It, `finish_reason`, `usage` and, for fused requests, `fusion` are set on the last event only; `error` says what
+    failed when `finish_reason` is `ERROR`.
     """
 
     request_id: str
@@ -201,4 +230,6 @@ class OutputEvent:
     stop_reason: str | int | None = None
     usage: Usage | None = None
     fusion: FusionReport | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    removed_mass: float | None = None
     error: str | None = None

@@ -68,7 +68,7 @@ class AdminRoute(JsonRoute):
         handle = super().get_route_handler() if takes_body else super(JsonRoute, self).get_route_handler()
 
         async def admit_and_handle(request: Request) -> Response:
-            if not request.state.admin:
+            if not request.state.caller.admin:
                 raise Forbidden("The control plane takes an administrator's key.")
             if not takes_body and await request.body():
                 raise InvalidRequest("This route takes no body; send none.", code="invalid_body")

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from proxyserve.api.errors import StartupError, Unauthorized, error_response, problem_of
 from proxyserve.api.metrics import Metrics
+from proxyserve.engine.caller import Caller
 
 #: The routes that anyone may call. A test walks all other routes and shows that they refuse.
 PUBLIC_PATHS = frozenset({"/health", "/ready", "/version"})
@@ -62,8 +63,8 @@ class KeyRing:
 
 class AuthMiddleware:
     """Refuses requests without a known key, before their body is read. Sets `state.salt`, which keeps the prefix-cache
-    entries of different keys apart, and `state.admin`: whether the key is an administrator's. Without any keys, whoever
-    can connect is the operator."""
+    entries of different keys apart, and `state.caller`: on whose behalf the request is. Without any keys, whoever can
+    connect is the operator."""
 
     def __init__(self, app: ASGIApp, keys: KeyRing, admin_keys: KeyRing, metrics: Metrics) -> None:
         self._app = app
@@ -89,7 +90,7 @@ class AuthMiddleware:
                 await error_response(problem_of(refusal))(scope, receive, send)
                 return
             salt = hashlib.sha256(b"prefix-cache" + digest).hexdigest()
-        scope.setdefault("state", {}).update(salt=salt, admin=admin)
+        scope.setdefault("state", {}).update(salt=salt, caller=Caller(admin=admin))
         await self._app(scope, receive, send)
 
 

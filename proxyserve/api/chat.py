@@ -35,6 +35,7 @@ from proxyserve.api.schemas.chat import (
 )
 from proxyserve.api.schemas.responses import finish_name
 from proxyserve.api.state import ServerState, server_state
+from proxyserve.engine.caller import Caller
 from proxyserve.engine.prompts import chat_prompts
 from proxyserve.engine.submission import Submission
 from proxyserve.errors import InvalidRequest
@@ -59,11 +60,11 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
     state = server_state(request)
     shape = _ChatShape(body, state.models.base.tokenizer)
     salt = cache_salt(request.state.salt, body.user)
-    admin = bool(request.state.admin)
+    caller: Caller = request.state.caller
 
     async def begin(lease: Lease) -> Generation:
         submission = await prepared(
-            request, lambda: _submission(state, lease.catalog, body, shape.id, salt, admin)
+            request, lambda: _submission(state, lease.catalog, body, shape.id, salt, caller)
         )
         return Generation(state, [submission], lease, request.state.arrived)
 
@@ -73,7 +74,7 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
 
 
 def _submission(
-    state: ServerState, catalog: Catalog, body: ChatRequest, request_id: str, salt: str, admin: bool
+    state: ServerState, catalog: Catalog, body: ChatRequest, request_id: str, salt: str, caller: Caller
 ) -> Submission:
     """Raises InvalidRequest or UnknownModel."""
     if body.max_tokens is not None and body.max_completion_tokens is not None:
@@ -98,7 +99,7 @@ def _submission(
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     return Submission(
-        request_id, prompts, sampling, fusion, n=body.n or 1, salt=salt, admin=admin, vetted=vetted
+        request_id, prompts, sampling, fusion, n=body.n or 1, salt=salt, caller=caller, vetted=vetted
     )
 
 

@@ -30,6 +30,7 @@ from proxyserve.api.schemas.completions import (
 )
 from proxyserve.api.schemas.responses import finish_name
 from proxyserve.api.state import ServerState, server_state
+from proxyserve.engine.caller import Caller
 from proxyserve.engine.prompts import text_prompts, token_prompts
 from proxyserve.engine.submission import Submission
 from proxyserve.errors import InvalidRequest
@@ -54,11 +55,11 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     state = server_state(request)
     shape = _CompletionShape(body, state.models.base.tokenizer)
     salt = cache_salt(request.state.salt, body.user)
-    admin = bool(request.state.admin)
+    caller: Caller = request.state.caller
 
     async def begin(lease: Lease) -> Generation:
         submissions = await prepared(
-            request, lambda: _submissions(state, lease.catalog, body, shape.id, salt, admin)
+            request, lambda: _submissions(state, lease.catalog, body, shape.id, salt, caller)
         )
         return Generation(state, submissions, lease, request.state.arrived)
 
@@ -71,7 +72,7 @@ def _submissions(
     body: CompletionRequest,
     request_id: str,
     salt: str,
-    admin: bool,
+    caller: Caller,
 ) -> list[Submission]:
     """One per prompt. Raises InvalidRequest or UnknownModel."""
     limits = state.config.limits
@@ -101,7 +102,7 @@ def _submissions(
             fusion,
             n=body.n or 1,
             salt=salt,
-            admin=admin,
+            caller=caller,
             vetted=vetted,
         )
         for number, prompt in enumerate(body.prompt)

@@ -37,7 +37,7 @@ def prepare(
     if submission.n < 1:
         raise InvalidRequest("n must be at least 1.", param="n")
     fusion, catalog, policy = submission.fusion, offer.catalog, offer.policy
-    policy.check(fusion, fusion.compile(catalog), admin=submission.admin, vetted=submission.vetted)
+    policy.check(fusion, fusion.compile(catalog), admin=submission.caller.admin, vetted=submission.vetted)
     program = bind_fusion(fusion, catalog, submission.prompts)
     _check_length(
         submission, program, pools, block_size

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from proxyserve.engine.caller import Caller
+from proxyserve.engine.constraint import Constrains
 from proxyserve.fusion.fusion import Fusion
 from proxyserve.types import SamplingParams
 
@@ -24,8 +26,9 @@ class LanePrompts:
 @dataclass(frozen=True, slots=True)
 class Submission:
     """One prompt and how to continue it, `n` times. `salt` keeps prefix-cache entries of different tenants
-    apart: entries are shared only between submissions of equal salt. `admin`: whoever asks may do what the policy keeps
-    for administrators. `vetted`: the fusion's weights are the operator's own (a preset), whoever asks."""
+    apart: entries are shared only between submissions of equal salt. `vetted`: the fusion's weights are the operator's
+    own (a preset), whoever asks. Of waiting requests those with the lowest `priority` go first. `constraints` say which
+    tokens may come, beside what `sampling` says."""
 
     request_id: str
     prompts: LanePrompts
@@ -33,5 +36,7 @@ class Submission:
     fusion: Fusion = field(default_factory=Fusion)
     n: int = 1
     salt: str = ""
-    admin: bool = True
+    caller: Caller = field(default_factory=Caller)
     vetted: bool = False
+    priority: int = 0
+    constraints: tuple[Constrains, ...] = ()

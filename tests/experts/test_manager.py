@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from proxyserve.engine.caller import Caller
 from proxyserve.errors import Forbidden, InvalidRequest, ProxyserveError, SwapConflict, UnknownModel
 from proxyserve.experts.audit import read_audit
 from proxyserve.experts.generation import Phase
@@ -269,7 +270,7 @@ async def test_experts_become_protected_and_no_longer_are(server: Server, world:
     def against() -> None:
         with server.plain.offers.lease() as lease:
             kind = proxy_kind({"qa": -1.0}, PROMPT)
-            choices = server.plain.prepare(replace(kind.submission("a"), admin=False), lease)
+            choices = server.plain.prepare(replace(kind.submission("a"), caller=Caller(admin=False)), lease)
             server.plain.discard(choices)
 
     spec = world.contents["first"].spec

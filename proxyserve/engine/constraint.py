@@ -1,0 +1,35 @@
+"""What may come next, as far as it depends on what came before: grammars, budgets of thought."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Constraint(Protocol):
+    """The state of one choice. Used on the engine's thread alone."""
+
+    def mask(self) -> Tensor | None:
+        """Which tokens may come next: int32 [words] on the host, bit `i % 32` of word `i // 32` set where id i may;
+        ids beyond the words may not. None where every token may. Valid until the next `advance`.
+
+        Raises ConstraintFailed if that cannot be found within the constraint's limits, which ends the choice."""
+
+    def advance(self, token: int) -> None:
+        """`token` has been chosen."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the text is whole and nothing may follow: the choice ends, as if it had met a stop string."""
+
+
+class Constrains(Protocol):
+    """What a submission asks for; shared by its choices."""
+
+    def start(self) -> Constraint:
+        """A fresh state for one choice."""
+
+
+class ConstraintFailed(Exception):
+    """The message says why no token can be named; it may be told to the client."""
