@@ -45,7 +45,7 @@ class Generation:
         self._stream: ResponseStream = state.engine.submit(submissions, lease)
         self._metrics = state.metrics
         self._arrived = arrived
-        self._last_token: dict[int, float] = {}
+        self._begun: set[int] = set()
         self._unfinished = self._n * len(submissions)
         self._usage: dict[int, Usage] = {}
         self._reports: list[tuple[int, FusionReport]] = []
@@ -76,13 +76,9 @@ class Generation:
 
     def _record(self, number: int, event: OutputEvent) -> None:
         now = time.perf_counter()
-        if event.token_ids:
-            previous = self._last_token.get(number)
-            if previous is None:
-                self._metrics.first_token_seconds.observe(now - self._arrived)
-            else:
-                self._metrics.inter_token_seconds.observe((now - previous) / len(event.token_ids))
-            self._last_token[number] = now
+        if event.token_ids and number not in self._begun:
+            self._begun.add(number)
+            self._metrics.first_token_seconds.observe(now - self._arrived)
         if event.finish_reason is None:
             return
         self._metrics.request_seconds.observe(now - self._arrived)

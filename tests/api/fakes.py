@@ -48,7 +48,7 @@ class FakeEngine:
         return None
 
     def snapshot(self) -> EngineStats:
-        return EngineStats(0, 0, 0, 0, 0, 0, 0, 0, {}, 0, 0, 0.0, 0, {}, {}, {}, {}, 0)
+        return EngineStats()
 
 
 class FakeStream:
