@@ -248,8 +248,8 @@ class OutputEvent:
     asked for them. `prompt_logprobs`, if asked for, comes once, not later than the first token, with one entry per
     prompt token of the base; None for the first ones, which have nothing before them in some lane. `removed_mass` is
     the mean, over generated positions, of the probability that constraints took from the fused law; None without any.
-    It, `finish_reason`, `usage`, `timing` and, for fused requests, `fusion` are set on the last event only; `error` says
-    what failed when `finish_reason` is `ERROR`.
+    It, `finish_reason`, `usage`, `timing` and, for fused requests, `fusion` are set on the last event only; `error`
+    says what failed when `finish_reason` is `ERROR`.
     """
 
     request_id: str

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from proxyserve.api.errors import GenerationFailed
 from proxyserve.api.presence import ServerStopping
+from proxyserve.api.record import Work
 from proxyserve.api.schemas.fusion import FusionSummary
 from proxyserve.api.schemas.responses import PromptTokensDetails, UsageBody
 from proxyserve.api.state import ServerState
@@ -32,7 +33,7 @@ class Generation:
     """Submissions that were accepted together and are answered in one response.
 
     Choice `i` of submission `s` has number `s * n + i`. Creating one queues the work, so its `events` must be read or
-    closed; closing them early cancels what still runs.
+    closed; closing them early cancels what still runs. `work` is what log and traces say of it.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Generation:
         self._n = submissions[0].n
         self._order = {submission.request_id: number for number, submission in enumerate(submissions)}
         self._stream: ResponseStream = state.engine.submit(submissions, lease)
+        self.work = Work.of(submissions, self._stream.generations)
         self._metrics = state.metrics
         self._arrived = arrived
         self._begun: set[int] = set()
@@ -64,11 +66,12 @@ class Generation:
         finished, and cancels the others."""
         try:
             async for event in self._stream:
+                number = self._order[event.request_id] * self._n + event.index
+                self.work.add(event, counts_prompt=number % self._n == 0)
                 if event.finish_reason is FinishReason.ERROR:
                     raise GenerationFailed(event.error or "The engine could not finish this request.")
                 if event.finish_reason is FinishReason.CANCELLED:  # not by the client, who closes `events`
                     raise ServerStopping
-                number = self._order[event.request_id] * self._n + event.index
                 self._record(number, event)
                 yield number, event
         finally:

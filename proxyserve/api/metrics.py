@@ -71,8 +71,8 @@ class Metrics:
             self._rejections[reason] += 1
 
     def grammar(self, outcome: GrammarOutcome, seconds: float | None = None) -> None:
-        """A request asked for a grammar; `seconds` is what compiling it took, also where that failed, None where nothing
-        was compiled. From any thread."""
+        """A request asked for a grammar; `seconds` is what compiling it took, also where that failed, None where
+        nothing was compiled. From any thread."""
         with self._lock:
             self._grammars[outcome] += 1
             if seconds is not None:

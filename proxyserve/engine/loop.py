@@ -47,7 +47,7 @@ class EngineStats:
     """A snapshot for metrics. Counters are since start; for what they and the histograms mean see
     `counters.EngineCounters`. Pools are named after the first model that uses them, trunks after themselves.
     `waiting_tokens` are prompt tokens of choices that have not begun, `lane_tokens` the tokens that ran through each
-    model, `by_generation` the choices that ended, by expert and generation. `memory` are the bytes of weights and KV."""
+    model, `by_generation` choices that ended, by expert and generation. `memory` are the bytes of weights and KV."""
 
     waiting: int = 0
     running: int = 0
@@ -76,7 +76,8 @@ class EngineStats:
 
 class ResponseStream:
     """Events of all choices of one `submit`, in the order they happen; ends after the last choice's last event.
-    Leaving early (`aclose`, or the end of `async with`) cancels what still runs."""
+    Leaving early (`aclose`, or the end of `async with`) cancels what still runs. `generations` are those that the
+    choices have of each expert."""
 
     def __init__(self, engine: AsyncEngine, choices: Sequence[Choice]) -> None:
         self._engine = engine
@@ -84,6 +85,7 @@ class ResponseStream:
         self._queue: asyncio.Queue[OutputEvent] = asyncio.Queue()
         self._open = {choice.key for choice in choices}
         self.choices = len(choices)
+        self.generations = choices[0].generations
 
     def __aiter__(self) -> AsyncIterator[OutputEvent]:
         return self

@@ -56,6 +56,7 @@ class FakeStream:
         self._engine = engine
         self._events = events
         self._closed = False
+        self.generations: dict[str, int] = {}
         engine.open_streams += 1
 
     def __aiter__(self) -> FakeStream:
