@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 KernelChoice = Literal["auto", "torch", "triton"]
+LogFormat = Literal["text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,14 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class LogConfig:
+    """How the log is written, to standard error."""
+
+    format: LogFormat = "text"
+    level: LogLevel = "info"
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
     """Caps on what one request, or all waiting requests together, may ask for. Each has its own error message."""
 
@@ -65,7 +75,8 @@ class ServerConfig:
     whoever connects is the administrator. Keys of `admin_key_file` may do everything that keys of `api_key_file` may,
     and more. With `admin_port` the control plane is on that port only, and nothing for users is.
     `drain_seconds` is how long running requests may take to finish after SIGTERM, `load_wait_seconds` how long a
-    request may wait for an expert that must be loaded first."""
+    request may wait for an expert that must be loaded first. Traces go to the collector at `otlp_endpoint`, a URL that
+    takes OTLP over HTTP; None makes none."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -74,6 +85,7 @@ class ServerConfig:
     admin_port: int | None = None
     drain_seconds: float = 30.0
     load_wait_seconds: float = 30.0
+    otlp_endpoint: str | None = None
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:

@@ -208,6 +208,38 @@ class FusionReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Timing:
+    """When things happened to one choice, in seconds of `time.perf_counter`, as the engine's thread saw them: prepared
+    and queued, given KV blocks for the first time, its first token chosen, ended. None for what never happened.
+
+    `barrier_seconds` is how long some lane of it had caught up and waited for another one of its lanes before the next
+    token could be chosen."""
+
+    queued_at: float
+    admitted_at: float | None
+    first_token_at: float | None
+    finished_at: float
+    barrier_seconds: float = 0.0
+
+    @property
+    def queue_seconds(self) -> float:
+        """Until it was admitted, or ended without that."""
+        return (self.finished_at if self.admitted_at is None else self.admitted_at) - self.queued_at
+
+    @property
+    def prefill_seconds(self) -> float | None:
+        """From admission to the first token, or to the end of a choice that has none."""
+        if self.admitted_at is None:
+            return None
+        return (self.finished_at if self.first_token_at is None else self.first_token_at) - self.admitted_at
+
+    @property
+    def decode_seconds(self) -> float | None:
+        """From the first token to the end."""
+        return None if self.first_token_at is None else self.finished_at - self.first_token_at
+
+
+@dataclass(frozen=True, slots=True)
 class OutputEvent:
     """What one step produced for one choice.
 
@@ -216,8 +248,8 @@ class OutputEvent:
     asked for them. `prompt_logprobs`, if asked for, comes once, not later than the first token, with one entry per
     prompt token of the base; None for the first ones, which have nothing before them in some lane. `removed_mass` is
     the mean, over generated positions, of the probability that constraints took from the fused law; None without any.
-    It, `finish_reason`, `usage` and, for fused requests, `fusion` are set on the last event only; `error` says what
-    failed when `finish_reason` is `ERROR`.
+    It, `finish_reason`, `usage`, `timing` and, for fused requests, `fusion` are set on the last event only; `error`
+    says what failed when `finish_reason` is `ERROR`.
     """
 
     request_id: str
@@ -232,4 +264,5 @@ class OutputEvent:
     fusion: FusionReport | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     removed_mass: float | None = None
+    timing: Timing | None = None
     error: str | None = None

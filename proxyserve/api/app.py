@@ -17,6 +17,7 @@ from proxyserve.api.ports import PortMiddleware
 from proxyserve.api.request_id import RequestIdMiddleware
 from proxyserve.api.schemas.chat import ChatChunk
 from proxyserve.api.state import ServerState
+from proxyserve.api.telemetry import Tracing
 from proxyserve.config import ServerConfig
 
 if TYPE_CHECKING:
@@ -29,9 +30,14 @@ OpenAI's; the `fusion` object, or a model name such as `BASE+EXPERT:0.8`, says w
 """
 
 
-def create_app(engine: AsyncEngine, config: ServerConfig, experts: ExpertManager | None = None) -> FastAPI:
-    """An ASGI application over `engine`, which the caller starts and closes. The control plane is there if
-    `experts` is.
+def create_app(
+    engine: AsyncEngine,
+    config: ServerConfig,
+    experts: ExpertManager | None = None,
+    tracing: Tracing | None = None,
+) -> FastAPI:
+    """An ASGI application over `engine`, which the caller starts and closes, as it does `tracing`. The control plane is
+    there if `experts` is.
 
     Raises StartupError if a key file is unusable. Does not check which address it is served at; `run_server` does.
     """
@@ -57,5 +63,5 @@ def create_app(engine: AsyncEngine, config: ServerConfig, experts: ExpertManager
         app.add_middleware(PortMiddleware, admin_port=config.admin_port)
     app.add_middleware(BodyLimitMiddleware, max_bytes=config.limits.max_body_bytes, metrics=state.metrics)
     app.add_middleware(AuthMiddleware, keys=keys, admin_keys=admin_keys, metrics=state.metrics)
-    app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(RequestIdMiddleware, tracing=tracing)
     return app

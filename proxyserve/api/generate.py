@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from proxyserve.api.errors import GenerationFailed
 from proxyserve.api.presence import ServerStopping
+from proxyserve.api.record import Work
 from proxyserve.api.schemas.fusion import FusionSummary
 from proxyserve.api.schemas.responses import PromptTokensDetails, UsageBody
 from proxyserve.api.state import ServerState
@@ -32,7 +33,7 @@ class Generation:
     """Submissions that were accepted together and are answered in one response.
 
     Choice `i` of submission `s` has number `s * n + i`. Creating one queues the work, so its `events` must be read or
-    closed; closing them early cancels what still runs.
+    closed; closing them early cancels what still runs. `work` is what log and traces say of it.
     """
 
     def __init__(
@@ -43,9 +44,10 @@ class Generation:
         self._n = submissions[0].n
         self._order = {submission.request_id: number for number, submission in enumerate(submissions)}
         self._stream: ResponseStream = state.engine.submit(submissions, lease)
+        self.work = Work.of(submissions, self._stream.generations)
         self._metrics = state.metrics
         self._arrived = arrived
-        self._last_token: dict[int, float] = {}
+        self._begun: set[int] = set()
         self._unfinished = self._n * len(submissions)
         self._usage: dict[int, Usage] = {}
         self._reports: list[tuple[int, FusionReport]] = []
@@ -64,11 +66,12 @@ class Generation:
         finished, and cancels the others."""
         try:
             async for event in self._stream:
+                number = self._order[event.request_id] * self._n + event.index
+                self.work.add(event, counts_prompt=number % self._n == 0)
                 if event.finish_reason is FinishReason.ERROR:
                     raise GenerationFailed(event.error or "The engine could not finish this request.")
                 if event.finish_reason is FinishReason.CANCELLED:  # not by the client, who closes `events`
                     raise ServerStopping
-                number = self._order[event.request_id] * self._n + event.index
                 self._record(number, event)
                 yield number, event
         finally:
@@ -76,13 +79,9 @@ class Generation:
 
     def _record(self, number: int, event: OutputEvent) -> None:
         now = time.perf_counter()
-        if event.token_ids:
-            previous = self._last_token.get(number)
-            if previous is None:
-                self._metrics.first_token_seconds.observe(now - self._arrived)
-            else:
-                self._metrics.inter_token_seconds.observe((now - previous) / len(event.token_ids))
-            self._last_token[number] = now
+        if event.token_ids and number not in self._begun:
+            self._begun.add(number)
+            self._metrics.first_token_seconds.observe(now - self._arrived)
         if event.finish_reason is None:
             return
         self._metrics.request_seconds.observe(now - self._arrived)

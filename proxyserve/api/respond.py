@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from proxyserve import __version__
 from proxyserve.api.generate import Answer, Generation, collect
 from proxyserve.api.presence import while_present
+from proxyserve.api.record import RequestRecord
 from proxyserve.api.schemas.common import GenerationRequest
 from proxyserve.api.sse import EventStream
 from proxyserve.api.state import server_state
@@ -45,6 +46,9 @@ async def respond(
     request: Request, body: GenerationRequest, generation: Generation, shape: ResponseShape
 ) -> Response:
     """Answer `body` with `generation`. Raises ClientDisconnect if the client goes away, which ends the generation."""
+    record: RequestRecord = request.state.record
+    record.work, record.stream = generation.work, bool(body.stream)
+    record.metadata = body.metadata or {}
     stopping = server_state(request).stopping
     if body.stream:
         return EventStream(_chunks(generation, shape, body.include_usage), stopping=stopping)

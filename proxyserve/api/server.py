@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from proxyserve.api.app import create_app
 from proxyserve.api.errors import StartupError
 from proxyserve.api.state import ServerState
+from proxyserve.api.telemetry import open_tracing
 from proxyserve.config import ServerConfig
 
 if TYPE_CHECKING:
@@ -34,11 +35,14 @@ def run_server(engine: AsyncEngine, config: ServerConfig, experts: ExpertManager
 
     At the first signal `/ready` turns to 503, new work is refused, and what runs may go on for
     `config.drain_seconds`; then, or at a second signal, what is left ends with an error. Raises StartupError if the
-    address cannot or must not be listened on.
+    address cannot or must not be listened on, or traces cannot be sent.
     """
     check_binding(config)
-    app = create_app(engine, config, experts)
+    tracing = open_tracing(config.otlp_endpoint)
     with ExitStack() as stack:
+        if tracing is not None:
+            stack.callback(tracing.close)
+        app = create_app(engine, config, experts, tracing)
         ports = [config.port, *([] if config.admin_port is None else [config.admin_port])]
         listeners = [stack.enter_context(listen(config.host, port)) for port in ports]
         engine.start()

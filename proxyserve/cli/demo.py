@@ -42,6 +42,9 @@ def demo_command(
     memory: options.Memory = None,
     evict_idle: options.EvictIdle = False,
     load_wait: options.LoadWait = 30.0,
+    log_format: options.LogFormatOption = "text",
+    log_level: options.LogLevelOption = "info",
+    otlp_endpoint: options.OtlpEndpoint = None,
     config: options.Config = None,
 ) -> None:
     """Serve the demo family: a base that knows facts, and experts that know how to answer."""
@@ -77,5 +80,8 @@ def demo_command(
         memory=memory,
         evict_idle=evict_idle,
         load_wait=load_wait,
+        log_format=log_format,
+        log_level=log_level,
+        otlp_endpoint=otlp_endpoint,
     )
     serve(family.base, experts, settings)

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from proxyserve.config import KernelChoice
+from proxyserve.config import KernelChoice, LogFormat, LogLevel
 from proxyserve.models.family import ExpertSource
 from proxyserve.models.upstream import RemoteSource
 
@@ -229,6 +229,27 @@ DrainSeconds = Annotated[
         envvar=_envvar("DRAIN_SECONDS"),
         min=0,
         help="How long running requests may go on after SIGTERM.",
+    ),
+]
+LogFormatOption = Annotated[
+    LogFormat,
+    typer.Option("--log-format", envvar=_envvar("LOG_FORMAT"), help="Form of the log on standard error."),
+]
+LogLevelOption = Annotated[
+    LogLevel,
+    typer.Option(
+        "--log-level",
+        envvar=_envvar("LOG_LEVEL"),
+        help="What is logged. Every finished request is a line at info; prompts and answers never are.",
+    ),
+]
+OtlpEndpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--otlp-endpoint",
+        envvar=[_envvar("OTLP_ENDPOINT"), "OTEL_EXPORTER_OTLP_ENDPOINT"],
+        help="URL of a collector that takes traces by OTLP over HTTP, e.g. http://127.0.0.1:4318. Needs "
+        "proxyserve[otel]; without it there are no traces.",
     ),
 ]
 ExpertRoot = Annotated[

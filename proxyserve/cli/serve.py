@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.text import Text
 
+from proxyserve.api.logs import configure_logging
 from proxyserve.api.server import check_binding, run_server
+from proxyserve.api.telemetry import check_tracing
 from proxyserve.cli import options
 from proxyserve.cli.opening import ExpertSettings, open_server
 from proxyserve.cli.startup import startup_table
-from proxyserve.config import EngineConfig, KernelChoice, Limits, ServerConfig
+from proxyserve.config import (
+    EngineConfig,
+    KernelChoice,
+    Limits,
+    LogConfig,
+    LogFormat,
+    LogLevel,
+    ServerConfig,
+)
 from proxyserve.fusion.calibration import Calibration, read_calibrations
 from proxyserve.fusion.policy import FusionPolicy
 from proxyserve.models.family import ExpertSource
 from proxyserve.models.loading import choose_placement
 from proxyserve.models.upstream import RemoteSource
 from proxyserve_kernels import backend_for
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +49,7 @@ class ServeSettings:
     presets: Mapping[str, str]
     calibrations: Mapping[str, Calibration]
     experts: ExpertSettings
+    logs: LogConfig = field(default_factory=LogConfig)
 
 
 def serve_command(
@@ -81,6 +95,9 @@ def serve_command(
     memory: options.Memory = None,
     evict_idle: options.EvictIdle = False,
     load_wait: options.LoadWait = 30.0,
+    log_format: options.LogFormatOption = "text",
+    log_level: options.LogLevelOption = "info",
+    otlp_endpoint: options.OtlpEndpoint = None,
     config: options.Config = None,
 ) -> None:
     """Serve a large model and the small experts that steer it."""
@@ -111,6 +128,9 @@ def serve_command(
         memory=memory,
         evict_idle=evict_idle,
         load_wait=load_wait,
+        log_format=log_format,
+        log_level=log_level,
+        otlp_endpoint=otlp_endpoint,
     )
     source = options.parse_base(
         base,
@@ -152,6 +172,9 @@ def make_settings(
     memory: str | None,
     evict_idle: bool,
     load_wait: float,
+    log_format: LogFormat,
+    log_level: LogLevel,
+    otlp_endpoint: str | None,
 ) -> ServeSettings:
     """Options as typed, self-checked settings. Raises BadParameter and LoadError."""
     low, high = options.parse_range(weight_range)
@@ -175,6 +198,7 @@ def make_settings(
             admin_port=admin_port,
             drain_seconds=drain_seconds,
             load_wait_seconds=load_wait,
+            otlp_endpoint=otlp_endpoint,
             limits=Limits(),
         )
     except ValueError as error:
@@ -189,7 +213,8 @@ def make_settings(
         memory=None if memory is None else options.parse_size(memory),
         evict_idle=evict_idle,
     )
-    return ServeSettings(engine, server, policy, presets, calibrations, experts)
+    logs = LogConfig(log_format, log_level)
+    return ServeSettings(engine, server, policy, presets, calibrations, experts, logs)
 
 
 def serve(
@@ -201,6 +226,8 @@ def serve(
 ) -> None:
     """Load, show the start-up table, listen until a signal. Raises LoadError and StartupError."""
     check_binding(settings.server)  # before minutes of loading, not after
+    check_tracing(settings.server.otlp_endpoint)
+    configure_logging(settings.logs)
     console = Console(stderr=True)
     if settings.engine.threads is not None:
         torch.set_num_threads(settings.engine.threads)
@@ -225,7 +252,20 @@ def serve(
         # steps would wait for a quarter of a second.
         gc.collect()
         gc.freeze()
-        for message in opened.messages:
-            console.print(Text.assemble(("note: ", "bold yellow"), message), soft_wrap=True)
-        console.print(startup_table(opened.engine.engine, settings.server, settings.experts))
+        table = startup_table(opened.engine.engine, settings.server, settings.experts)
+        if settings.logs.format == "json":  # then every line is for machines
+            for message in opened.messages:
+                logger.warning("%s", message)
+            logger.info("%s", _as_text(table))
+        else:
+            for message in opened.messages:
+                console.print(Text.assemble(("note: ", "bold yellow"), message), soft_wrap=True)
+            console.print(table)
         run_server(opened.engine, settings.server, opened.experts)
+
+
+def _as_text(shown: RenderableType) -> str:
+    console = Console(width=120, color_system=None)
+    with console.capture() as captured:
+        console.print(shown)
+    return captured.get()

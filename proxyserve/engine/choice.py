@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field, replace
+from time import perf_counter
 
 from torch import Tensor
 
+from proxyserve.engine.clock import Clock
 from proxyserve.engine.submission import Submission
 from proxyserve.fusion.binding import BoundProgram
 from proxyserve.models.vocabulary import SharedVocabulary
@@ -66,6 +68,7 @@ class Choice:
     generations: dict[str, int]
     detokenizer: Detokenizer
     seed: int
+    clock: Clock = field(default_factory=Clock)
     held: Tensor | None = None
     differences: list[tuple[Lane, Lane]] | None = None  # see `batch.shared_heads`, which finds them once
     generated: dict[int, int] = field(default_factory=dict)  # id -> occurrences, kept for penalties
@@ -160,6 +163,7 @@ class Choice:
             stop_reason=stop_reason,
             usage=self._usage(),
             fusion=self._fusion(),
+            timing=self.clock.timing(perf_counter()),
             error=error,
         )
 

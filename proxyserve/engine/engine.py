@@ -3,16 +3,16 @@
     submission ─prepare─▶ choices ─enqueue─▶ scheduler.schedule() ─▶ per model: runner.run(packed tokens)
         events ◀─accept─ tokens ◀─ backend.pick (one call for the whole batch) ◀─ solved weights ◀─ logits rows
 
-No thread and no clock live here; `engine.loop` owns the thread that calls `step`.
+No thread lives here; `engine.loop` owns the one that calls `step`.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from time import perf_counter
 
 import torch
 
@@ -30,6 +30,7 @@ from proxyserve.engine.batch import (
 )
 from proxyserve.engine.certificate import certify
 from proxyserve.engine.choice import Choice, Sampled
+from proxyserve.engine.counters import EngineCounters, held_up
 from proxyserve.engine.explain import explain
 from proxyserve.engine.forward import run_models
 from proxyserve.engine.memory import Tenants, blocks_of_new_arena, blocks_of_remote, kv_budget, plan_arenas
@@ -55,24 +56,6 @@ from proxyserve.types import FinishReason, ModelKey, OutputEvent, TokenLogprob
 from proxyserve_kernels import Needs, backend_for
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class EngineCounters:
-    """Since start. `finished` counts choices by finish reason, `by_generation` by expert and generation; prompt and
-    cached tokens are those of base lanes."""
-
-    steps: int = 0
-    tokens_generated: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    preemptions: int = 0
-    fused_tokens: int = 0
-    gated_tokens: int = 0
-    flips: int = 0
-    kl_total: float = 0.0
-    finished: dict[str, int] = field(default_factory=dict)
-    by_generation: Counter[tuple[str, int]] = field(default_factory=Counter)
 
 
 class Engine:
@@ -292,11 +275,13 @@ class Engine:
         """Run one step: at most one packed forward per model and one fused pick. Returns an event per choice that
         got a token or ended. A step that raises inside ends the requests in it with an error and nothing else; a remote
         model that does not answer ends those that wanted it."""
+        started = perf_counter()
         plan = self.scheduler.schedule()
-        self.counters.preemptions += len(plan.preempted)
+        self.counters.scheduled(plan, self._choices)
         if plan.empty:
             return []
         self.counters.steps += 1
+        held = [self._choices[request.request_id] for request in held_up(plan, self.scheduler.running)]
         rows = [
             *(FusedRow(self._choices[request.request_id]) for request in plan.sampling),
             *(FusedRow(self._choices[request.request_id], alone=True) for request in plan.probing),
@@ -306,7 +291,9 @@ class Engine:
             failures = forward.failures
             rows = [row for row in rows if row.choice.key not in failures]
             logits = LogitRows(rows, plan.work, forward)
+            computed = perf_counter()
             sampled = self._sample(rows, logits) if rows else []
+            self.counters.sampling_seconds += perf_counter() - computed
         except Exception as error:  # whatever it was, the process and all other requests go on
             logger.exception("a step failed; the requests in it are ended")
             return self._fail(plan, f"The step that computed this request failed: {type(error).__name__}.")
@@ -318,6 +305,7 @@ class Engine:
         if not self.config.prefix_cache:
             for arena in self.residents.arenas.values():
                 arena.pool.drop_cache()
+        self.counters.stepped(plan, self.runners, held, started)
         return events
 
     def _sample(self, rows: Sequence[FusedRow], logits: LogitRows) -> list[Sampled | None]:
@@ -363,25 +351,17 @@ class Engine:
 
     def _accept(self, rows: Sequence[FusedRow], sampled: Sequence[Sampled | None]) -> list[OutputEvent]:
         events = []
+        self.counters.sampled(
+            [(row.choice, token) for row, token in zip(rows, sampled, strict=True) if token is not None]
+        )
         for row, result in zip(rows, sampled, strict=True):
             choice = row.choice
             if result is not None:
                 event = choice.accept(result)
-                self._count(choice, result)
                 events.append(event if event.finish_reason is None else self._finish(choice, event))
             elif not choice.scheduled.awaiting:
                 events.append(self._fail_numerically(choice))
         return events
-
-    def _count(self, choice: Choice, sampled: Sampled) -> None:
-        counters = self.counters
-        counters.tokens_generated += 1
-        counters.gated_tokens += sampled.gated
-        if not choice.submission.fusion.is_base:
-            counters.fused_tokens += 1
-            if choice.program.base is not None:
-                counters.flips += sampled.flip
-                counters.kl_total += sampled.kl
 
     def _fail(self, plan: Plan, message: str) -> list[OutputEvent]:
         keys = {item.request.request_id for work in plan.work.values() for item in work}
@@ -405,12 +385,7 @@ class Engine:
         del self._choices[choice.key]
         self.scheduler.finish(choice.scheduled)
         self.offers.release(choice.models)
-        reason = (event.finish_reason or FinishReason.ERROR).value
-        self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
-        self.counters.by_generation.update(choice.generations.items())
-        if event.usage is not None:
-            self.counters.prompt_tokens += event.usage.prompt_tokens
-            self.counters.cached_tokens += event.usage.cached_tokens
+        self.counters.ended(choice, event)
         return event
 
     def check(self) -> None:

@@ -29,12 +29,20 @@ _PROBE_TOKENS = 9
 @dataclass(slots=True)
 class RunnerStats:
     """Since the model came: forwards, tokens run by each model (its own name, and those of models over it), rows of
-    logits made, seconds spent."""
+    logits made, seconds spent. `ended` is when the last forward did, by `time.perf_counter`."""
 
     forwards: int = 0
     tokens: Counter[str] = field(default_factory=Counter)
     rows: int = 0
     seconds: float = 0.0
+    ended: float = 0.0
+
+    def ran(self, rows: int, started: float) -> None:
+        """A forward that began at `started` has ended just now."""
+        self.forwards += 1
+        self.rows += rows
+        self.ended = perf_counter()
+        self.seconds += self.ended - started
 
 
 def probe_ids(model: LoadedModel) -> tuple[int, ...]:
@@ -147,9 +155,7 @@ class Runner:
         )
         with attention_plan(plan), adapter_plan(changes), head_rows(heads):
             logits = self._forward(ids, positions, sampled, rows)
-        self.stats.forwards += 1
-        self.stats.rows += rows
-        self.stats.seconds += perf_counter() - started
+        self.stats.ran(rows, started)
         return logits
 
     def _heads(self, lanes: Sequence[Lane], differences: Sequence[tuple[Lane, Lane]]) -> HeadRows:

@@ -39,12 +39,13 @@ class LaneWork:
 class Plan:
     """One step: per trunk the work of its packed forward, the requests that sample afterwards, and the gated ones that
     have the logits of lane 0 and must learn whether that is enough. Every request in `sampling` or `probing` has
-    exactly one `last` work for each lane whose turn it is."""
+    exactly one `last` work for each lane whose turn it is. `admitted` are those that came out of the queue."""
 
     work: dict[ModelKey, list[LaneWork]] = field(default_factory=dict)
     sampling: list[ScheduledRequest] = field(default_factory=list)
     probing: list[ScheduledRequest] = field(default_factory=list)
     preempted: list[ScheduledRequest] = field(default_factory=list)
+    admitted: list[ScheduledRequest] = field(default_factory=list)
 
     @property
     def empty(self) -> bool:
@@ -189,6 +190,7 @@ class Scheduler:
             self.waiting.remove(request)
             request.move(RequestState.RUNNING)
             self.running.append(request)
+            plan.admitted.append(request)
             self._grant(request, budget, plan, granted)
 
     def _start(self, request: ScheduledRequest) -> bool:
