@@ -18,15 +18,17 @@ class EngineConfig:
 
     `dtype` "auto" is float32 on a CPU and bfloat16 on a GPU. `max_batch` is the most requests that run at once,
     `max_batch_tokens` the most tokens one model computes per step (long prompts are cut into chunks of at most
-    that many). `kv_memory` is in bytes for the KV caches of all models together; None lets the memory plan choose.
-    `threads` None leaves torch's own choice. `kernels` names the backend of the logit arithmetic: "torch", "triton", or
-    "auto", which is triton on a CUDA device.
+    that many), `max_scored_rows` the most rows of logits, of all models together, that a step computes to score prompts
+    (the memory plan sets theirs aside). `kv_memory` is in bytes for the KV caches of all models together; None lets the
+    plan choose. `threads` None leaves torch's own choice. `kernels` names the backend of the logit arithmetic: "torch",
+    "triton", or "auto", which is triton on a CUDA device.
     """
 
     device: str = "auto"
     dtype: str = "auto"
     max_batch: int = 64
     max_batch_tokens: int = 512
+    max_scored_rows: int = 512
     kv_memory: int | None = None
     block_size: int = 16
     prefix_cache: bool = True
@@ -34,7 +36,7 @@ class EngineConfig:
     kernels: KernelChoice = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "max_batch_tokens", "block_size"):
+        for name in ("max_batch", "max_batch_tokens", "max_scored_rows", "block_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.kernels not in ("auto", "torch", "triton"):

@@ -76,7 +76,9 @@ SUCCESS = _counter("request_success", "Choices finished, by reason.", "finished_
 FAILURE = _counter("request_failure", "Choices ended early, by reason.", "finished_reason")
 REJECTED = _counter("requests_rejected", "Requests that were refused, by reason.", "reason")
 PREEMPTIONS = _counter("num_preemptions", "Choices whose KV blocks were taken back for a while.")
-KEY_REQUESTS = _counter("key_requests", "Choices that ended, by the name of the key that asked for them.", "key")
+KEY_REQUESTS = _counter(
+    "key_requests", "Choices that ended, by the name of the key that asked for them.", "key"
+)
 KEY_TOKENS = _counter("key_tokens", "Tokens of those choices; kind is prompt or generation.", "key", "kind")
 
 # Tokens -----------------------------------------------------------------------------------------------------------
@@ -141,9 +143,7 @@ FUSED_TOKENS = _counter("fused_tokens", "Tokens of requests that ask for more th
 GATED_TOKENS = _counter("gated_tokens", "Those of them that a gate left to the base alone.")
 FLIPS = _counter("flips", "Those of them where the fused argmax is not the base's.")
 KL = _histogram("kl_nats", "KL(fused || base) of each fused token, in nats, where the base takes part.")
-SOLVED_WEIGHT = _histogram(
-    "solved_weight", "Weights that were solved for a token, each expert's on its own."
-)
+SOLVED_WEIGHT = _histogram("solved_weight", "Weights that were solved for a token, each expert's on its own.")
 REMOVED_MASS = _histogram(
     "constraint_removed_mass",
     "For each choice under a grammar or another constraint: the probability that it took from the fused law, mean over "

@@ -17,7 +17,24 @@ from proxyserve.types import FinishReason, ModelKey, OutputEvent
 
 _STEP_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
-_REQUEST_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 240.0)
+_REQUEST_SECONDS = (
+    0.005,
+    0.01,
+    0.02,
+    0.05,
+    0.1,
+    0.2,
+    0.5,
+    1.0,
+    2.0,
+    5.0,
+    10.0,
+    20.0,
+    40.0,
+    60.0,
+    120.0,
+    240.0,
+)
 _WAIT_SECONDS = (0.0, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000)
 _STEP_TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -44,7 +61,9 @@ class Histograms:
     request_queue_time_seconds: Histogram = field(default_factory=lambda: Histogram(_REQUEST_SECONDS))
     request_prefill_time_seconds: Histogram = field(default_factory=lambda: Histogram(_REQUEST_SECONDS))
     request_decode_time_seconds: Histogram = field(default_factory=lambda: Histogram(_REQUEST_SECONDS))
-    request_time_per_output_token_seconds: Histogram = field(default_factory=lambda: Histogram(_TOKEN_SECONDS))
+    request_time_per_output_token_seconds: Histogram = field(
+        default_factory=lambda: Histogram(_TOKEN_SECONDS)
+    )
     request_barrier_wait_seconds: Histogram = field(default_factory=lambda: Histogram(_WAIT_SECONDS))
     request_prompt_tokens: Histogram = field(default_factory=lambda: Histogram(_TOKENS))
     request_generation_tokens: Histogram = field(default_factory=lambda: Histogram(_TOKENS))
