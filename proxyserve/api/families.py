@@ -104,10 +104,10 @@ END_TO_END = _histogram(
     "From a request's arrival to the end of each finished choice, as the HTTP layer saw it.",
 )
 QUEUE_TIME = _histogram(
-    "request_queue_time_seconds", "Until a choice was admitted for the first time; observed then."
+    "request_queue_time_seconds", "Until each choice was admitted for the first time; counted then."
 )
 PREFILL_TIME = _histogram(
-    "request_prefill_time_seconds", "From then to the first token of each finished choice."
+    "request_prefill_time_seconds", "From the admission of each finished choice to its first token."
 )
 DECODE_TIME = _histogram(
     "request_decode_time_seconds", "From the first to the last token of each finished choice."
@@ -304,4 +304,4 @@ def tables() -> str:
 
 
 if __name__ == "__main__":
-    print(tables())
+    print(tables(), end="")

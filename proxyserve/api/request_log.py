@@ -43,9 +43,8 @@ class RequestLog:
                 return
             if self._left_out:
                 more["not_logged"], self._left_out = self._left_out, 0
-        where = record.route or record.path[:_LONGEST_NAME]
         fields = {name: value for name, value in {**_fields(record), **more}.items() if value is not None}
-        logger.log(level, "%s %s %s", record.method, where, record.status, extra={"fields": fields})
+        logger.log(level, "request", extra={"fields": fields})
 
     def _may_write(self) -> bool:
         now = self._clock()
@@ -70,6 +69,9 @@ def _level(record: RequestRecord) -> int:
 def _fields(record: RequestRecord) -> Mapping[str, Any]:
     """None where there is nothing to say."""
     return {
+        "method": record.method,
+        "route": record.route,
+        "path": record.path[:_LONGEST_NAME] if record.route is None else None,
         "request_id": record.request_id,
         "trace_id": record.trace_id,
         "key": record.key or None,
