@@ -54,12 +54,13 @@ def joined(pieces: Sequence[Piece]) -> list[Piece]:
     """Neighbours of one kind made one."""
     result: list[Piece] = []
     for piece in pieces:
-        last = result[-1] if result else None
-        match last, piece:
-            case (Content(), Content()) | (Reasoning(), Reasoning()):
-                result[-1] = type(piece)(last.text + piece.text)
-            case CallArguments(), CallArguments() if last.index == piece.index:
-                result[-1] = CallArguments(last.index, last.text + piece.text)
+        match result[-1] if result else None, piece:
+            case Content(said), Content(text):
+                result[-1] = Content(said + text)
+            case Reasoning(said), Reasoning(text):
+                result[-1] = Reasoning(said + text)
+            case CallArguments(index, said), CallArguments(same, text) if index == same:
+                result[-1] = CallArguments(index, said + text)
             case _:
                 result.append(piece)
     return result

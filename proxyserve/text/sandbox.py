@@ -16,7 +16,7 @@ from jinja2 import nodes
 from jinja2.environment import Template
 from jinja2.meta import find_undeclared_variables
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 # Private, but the only way to the filters, globals and tags that templates are written for.
@@ -68,38 +68,40 @@ class SandboxedTemplate:
 
 class _Watched(NodeTransformer):
     """Puts calls of the watch into everything that can go on, or grow, for long: each turn of a loop, each call of a
-    macro, each value that is printed or joined with `~`."""
+    macro, each value that is printed or joined with `~`. Jinja names the methods after its nodes."""
 
-    def visit_For(self, node: nodes.For) -> nodes.Node:
+    def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
         return self._ticking(node)
 
-    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
+    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:  # noqa: N802
         return self._ticking(node)
 
-    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:
+    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:  # noqa: N802
         return self._ticking(node)
 
     def _ticking(self, node: nodes.For | nodes.Macro | nodes.CallBlock) -> nodes.Node:
         self.generic_visit(node)
-        tick = nodes.ExprStmt(_call(_TICK, []))
-        node.body.insert(0, tick.set_lineno(node.lineno))
+        tick = nodes.ExprStmt(_call(_TICK, [], node.lineno))
+        tick.set_lineno(node.lineno)
+        node.body.insert(0, tick)
         return node
 
-    def visit_Output(self, node: nodes.Output) -> nodes.Node:
+    def visit_Output(self, node: nodes.Output) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        node.nodes = [
-            child if isinstance(child, nodes.TemplateData) else _call(_SEEN, [child]).set_lineno(node.lineno)
-            for child in node.nodes
-        ]
+        for position, child in enumerate(node.nodes):
+            if not isinstance(child, nodes.TemplateData):
+                node.nodes[position] = _call(_SEEN, [child], node.lineno)
         return node
 
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        return _call(_JOIN, node.nodes).set_lineno(node.lineno)
+        return _call(_JOIN, node.nodes, node.lineno)
 
 
-def _call(name: str, arguments: list[nodes.Expr]) -> nodes.Call:
-    return nodes.Call(nodes.Name(name, "load"), arguments, [], None, None)
+def _call(name: str, arguments: list[nodes.Expr], line: int) -> nodes.Call:
+    call = nodes.Call(nodes.Name(name, "load"), arguments, [], None, None)
+    call.set_lineno(line)
+    return call
 
 
 class _Watch:
@@ -143,7 +145,7 @@ class _Environment(ImmutableSandboxedEnvironment):
                 _require_modest("format", left, right if isinstance(right, tuple) else (right,))
         return super().call_binop(context, operator, left, right)
 
-    def call(self, context: Context, callee: Any, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Context, callee: Any, /, *args: Any, **kwargs: Any) -> Any:
         method = getattr(callee, "__wrapped__", callee)  # Jinja wraps `format`
         owner = getattr(method, "__self__", None)
         if isinstance(owner, str):
@@ -156,15 +158,13 @@ def _environment() -> _Environment:
     """Transformers' own environment, whose class is exchanged: only it knows what it puts in there."""
     environment = _compile_jinja_template("").environment.overlay()
     environment.__class__ = _Environment
-    environment.globals = {
-        name: value for name, value in environment.globals.items() if name not in _WITHOUT
-    }
+    environment.globals = {name: value for name, value in environment.globals.items() if name not in _WITHOUT}
     environment.filters = {
         name: _modest(name, function)
         for name, function in environment.filters.items()
         if name not in _WITHOUT
     }
-    return environment  # type: ignore[no-any-return]
+    return environment
 
 
 def _modest(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -181,13 +181,15 @@ def _modest(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _require_modest(name: str, subject: Any, arguments: Sequence[Any]) -> None:
-    """Raise OutOfBounds or SecurityError if a string's method, or a filter, of that name would make too much."""
+    """Raise OutOfBounds if a string's method, or a filter, of that name would make too much."""
     match name:
         case "replace":
             _require_small(_size(subject) * max([1, *map(_size, arguments)]))
         case "join":
             # `separator.join(texts)`, and as a filter `texts | join(separator)`
-            texts, separators = (arguments[:1], [subject]) if isinstance(subject, str) else ([subject], arguments)
+            texts, separators = (
+                (arguments[:1], [subject]) if isinstance(subject, str) else ([subject], arguments)
+            )
             parts = [part for text in texts if isinstance(text, list | tuple) for part in text]
             _require_small(sum(map(_size, parts)) + max(map(_size, separators), default=0) * len(parts))
         case "format" | "format_map":

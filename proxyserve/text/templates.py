@@ -84,7 +84,9 @@ def _render(template: SandboxedTemplate, variables: Mapping[str, Any]) -> str:
             f"The chat template was stopped, since it does what no template may do: {error}", param="messages"
         ) from error
     except _REFUSALS as error:
-        raise InvalidRequest(f"The chat template refuses these messages: {error}", param="messages") from error
+        raise InvalidRequest(
+            f"The chat template refuses these messages: {error}", param="messages"
+        ) from error
 
 
 def _normal(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -92,7 +91,9 @@ class Tokenizer:
     def special_tokens(self) -> frozenset[str]:
         """The texts of all tokens that `decode` can skip."""
         added = self._tokenizer.added_tokens_decoder.values()
-        return frozenset({*self._tokenizer.all_special_tokens, *(str(token) for token in added if token.special)})
+        return frozenset(
+            {*self._tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
+        )
 
     # Chat ----------------------------------------------------------------------------------------------------
 
@@ -108,24 +109,14 @@ class Tokenizer:
         try:
             return ChatTemplate(self._tokenizer.get_chat_template(tools=[] if tools else None))
         except ValueError as error:
-            raise InvalidRequest(f"The model's chat templates cannot be used: {error}", param="messages") from error
+            raise InvalidRequest(
+                f"The model's chat templates cannot be used: {error}", param="messages"
+            ) from error
 
     @property
     def template_variables(self) -> dict[str, str]:
         """What a chat template learns from the tokenizer: its special tokens, `bos_token` and so on."""
         return dict(self._tokenizer.special_tokens_map)
-
-    def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
-    ) -> str:
-        """Messages rendered with the model's own template. Raises InvalidRequest if there is no template or it refuses
-        the messages."""
-        template = self.chat_template()
-        if template is None:
-            raise InvalidRequest("The model has no chat template; use /v1/completions.", param="messages")
-        return template.render(
-            messages, add_generation_prompt=add_generation_prompt, variables=self.template_variables
-        )
 
 
 @lru_cache(maxsize=1)
