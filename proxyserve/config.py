@@ -10,6 +10,8 @@ from typing import Literal
 KernelChoice = Literal["auto", "torch", "triton"]
 LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+ToolParser = Literal["auto", "hermes", "llama"]
+ReasoningParser = Literal["auto", "deepseek", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +69,24 @@ class Limits:
     max_logprobs: int = 20
     max_batched_prompts: int = 256
     max_body_bytes: int = 8 * 2**20
+    max_tools: int = 128
+    max_tool_bytes: int = 256 * 1024
+    max_tool_depth: int = 32
+    max_template_variables: int = 16
+    max_template_variable_length: int = 4096
     max_waiting_requests: int = 1024
     max_waiting_tokens: int = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class ChatConfig:
+    """How conversations are rendered and answers read. `template` is the source of a chat template for models that have
+    none of their own. `tool_parser` is the form of tool calls, `reasoning_parser` whether answers may begin with
+    reasoning between `<think>` and `</think>`; "auto" finds it out from each request's template."""
+
+    template: str | None = None
+    tool_parser: ToolParser = "auto"
+    reasoning_parser: ReasoningParser = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +107,7 @@ class ServerConfig:
     load_wait_seconds: float = 30.0
     otlp_endpoint: str | None = None
     limits: Limits = field(default_factory=Limits)
+    chat: ChatConfig = field(default_factory=ChatConfig)
 
     def __post_init__(self) -> None:
         if self.admin_port is not None and self.admin_port in (0, self.port):

@@ -152,9 +152,10 @@ def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 @dataclass(slots=True)
 class Answer:
-    """Everything that one choice produced."""
+    """Everything that one choice produced. `lengths` are the numbers of tokens that its `pieces` came with."""
 
     pieces: list[str] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     explanations: list[TokenExplanation] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -171,6 +172,7 @@ async def collect(generation: Generation) -> Sequence[Answer]:
         async for number, event in events:
             answer = answers[number]
             answer.pieces.append(event.text)
+            answer.lengths.append(len(event.token_ids))
             answer.logprobs.extend(event.logprobs or ())
             answer.explanations.extend(event.explanations or ())
             answer.finish_reason = event.finish_reason

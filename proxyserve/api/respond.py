@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -21,12 +21,19 @@ from proxyserve.api.sse import EventStream
 from proxyserve.api.state import server_state
 from proxyserve.types import OutputEvent
 
+#: Fields of a chunk or response, by name.
+Fields = Mapping[str, Any]
+
 
 class ResponseShape(Protocol):
     """How one route writes its responses. Fields that are not given to a model are left out of the JSON."""
 
-    def chunk(self, events: Sequence[tuple[int, OutputEvent]], **more: Any) -> BaseModel:
-        """A chunk with a choice per event; `more` are top-level fields. A choice's events come in their order."""
+    def chunks(self, number: int, event: OutputEvent, *, each: Fields, last: Fields) -> Sequence[BaseModel]:
+        """What to send for an event of choice `number`; nothing where the event says nothing that can be told yet. A
+        choice's events come in their order. `each` are top-level fields of all chunks, `last` of the last one."""
+
+    def closing(self, **more: Any) -> BaseModel:
+        """A chunk without choices, after all others; `more` are top-level fields."""
 
     def whole(self, answers: Sequence[Answer], **more: Any) -> BaseModel:
         """The complete response; answer `i` is choice `i`."""
@@ -61,14 +68,14 @@ async def _chunks(
     generation: Generation, shape: ResponseShape, include_usage: bool
 ) -> AsyncGenerator[str, None]:
     """The JSON of each chunk. `usage` comes last, in a chunk without choices; `fusion` comes with the last chunk."""
-    usage = {"usage": None} if include_usage else {}
+    usage: Fields = {"usage": None} if include_usage else {}
     async with aclosing(generation.events()) as events:
         async for number, event in events:
-            if event.text or event.logprobs or event.explanations or event.finish_reason:
-                fusion = _fusion(generation) if generation.finished and not include_usage else {}
-                yield _json(shape.chunk([(number, event)], **usage, **fusion))
+            fusion = _fusion(generation) if generation.finished and not include_usage else {}
+            for chunk in shape.chunks(number, event, each=usage, last=fusion):
+                yield _json(chunk)
     if include_usage:
-        yield _json(shape.chunk([], usage=generation.usage(), **_fusion(generation)))
+        yield _json(shape.closing(usage=generation.usage(), **_fusion(generation)))
 
 
 def _fusion(generation: Generation) -> dict[str, Any]:

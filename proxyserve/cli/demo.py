@@ -45,6 +45,9 @@ def demo_command(
     log_format: options.LogFormatOption = "text",
     log_level: options.LogLevelOption = "info",
     otlp_endpoint: options.OtlpEndpoint = None,
+    chat_template: options.ChatTemplateFile = None,
+    tool_parser: options.ToolParserOption = "auto",
+    reasoning_parser: options.ReasoningParserOption = "auto",
     config: options.Config = None,
 ) -> None:
     """Serve the demo family: a base that knows facts, and experts that know how to answer."""
@@ -83,5 +86,8 @@ def demo_command(
         log_format=log_format,
         log_level=log_level,
         otlp_endpoint=otlp_endpoint,
+        chat_template=chat_template,
+        tool_parser=tool_parser,
+        reasoning_parser=reasoning_parser,
     )
     serve(family.base, experts, settings)

@@ -16,9 +16,11 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from proxyserve.config import KernelChoice, LogFormat, LogLevel
+from proxyserve.config import ChatConfig, KernelChoice, LogFormat, LogLevel, ReasoningParser, ToolParser
+from proxyserve.errors import InvalidRequest
 from proxyserve.models.family import ExpertSource
 from proxyserve.models.upstream import RemoteSource
+from proxyserve.text.templates import ChatTemplate
 
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
@@ -432,6 +434,47 @@ ExplainToAll = Annotated[
         help="Who may ask for explanations, which show the laws of single models.",
     ),
 ]
+ChatTemplateFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--chat-template",
+        envvar=_envvar("CHAT_TEMPLATE"),
+        exists=True,
+        dir_okay=False,
+        help="Jinja chat template for models that have none of their own.",
+    ),
+]
+ToolParserOption = Annotated[
+    ToolParser,
+    typer.Option(
+        "--tool-parser",
+        envvar=_envvar("TOOL_PARSER"),
+        help="Form of tool calls: hermes, llama, or auto, which finds it out from the chat template.",
+    ),
+]
+ReasoningParserOption = Annotated[
+    ReasoningParser,
+    typer.Option(
+        "--reasoning-parser",
+        envvar=_envvar("REASONING_PARSER"),
+        help="Tell reasoning from answers: deepseek (<think>...</think>), none, or auto, which does so where the chat "
+        "template has these marks.",
+    ),
+]
+
+
+def chat_config(
+    template: Path | None, tool_parser: ToolParser, reasoning_parser: ReasoningParser
+) -> ChatConfig:
+    """Reads the template, which must be one."""
+    if template is None:
+        return ChatConfig(None, tool_parser, reasoning_parser)
+    try:
+        source = template.read_text(encoding="utf-8")
+        ChatTemplate(source).reads("messages")
+    except (OSError, UnicodeDecodeError, InvalidRequest) as error:
+        raise typer.BadParameter(f"{template}: {error}", param_hint="--chat-template") from error
+    return ChatConfig(source, tool_parser, reasoning_parser)
 
 
 def parse_preset(text: str) -> tuple[str, str]:

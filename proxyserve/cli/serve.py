@@ -27,7 +27,9 @@ from proxyserve.config import (
     LogConfig,
     LogFormat,
     LogLevel,
+    ReasoningParser,
     ServerConfig,
+    ToolParser,
 )
 from proxyserve.fusion.calibration import Calibration, read_calibrations
 from proxyserve.fusion.policy import FusionPolicy
@@ -98,6 +100,9 @@ def serve_command(
     log_format: options.LogFormatOption = "text",
     log_level: options.LogLevelOption = "info",
     otlp_endpoint: options.OtlpEndpoint = None,
+    chat_template: options.ChatTemplateFile = None,
+    tool_parser: options.ToolParserOption = "auto",
+    reasoning_parser: options.ReasoningParserOption = "auto",
     config: options.Config = None,
 ) -> None:
     """Serve a large model and the small experts that steer it."""
@@ -131,6 +136,9 @@ def serve_command(
         log_format=log_format,
         log_level=log_level,
         otlp_endpoint=otlp_endpoint,
+        chat_template=chat_template,
+        tool_parser=tool_parser,
+        reasoning_parser=reasoning_parser,
     )
     source = options.parse_base(
         base,
@@ -175,6 +183,9 @@ def make_settings(
     log_format: LogFormat,
     log_level: LogLevel,
     otlp_endpoint: str | None,
+    chat_template: Path | None,
+    tool_parser: ToolParser,
+    reasoning_parser: ReasoningParser,
 ) -> ServeSettings:
     """Options as typed, self-checked settings. Raises BadParameter and LoadError."""
     low, high = options.parse_range(weight_range)
@@ -200,6 +211,7 @@ def make_settings(
             load_wait_seconds=load_wait,
             otlp_endpoint=otlp_endpoint,
             limits=Limits(),
+            chat=options.chat_config(chat_template, tool_parser, reasoning_parser),
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
