@@ -181,6 +181,15 @@ MaxBatchTokens = Annotated[
         help="Most tokens one model computes per step; longer prompts are cut into chunks.",
     ),
 ]
+MaxScoredRows = Annotated[
+    int,
+    typer.Option(
+        "--max-scored-rows",
+        envvar=_envvar("MAX_SCORED_ROWS"),
+        min=32,
+        help="Most rows of logits computed per step to score prompts, of all models together; they take memory.",
+    ),
+]
 KVMemory = Annotated[
     str | None,
     typer.Option(

@@ -35,7 +35,15 @@ from proxyserve.engine.choice import Choice, Sampled
 from proxyserve.engine.counters import EngineCounters, held_up
 from proxyserve.engine.explain import explain
 from proxyserve.engine.forward import run_models
-from proxyserve.engine.memory import Tenants, blocks_of_new_arena, blocks_of_remote, kv_budget, plan_arenas
+from proxyserve.engine.memory import (
+    Tenants,
+    blocks_of_new_arena,
+    blocks_of_remote,
+    fused_at_once,
+    kv_budget,
+    plan_arenas,
+    scoring_bytes,
+)
 from proxyserve.engine.offer import Lease, Offer, Offers
 from proxyserve.engine.preparation import bind_fusion, check_presets, context_room, memory_room, prepare
 from proxyserve.engine.remote_runner import RemoteRunner
@@ -144,7 +152,7 @@ class Engine:
                 layout = layouts[model.trunk.key]
                 known = tenants.get(layout, Tenants(0, 0))
                 tenants[layout] = Tenants(known.models + 1, max(known.context, model.context_length))
-        budget = kv_budget(models.base.device, config.kv_memory)
+        budget = kv_budget(models.base.device, config.kv_memory, scoring_bytes(models.base, config))
         blocks_of = plan_arenas(
             tenants, budget=budget, block_size=config.block_size, max_batch=config.max_batch
         )
@@ -297,7 +305,7 @@ class Engine:
             rows = [row for row in rows if row.choice.key not in failures]
             logits = LogitRows(rows, plan.work, forward)
             computed = perf_counter()
-            scores = score(self.backend, to_score, logits, self.config.max_batch)
+            scores = score(self.backend, to_score, logits, fused_at_once(self.config))
             sampled = self._sample(rows, logits) if rows else []
             self.counters.sampling_seconds += perf_counter() - computed
         except Exception as error:  # whatever it was, the process and all other requests go on
