@@ -21,13 +21,28 @@ from proxyserve.experts.roster import SwapCounters
 from tests.api.live import Live
 
 #: What boards and autoscalers made for vLLM ask for, after its prefix.
-PEERS = """
-    num_requests_running num_requests_waiting kv_cache_usage_perc num_preemptions_total prefix_cache_queries_total
-    prefix_cache_hits_total prompt_tokens_total prompt_tokens_cached_total generation_tokens_total
-    request_success_total iteration_tokens_total time_to_first_token_seconds inter_token_latency_seconds
-    request_time_per_output_token_seconds e2e_request_latency_seconds request_queue_time_seconds
-    request_prefill_time_seconds request_decode_time_seconds request_prompt_tokens request_generation_tokens
-""".split()
+PEERS = [
+    "num_requests_running",
+    "num_requests_waiting",
+    "kv_cache_usage_perc",
+    "num_preemptions_total",
+    "prefix_cache_queries_total",
+    "prefix_cache_hits_total",
+    "prompt_tokens_total",
+    "prompt_tokens_cached_total",
+    "generation_tokens_total",
+    "request_success_total",
+    "iteration_tokens_total",
+    "time_to_first_token_seconds",
+    "inter_token_latency_seconds",
+    "request_time_per_output_token_seconds",
+    "e2e_request_latency_seconds",
+    "request_queue_time_seconds",
+    "request_prefill_time_seconds",
+    "request_decode_time_seconds",
+    "request_prompt_tokens",
+    "request_generation_tokens",
+]
 
 Scrape = Mapping[tuple[str, ...], float]
 
