@@ -30,7 +30,7 @@ class EngineConfig:
     dtype: str = "auto"
     max_batch: int = 64
     max_batch_tokens: int = 512
-    max_scored_rows: int = 512
+    max_scored_rows: int = 256
     kv_memory: int | None = None
     block_size: int = 16
     prefix_cache: bool = True

@@ -23,7 +23,7 @@ def demo_command(
     kernels: options.Kernels = "auto",
     max_batch: options.MaxBatch = 64,
     max_batch_tokens: options.MaxBatchTokens = 512,
-    max_scored_rows: options.MaxScoredRows = 512,
+    max_scored_rows: options.MaxScoredRows = 256,
     kv_memory: options.KVMemory = "256MiB",
     block_size: options.BlockSize = 16,
     prefix_cache: options.PrefixCache = True,

@@ -286,9 +286,9 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[OutputEvent]:
-        """Run one step: at most one packed forward per model and one fused pick. Returns an event per choice that
-        got a token or ended. A step that raises inside ends the requests in it with an error and nothing else; a remote
-        model that does not answer ends those that wanted it."""
+        """Run one step: at most one packed forward per model, one fused pick, and a few that score prompts. Returns an
+        event per choice that got a token or ended. A step that raises inside ends the requests in it with an error and
+        nothing else; a remote model that does not answer ends those that wanted it."""
         started = perf_counter()
         plan = self.scheduler.schedule()
         self.counters.scheduled(plan, self._choices)
