@@ -36,16 +36,12 @@ def refusal(live: Live, body: dict[str, Any], status: int = 400) -> dict[str, An
 
 
 UNSUPPORTED = [
-    (CHAT, "tools", [{"type": "function", "function": {"name": "f"}}]),
-    (CHAT, "tool_choice", "auto"),
-    (CHAT, "parallel_tool_calls", "yes"),
     (CHAT, "functions", [{"name": "f"}]),
     (CHAT, "function_call", "auto"),
     (CHAT, "response_format", {"type": "json_object"}),
     (CHAT, "modalities", ["text", "audio"]),
     (CHAT, "audio", {"voice": "x"}),
     (CHAT, "prediction", {"type": "content", "content": "x"}),
-    (CHAT, "reasoning_effort", "high"),
     (CHAT, "store", True),
     (CHAT, "verbosity", "low"),
     (CHAT, "web_search_options", {}),
@@ -297,14 +293,27 @@ VALUES: list[tuple[dict[str, Any], str, Any, str]] = [
     (CHAT, "messages", [], "messages"),
     (CHAT, "messages", "hi", "messages"),
     (CHAT, "messages", [{"role": "user"}], "messages[0].content"),
-    (CHAT, "messages", [{"role": "tool", "content": "x"}], "messages[0].role"),
+    (CHAT, "messages", [{"role": "critic", "content": "x"}], "messages[0].role"),
+    (CHAT, "tools", [{}], "tools[0].type"),
+    (CHAT, "tool_choice", "auto", "tool_choice"),
+    (CHAT, "parallel_tool_calls", "yes", "parallel_tool_calls"),
+    (CHAT, "reasoning_effort", "high", "reasoning_effort"),
+    (CHAT, "thinking_budget", 1.5, "thinking_budget"),
+    (CHAT, "chat_template_kwargs", [], "chat_template_kwargs"),
+    (CHAT, "add_generation_prompt", "no", "add_generation_prompt"),
+    (CHAT, "continue_final_message", True, "continue_final_message"),
     (CHAT, "messages", [{"role": "user", "content": None}], "messages[0].content"),
     (CHAT, "messages", [{"role": "user", "content": 5}], "messages[0].content"),
     (CHAT, "messages", [{"role": "user", "content": ["x"]}], "messages[0].content"),
     (CHAT, "messages", [{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content"),
     (CHAT, "messages", [{"role": "user", "content": [{"type": "text"}]}], "messages[0].content"),
-    (CHAT, "messages", [{"role": "user", "content": "a", "name": "Ann"}], "messages[0].name"),
-    (CHAT, "messages", [{"role": "assistant", "content": "a", "tool_calls": [{}]}], "messages[0].tool_calls"),
+    (CHAT, "messages", [{"role": "user", "content": "a", "name": ""}], "messages[0].name"),
+    (
+        CHAT,
+        "messages",
+        [{"role": "assistant", "content": "a", "tool_calls": [{}]}],
+        "messages[0].tool_calls[0].id",
+    ),
     (CHAT, "messages", [{"role": "user", "content": "word " * 2000}], "messages"),
     (CHAT, "logprobs", 3, "logprobs"),
     (CHAT, "top_logprobs", 3, "top_logprobs"),
@@ -390,7 +399,8 @@ def test_every_field_was_looked_at() -> None:
         *("prompts", "support", "explain", "on_expert_failure", "target_entropy", "gate")
     }
     assert set(Message.model_fields) == {
-        *("role", "content", "annotations", "audio", "function_call", "name", "refusal", "tool_calls")
+        *("role", "content", "name", "tool_calls", "tool_call_id", "reasoning", "reasoning_content"),
+        *("annotations", "audio", "function_call", "parsed", "refusal"),
     }
 
 
@@ -416,6 +426,11 @@ def test_random_mutations_are_never_a_500(live: Live) -> None:
     chance = random.Random(7)
     plain = [
         CHAT | {"logprobs": True, "fusion": {"prompts": {}}},
+        CHAT
+        | {
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+            "tool_choice": "auto",
+        },
         TEXT | {"logit_bias": {"1": 1}, "stop": ["x"]},
         TEXT | {"fusion": {"rule": "dynamic", "mode": "budget", "kl": 0.1, "explain": 1}},
         BASE | {"fusion": {"rule": "mixture", "models": {"base": 0.5, "qa.tuned": 0.5}, "r": 0}},

@@ -180,4 +180,4 @@ def test_openapi_is_complete(live: Live) -> None:
     assert set(chat["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
     assert "ChatChunk" in document["components"]["schemas"]
     assert document["components"]["schemas"]["ChatRequest"]["additionalProperties"] is False
-    assert document["components"]["schemas"]["ChatRequest"]["properties"]["tools"]["enum"] == [None, []]
+    assert document["components"]["schemas"]["ChatRequest"]["properties"]["functions"]["enum"] == [None, []]
