@@ -59,6 +59,7 @@ _SHARED_FROM = 64
 async def create_score(request: Request, body: ScoreRequest) -> Response:
     """Log-probabilities of what follows a prompt, or of whole texts, under the base fused with the experts that `model`
     or `fusion` name."""
+    _check_fields(body)
     state = server_state(request)
     head = response_head("score", body.model)
     salt = cache_salt(request.state.salt, body)
@@ -109,7 +110,6 @@ def _score_field_names(body: ScoreRequest) -> Iterator[None]:
 
 def _submissions(body: ScoreRequest, request_id: str, catalog: Catalog, limits: Limits) -> list[Submission]:
     """One per continuation or text, or one for all labels. Raises InvalidRequest or UnknownModel."""
-    _check_fields(body)
     cap("logprobs", body.logprobs or 0, limits.max_logprobs, "log-probabilities per token")
     fusion = resolve_fusion(body.model, body.fusion, catalog)
     _check_fusion(fusion)
