@@ -60,13 +60,19 @@ class LogConfig:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Caps on what one request, or all waiting requests together, may ask for. Each has its own error message."""
+    """Caps on what one request, or all waiting requests together, may ask for. Each has its own error message.
+    `max_choices` are those of all prompts (or texts to score) together; `max_prompt_logprobs` are values in a whole
+    response."""
 
     max_n: int = 16
+    max_choices: int = 256
     max_stop: int = 16
     max_stop_length: int = 200
     max_logit_bias: int = 1024
+    max_bad_words: int = 128
     max_logprobs: int = 20
+    max_logprob_token_ids: int = 128
+    max_prompt_logprobs: int = 1_000_000
     max_batched_prompts: int = 256
     max_body_bytes: int = 8 * 2**20
     max_tools: int = 128

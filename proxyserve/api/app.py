@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 
 from proxyserve import __version__
-from proxyserve.api import admin, chat, completions, health, metrics, models, tokenize
+from proxyserve.api import admin, chat, completions, health, metrics, models, score, tokenize, tokenizer_info
 from proxyserve.api.auth import AuthMiddleware, KeyRing
 from proxyserve.api.documentation import install_openapi
 from proxyserve.api.errors import install_error_handlers
@@ -52,7 +52,7 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.proxyserve = state
-    for module in (chat, completions, models, tokenize, health, metrics):
+    for module in (chat, completions, score, models, tokenize, tokenizer_info, health, metrics):
         app.include_router(module.router)
     if experts is not None:
         app.include_router(admin.router)

@@ -51,6 +51,12 @@ class Work:
             prompt_tokens=sum(len(submission.prompts.of(_BASE_LANE)) for submission in submissions),
         )
 
+    def with_more(self, work: Work) -> Work:
+        """Both together, of which `work` has only been queued; events of either are added to this one."""
+        self.choices += work.choices
+        self.prompt_tokens += work.prompt_tokens
+        return self
+
     def add(self, event: OutputEvent, *, counts_prompt: bool) -> None:
         """An event of one of the choices has come. `counts_prompt`: of those that continue its prompt, it is the one
         whose cached tokens count."""

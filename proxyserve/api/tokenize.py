@@ -21,12 +21,16 @@ from proxyserve.engine.prompts import ChatOptions, chat_prompts
 from proxyserve.errors import InvalidRequest
 from proxyserve.fusion.catalog import Catalog
 from proxyserve.fusion.model_name import parse_model_name
+from proxyserve.text.token_names import text_name
 
 router = APIRouter(tags=["text"], route_class=JsonRoute)
 
 
 @router.post(
-    "/tokenize", summary="Text or messages to token ids", responses=error_answers(*BODY_ERRORS, 404, 503)
+    "/tokenize",
+    summary="Text or messages to token ids",
+    response_model_exclude_unset=True,
+    responses=error_answers(*BODY_ERRORS, 404, 503),
 )
 async def tokenize(request: Request, body: TokenizeRequest) -> TokenizeResponse:
     """The ids that the base would be given."""
@@ -36,7 +40,11 @@ async def tokenize(request: Request, body: TokenizeRequest) -> TokenizeResponse:
         return await prepared(request, lambda: _tokens(body, lease.catalog, state.config.chat))
 
     tokens = await with_experts(request, encode)
-    return TokenizeResponse(tokens=tokens, count=len(tokens), max_model_len=state.models.base.context_length)
+    base = state.models.base
+    answer = TokenizeResponse(tokens=tokens, count=len(tokens), max_model_len=base.context_length)
+    if body.return_token_strs:
+        answer.token_strs = [text_name(base.tokenizer, token) for token in tokens]
+    return answer
 
 
 @router.post("/detokenize", summary="Token ids to text", responses=error_answers(*BODY_ERRORS, 404, 503))

@@ -12,7 +12,7 @@ from proxyserve.api.schemas.common import MAX_COUNT, Count, GenerationRequest
 from proxyserve.api.schemas.explain import ExplainedToken
 from proxyserve.api.schemas.fusion import FusionSummary
 from proxyserve.api.schemas.message import Message
-from proxyserve.api.schemas.responses import FinishReasonName, UsageBody
+from proxyserve.api.schemas.responses import ChoiceExtras, FinishReasonName, PromptExtras, UsageBody
 from proxyserve.api.schemas.tools import ToolBody, ToolChoice
 
 
@@ -36,9 +36,11 @@ TemplateVariables = Annotated[
 class ChatRequest(GenerationRequest):
     """`max_tokens` (or its newer name `max_completion_tokens`) defaults to what is left of the context."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Count | None = None
-    logprobs: bool | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] = Field(description="The conversation so far.")
+    max_completion_tokens: Count | None = Field(None, description="The newer name of `max_tokens`.")
+    logprobs: bool | None = Field(
+        None, description="Give the log-probability of each generated token. Default false."
+    )
     top_logprobs: Annotated[int, Field(ge=0)] | None = Field(
         None, description="How many of the most likely tokens to give at each position; needs `logprobs`."
     )
@@ -126,8 +128,7 @@ class AssistantMessage(BaseModel):
     reasoning_content: str | None = Field(None, description="The same, under the older name.")
 
 
-class ChatChoice(BaseModel):
-    index: int
+class ChatChoice(ChoiceExtras):
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReasonName
@@ -136,7 +137,7 @@ class ChatChoice(BaseModel):
     )
 
 
-class ChatCompletion(BaseModel):
+class ChatCompletion(PromptExtras):
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -172,8 +173,7 @@ class ChatDelta(BaseModel):
     reasoning_content: str | None = None
 
 
-class ChatChunkChoice(BaseModel):
-    index: int
+class ChatChunkChoice(ChoiceExtras):
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: FinishReasonName | None
@@ -182,7 +182,7 @@ class ChatChunkChoice(BaseModel):
     )
 
 
-class ChatChunk(BaseModel):
+class ChatChunk(PromptExtras):
     """One server-sent event. With `include_usage`, `usage` is null on all but the last, which has no choices."""
 
     id: str
