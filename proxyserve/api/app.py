@@ -19,6 +19,7 @@ from proxyserve.api.schemas.chat import ChatChunk
 from proxyserve.api.state import ServerState
 from proxyserve.api.telemetry import Tracing
 from proxyserve.config import ServerConfig
+from proxyserve.grammar.compiler import GrammarCompiler
 
 if TYPE_CHECKING:
     from proxyserve.engine.loop import AsyncEngine
@@ -42,7 +43,9 @@ def create_app(
     Raises StartupError if a key file is unusable. Does not check which address it is served at; `run_server` does.
     """
     keys, admin_keys = KeyRing.load(config.api_key_file), KeyRing.load(config.admin_key_file)
-    state = ServerState(engine, config, Metrics(engine.snapshot, experts), experts)
+    base = engine.engine.models.base
+    grammars = GrammarCompiler(base.tokenizer, base.eos_ids, config.limits.grammar)
+    state = ServerState(engine, config, Metrics(engine.snapshot, experts), grammars, experts)
     app = FastAPI(
         title="proxyserve",
         version=__version__,

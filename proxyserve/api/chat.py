@@ -29,6 +29,7 @@ from proxyserve.api.respond import respond
 from proxyserve.api.schemas.chat import ChatCompletion, ChatRequest
 from proxyserve.api.schemas.message import rendered
 from proxyserve.api.state import ServerState, server_state
+from proxyserve.api.structured import compiled, constraints_of
 from proxyserve.api.tools import tool_use
 from proxyserve.config import Limits
 from proxyserve.engine.caller import Caller
@@ -56,12 +57,16 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
     shape = ChatShape(body, state.models.base.tokenizer)
     salt = cache_salt(request.state.salt, body)
     caller: Caller = request.state.caller
+    constraints = await compiled(
+        state, constraints_of(body, state.config.limits.grammar), body.stop_token_ids
+    )
 
     async def begin(lease: Lease) -> Generation:
         submission, form = await prepared(
             request, lambda: _submission(state, lease.catalog, body, shape.id, salt, caller)
         )
         shape.form, shape.prompt = form, submission.prompts.default
+        submission = replace(submission, constraints=(*submission.constraints, *constraints))
         return Generation(state, [submission], lease, request.state.arrived)
 
     with _chat_field_names(body):

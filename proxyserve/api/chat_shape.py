@@ -26,6 +26,7 @@ from proxyserve.api.schemas.chat import (
     ToolCallDelta,
 )
 from proxyserve.api.schemas.responses import CompletionTokensDetails, UsageBody, finish_name
+from proxyserve.api.structured import grammar_report
 from proxyserve.text.answer import AnswerFormat, AnswerReader
 from proxyserve.text.pieces import CallArguments, CallBegun, Content, Piece, Reasoning, joined
 from proxyserve.types import FinishReason, OutputEvent, TokenLogprob
@@ -78,7 +79,8 @@ class ChatShape:
             self._reasoning_tokens += reading.reasoning_tokens
             reason = self._finish(event.finish_reason, reading)
             ended = {"finish_reason": reason, "stop_reason": event.stop_reason}
-            choices.append(self._choice(number, ChatDelta(), **ended))
+            report = grammar_report(event.removed_mass)
+            choices.append(self._choice(number, ChatDelta(), **ended, **report))
         return [
             self._chunk(
                 [choice],
@@ -109,6 +111,7 @@ class ChatShape:
                     finish_reason=self._finish(answer.finish_reason, reading),
                     stop_reason=answer.stop_reason,
                     **self._beside(answer),
+                    **grammar_report(answer.removed_mass),
                 )
             )
         more = self._counted(more) | self._of_prompt(answers[0])

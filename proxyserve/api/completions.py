@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
@@ -34,6 +35,7 @@ from proxyserve.api.schemas.completions import (
 )
 from proxyserve.api.schemas.responses import finish_name
 from proxyserve.api.state import ServerState, server_state
+from proxyserve.api.structured import compiled, constraints_of, grammar_report
 from proxyserve.engine.caller import Caller
 from proxyserve.engine.prompts import text_prompts, token_prompts
 from proxyserve.engine.submission import Submission
@@ -60,11 +62,15 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     shape = _CompletionShape(body, state.models.base.tokenizer)
     salt = cache_salt(request.state.salt, body)
     caller: Caller = request.state.caller
+    constraints = await compiled(
+        state, constraints_of(body, state.config.limits.grammar), body.stop_token_ids
+    )
 
     async def begin(lease: Lease) -> Generation:
         submissions = await prepared(
             request, lambda: _submissions(state, lease.catalog, body, shape, salt, caller)
         )
+        submissions = [replace(submission, constraints=constraints) for submission in submissions]
         return Generation(state, submissions, lease, request.state.arrived)
 
     return await respond(request, body, await with_experts(request, begin), shape)
@@ -205,6 +211,7 @@ class _CompletionShape:
             logprobs=self._logprobs(number, part, echo),
             finish_reason=finish_name(part.finish_reason),
             **_ended(part),
+            **grammar_report(part.removed_mass),
             **token_extras(self._body, part, echoed=echo is not None),
             **(self._of_prompt(number, part) if first else {}),
             **self._explain(part),

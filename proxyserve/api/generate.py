@@ -215,6 +215,7 @@ class Answer:
     prompt_explanations: tuple[TokenExplanation | None, ...] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    removed_mass: float | None = None
 
     @property
     def text(self) -> str:
@@ -235,4 +236,5 @@ async def collect(generation: Generation) -> Sequence[Answer]:
             answer.prompt_logprobs = event.prompt_logprobs or answer.prompt_logprobs
             answer.prompt_explanations = event.prompt_explanations or answer.prompt_explanations
             answer.finish_reason, answer.stop_reason = event.finish_reason, event.stop_reason
+            answer.removed_mass = event.removed_mass
     return answers

@@ -38,7 +38,6 @@ def refusal(live: Live, body: dict[str, Any], status: int = 400) -> dict[str, An
 UNSUPPORTED = [
     (CHAT, "functions", [{"name": "f"}]),
     (CHAT, "function_call", "auto"),
-    (CHAT, "response_format", {"type": "json_object"}),
     (CHAT, "modalities", ["text", "audio"]),
     (CHAT, "audio", {"voice": "x"}),
     (CHAT, "prediction", {"type": "content", "content": "x"}),

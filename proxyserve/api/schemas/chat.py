@@ -13,6 +13,7 @@ from proxyserve.api.schemas.explain import ExplainedToken
 from proxyserve.api.schemas.fusion import FusionSummary
 from proxyserve.api.schemas.message import Message
 from proxyserve.api.schemas.responses import ChoiceExtras, FinishReasonName, PromptExtras, UsageBody
+from proxyserve.api.schemas.structured import GrammarReport, ResponseFormat
 from proxyserve.api.schemas.tools import ToolBody, ToolChoice
 
 
@@ -74,12 +75,13 @@ class ChatRequest(GenerationRequest):
         None, description="The answer continues the last message, an assistant's. Default false."
     )
 
+    response_format: ResponseFormat | None = None
+
     audio: Annotated[Any, NotYet()] = None
     function_call: Annotated[Any, NotYet("none", instead="tool_choice")] = None
     functions: Annotated[Any, NotYet([], instead="tools")] = None
     modalities: Annotated[Any, NotYet(["text"])] = None
     prediction: Annotated[Any, NotYet()] = None
-    response_format: Annotated[Any, NotYet({"type": "text"})] = None
     store: Annotated[Any, NotYet(False)] = None
     verbosity: Annotated[Any, NotYet("medium")] = None
     web_search_options: Annotated[Any, NotYet()] = None
@@ -135,6 +137,7 @@ class ChatChoice(ChoiceExtras):
     explain: list[ExplainedToken] | None = Field(
         None, description="With `fusion.explain`: an entry per token."
     )
+    grammar: GrammarReport | None = Field(None, description="With a required form: what it changed.")
 
 
 class ChatCompletion(PromptExtras):
@@ -179,6 +182,9 @@ class ChatChunkChoice(ChoiceExtras):
     finish_reason: FinishReasonName | None
     explain: list[ExplainedToken] | None = Field(
         None, description="With `fusion.explain`: an entry per token."
+    )
+    grammar: GrammarReport | None = Field(
+        None, description="With a required form: what it changed, on the choice's last chunk."
     )
 
 

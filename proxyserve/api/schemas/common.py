@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from proxyserve.api.schemas.base import NotYet, RequestModel
 from proxyserve.api.schemas.rule_models import AnyFusion
+from proxyserve.api.schemas.structured import StructuredOutputs
 from proxyserve.types import MAX_SEED
 
 #: Longest name of a model and longest tag of an end user, in characters.
@@ -128,6 +129,10 @@ class EngineRequest(RequestModel):
 class GenerationRequest(EngineRequest):
     """Fields of `/v1/chat/completions` and `/v1/completions` alike. `proxyserve.types.SamplingParams` says what the
     sampling fields do and in which order."""
+
+    structured_outputs: StructuredOutputs | None = Field(
+        None, description="A form that the whole text must have; vLLM's way of asking."
+    )
 
     temperature: Annotated[float, Field(ge=0.0, le=100.0)] | None = Field(
         None, description="Divides the log-probabilities before the draw; 0 is greedy. Default 1."

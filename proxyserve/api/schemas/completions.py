@@ -12,6 +12,7 @@ from proxyserve.api.schemas.common import MAX_COUNT, Count, GenerationRequest
 from proxyserve.api.schemas.explain import ExplainedToken
 from proxyserve.api.schemas.fusion import FusionSummary
 from proxyserve.api.schemas.responses import ChoiceExtras, FinishReasonName, PromptExtras, UsageBody
+from proxyserve.api.schemas.structured import GrammarReport
 
 #: What OpenAI gives a completion that names no `max_tokens`.
 DEFAULT_MAX_TOKENS = 16
@@ -131,6 +132,9 @@ class CompletionChoice(PromptExtras, ChoiceExtras):
     prompt_explain: list[ExplainedToken | None] | None = Field(
         None,
         description="With `fusion.explain`, where the prompt's log-probabilities are found: an entry per prompt token.",
+    )
+    grammar: GrammarReport | None = Field(
+        None, description="With a required form: what it changed. In a stream on the choice's last event."
     )
 
 
