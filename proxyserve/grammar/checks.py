@@ -46,7 +46,7 @@ def schema_text(schema: Any, limits: GrammarLimits, param: str) -> str:
     left: list[tuple[Any, int, bool]] = [(schema, 1, True)]
     while left:
         node, depth, is_schema = left.pop()
-        if depth > limits.max_depth:
+        if depth > limits.max_depth and isinstance(node, dict | list):
             raise InvalidRequest(
                 f"The schema is nested more than {limits.max_depth} levels deep; flatten it, or use '$defs'.",
                 param=param,

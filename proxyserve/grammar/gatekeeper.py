@@ -8,8 +8,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 #: For Python, the library and a large vocabulary, on a busy machine.
 _START_SECONDS = 60.0
+
+_Process = subprocess.Popen[bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Gatekeeper:
     def __init__(self, table: TokenTable, limits: GrammarLimits) -> None:
         self._limits = limits
         self._hello = json.dumps({"table": table.to_json(), "limits": asdict(limits)})
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: _Process | None = None
         self._lock = threading.Lock()
         self._closed = False
 
@@ -54,39 +55,46 @@ class Gatekeeper:
     def ask(self, grammar: Grammar) -> Passed:
         """Raises Refused, and NotReady if the process cannot be started."""
         question = json.dumps({"kind": grammar.kind, "text": grammar.text})
-        # A process that dies may have been killed by somebody else; one that dies twice over one grammar was not.
-        for _ in range(2):
-            if self.pid is None:
-                self._start()
-            late = threading.Event()
-            with self._deadline(self._limits.compile_seconds, late):
-                answer = self._exchange(question)
-            if late.is_set():
+        deaths = 0
+        for _ in range(3):
+            process = self._process
+            if process is None or process.poll() is not None:
+                process = self._start()
+            if process is None:
+                continue
+            answer, late = _exchange(process, question, self._limits.compile_seconds)
+            if late or answer is None:
                 self._drop()
+            if late:
                 raise Refused(
                     f"takes more than {self._limits.compile_seconds:g} seconds to compile; simplify it"
                 )
-            if answer is None:
-                self._drop()
-                continue
-            if "refused" in answer:
-                raise Refused(answer["refused"])
-            return Passed(answer["source"], max(answer["bytes"], len(answer["source"])))
-        raise Refused("takes too much memory to compile; simplify it")
+            if answer is not None:
+                if "refused" in answer:
+                    raise Refused(answer["refused"])
+                return Passed(answer["source"], max(answer["bytes"], len(answer["source"])))
+            # It may have been killed by somebody else; one that dies twice over one grammar was not.
+            deaths += 1
+            if deaths == 2:
+                raise Refused("takes too much memory to compile; simplify it")
+        logger.error("the process that compiles grammars does not start")
+        raise NotReady("Grammars cannot be compiled now; the server's log says more.")
 
     def close(self) -> None:
+        """End the process; `ask` raises NotReady from now on."""
         with self._lock:
             self._closed = True
             self._end()
 
-    def _start(self) -> None:
+    def _start(self) -> _Process | None:
+        """None if it dies before it is ready. Raises NotReady after `close`."""
         package_root = str(Path(__file__).parents[2])
         paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
         with self._lock:
             if self._closed:
                 raise NotReady("The server is shutting down.")
             self._end()
-            self._process = subprocess.Popen(
+            process = self._process = subprocess.Popen(
                 [sys.executable, "-m", "proxyserve.grammar.helper"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -94,42 +102,8 @@ class Gatekeeper:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
                 start_new_session=True,  # an interrupt at the terminal is the server's to handle
             )
-        late = threading.Event()
-        with self._deadline(_START_SECONDS, late):
-            ready = self._exchange(self._hello)
-        if ready != {"ready": True}:
-            logger.error("the process that compiles grammars does not start")
-            raise NotReady("Grammars cannot be compiled now; the server's log says more.")
-
-    def _exchange(self, line: str) -> dict[str, Any] | None:
-        """None if the process died before it answered."""
-        process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None
-        try:
-            process.stdin.write(line.encode() + b"\n")
-            process.stdin.flush()
-            answer = process.stdout.readline()
-            return json.loads(answer) if answer.endswith(b"\n") else None
-        except (OSError, ValueError):  # its end of the pipe is closed, or ours, by `close`
-            return None
-
-    @contextmanager
-    def _deadline(self, seconds: float, late: threading.Event) -> Iterator[None]:
-        """Kills the process after so long, which ends every read and write, and sets `late`."""
-        process = self._process
-        assert process is not None
-
-        def kill() -> None:
-            late.set()
-            process.kill()
-
-        timer = threading.Timer(seconds, kill)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
+        ready, _ = _exchange(process, self._hello, _START_SECONDS)
+        return process if ready == {"ready": True} else None
 
     def _drop(self) -> None:
         with self._lock:
@@ -143,8 +117,29 @@ class Gatekeeper:
         process.kill()
         process.wait()
         for pipe in (process.stdin, process.stdout):
-            try:
-                if pipe is not None:
+            if pipe is not None:
+                with suppress(OSError):  # of what was never read
                     pipe.close()
-            except OSError:  # what was never read
-                pass
+
+
+def _exchange(process: _Process, line: str, seconds: float) -> tuple[dict[str, Any] | None, bool]:
+    """The process's answer to a line, None if it died before; and whether it was killed for being late."""
+    assert process.stdin is not None and process.stdout is not None
+    late = threading.Event()
+
+    def kill() -> None:  # which ends every read and write
+        late.set()
+        process.kill()
+
+    timer = threading.Timer(seconds, kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        process.stdin.write(line.encode() + b"\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+        return (json.loads(answer) if answer.endswith(b"\n") else None), late.is_set()
+    except (OSError, ValueError):  # its end of the pipe is closed, or ours, by `close`
+        return None, late.is_set()
+    finally:
+        timer.cancel()
