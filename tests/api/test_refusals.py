@@ -337,6 +337,11 @@ VALUES: list[tuple[dict[str, Any], str, Any, str]] = [
     (CHAT | {"logprobs": True}, "top_logprobs", 21, "top_logprobs"),
     (CHAT, "max_completion_tokens", 5, "max_completion_tokens"),
     (CHAT | {"max_tokens": None}, "max_completion_tokens", 100_000, "max_completion_tokens"),
+    (CHAT, "response_format", {"type": "xml"}, "response_format"),
+    (CHAT, "response_format", {"type": "json_schema"}, "response_format.json_schema"),
+    (TEXT, "structured_outputs", {}, "structured_outputs"),
+    (TEXT, "structured_outputs", {"regex": "a", "choice": ["a"]}, "structured_outputs"),
+    (TEXT, "structured_outputs", {"regex": 1}, "structured_outputs.regex"),
 ]
 
 

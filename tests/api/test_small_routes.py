@@ -72,7 +72,6 @@ def test_messages_are_rendered_as_for_chat(live: Live) -> None:
         ("/tokenize", {"prompt": "a", "add_special_tokens": 1}, "add_special_tokens", 400),
         ("/tokenize", {"prompt": "a", "model": "gpt-5"}, "model", 404),
         ("/tokenize", {"messages": [{"role": "user", "content": "a"}]}, "messages", 400),
-        ("/tokenize", {"prompt": "a", "return_token_strs": True}, "return_token_strs", 400),
         ("/detokenize", {}, "tokens", 400),
         ("/detokenize", {"tokens": "a"}, "tokens", 400),
         ("/detokenize", {"tokens": [True]}, "tokens[0]", 400),
