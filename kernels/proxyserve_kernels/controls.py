@@ -73,8 +73,8 @@ class PickControls:
     processed law; at temperature 0 it is all on the best token, whatever the filters.
 
     `raw` and `processed` ask for log-probs: one entry per row, None for no, else how many of the likeliest tokens to
-    list. `forced` int64 gives the token to report on instead of the drawn one (-1: the drawn one). `listed` int64 [B, m]
-    names tokens whose raw log-probs are wanted as well (-1: none), in rows that ask for raw ones at all.
+    list. `forced` int64 gives the token to report on instead of the drawn one (-1: the drawn one). `listed` int64
+    [B, m] names tokens whose raw log-probs are wanted as well (-1: none), in rows that ask for raw ones at all.
     `compare` False leaves out KL and flips, which are then 0 and False.
     """
 

@@ -259,8 +259,8 @@ def picks(draw: st.DrawFn, batch: RowBatch, adjust: bool = True) -> PickControls
 
 
 def adjustments(generator: torch.Generator, widths: Sequence[int]) -> Adjustments:
-    """Some bias, penalties and a grammar mask for about half the rows; each leaves some token possible. The removed mass
-    is that of the mask that is applied, of another one or of none."""
+    """Some bias, penalties and a grammar mask for about half the rows; each leaves some token possible. The removed
+    mass is that of the mask that is applied, of another one or of none."""
     bias: list[tuple[int, int, float]] = []
     seen: list[tuple[int, int, float, float, float, float]] = []
     mask_of, removed_by, masks = [], [], []
