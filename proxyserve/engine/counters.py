@@ -210,15 +210,14 @@ class EngineCounters:
 
 
 def held_up(plan: Plan, running: Sequence[ScheduledRequest]) -> list[ScheduledRequest]:
-    """The requests that do not get their next token from this step although one of their lanes had caught up before it:
-    another one has still more to compute. To be asked before the step, which moves the lanes on."""
-    ready = {id(request) for request in (*plan.sampling, *plan.probing)}
-    if len(ready) == len(running):  # as while everybody decodes
+    """The requests of which no logits come from this step although one of their lanes had caught up before it: another
+    one has still more to compute. To be asked before the step, which moves the lanes on."""
+    if len(plan.rows) == len(running):  # as while everybody decodes
         return []
-    return [request for request in running if id(request) not in ready and _waits_for_itself(request)]
+    return [request for request in running if request not in plan.rows and _waits_for_itself(request)]
 
 
 def _waits_for_itself(request: ScheduledRequest) -> bool:
     missing = [lane.missing for lane in request.turn]
-    # A request that is awaiting its other lanes has the logits of the first one already.
-    return max(missing) > 1 and (request.awaiting or min(missing) == 1)
+    # The last rows are computed in step; and a request that is awaiting its other lanes has the logits of the first.
+    return max(missing) > request.rows and (request.awaiting or min(missing) == request.rows)

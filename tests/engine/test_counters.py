@@ -181,24 +181,29 @@ def waits_for_itself(choice: Choice) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("missing", "gated", "awaiting", "held"),
+    ("missing", "unscored", "gated", "awaiting", "held"),
     [
-        ([1, 5], False, False, True),
-        ([5, 1, 5], False, False, True),
-        ([1, 1], False, False, False),  # held up by others, whose tokens filled the step
-        ([5, 5], False, False, False),
-        ([1], False, False, False),
-        ([1, 5], True, False, False),  # the base goes first
-        ([1, 5], True, True, True),
-        ([1, 1], True, True, False),
+        ([1, 5], 0, False, False, True),
+        ([5, 1, 5], 0, False, False, True),
+        ([1, 1], 0, False, False, False),  # held up by others, whose tokens filled the step
+        ([5, 5], 0, False, False, False),
+        ([1], 0, False, False, False),
+        ([1, 5], 0, True, False, False),  # the base goes first
+        ([1, 5], 0, True, True, True),
+        ([1, 1], 0, True, True, False),
+        ([4, 6], 3, False, False, True),  # a prompt is scored: four tokens of each lane run in step
+        ([5, 6], 3, False, False, False),
+        ([4, 4], 3, False, False, False),
     ],
 )
-def test_what_holds_a_request_up(missing: list[int], gated: bool, awaiting: bool, held: bool) -> None:
+def test_what_holds_a_request_up(
+    missing: list[int], unscored: int, gated: bool, awaiting: bool, held: bool
+) -> None:
     output: list[int] = []
     lanes = tuple(Lane(ModelKey("a"), tuple(range(count)), output) for count in missing)
-    request = ScheduledRequest("id", lanes, output, gated=gated, awaiting=awaiting)
+    request = ScheduledRequest("id", lanes, output, unscored=unscored, gated=gated, awaiting=awaiting)
     assert held_up(Plan(), [request]) == ([request] if held else [])
-    assert held_up(Plan(sampling=[request]), [request]) == [], "it goes on in this step"
+    assert held_up(Plan(rows={request: 1}), [request]) == [], "it gets on in this step"
 
 
 def test_barrier_wait_of_steps() -> None:
@@ -212,7 +217,7 @@ def test_barrier_wait_of_steps() -> None:
 
     def step(*models: int) -> float:
         lane = Lane(keys[0], (1,), [])
-        work = {keys[model]: [LaneWork(cast(Any, None), lane, 0, 4, last=True)] for model in models}
+        work = {keys[model]: [LaneWork(cast(Any, None), lane, 0, 4, rows=1)] for model in models}
         before = counters.histograms.step_barrier_wait_seconds.stats()
         counters.stepped(Plan(work=work), runners, (), started=10.0)
         after = counters.histograms.step_barrier_wait_seconds.stats()
