@@ -8,9 +8,10 @@ from fastapi import FastAPI
 
 from proxyserve import __version__
 from proxyserve.api import admin, chat, completions, health, metrics, models, tokenize
-from proxyserve.api.auth import AuthMiddleware, KeyRing
+from proxyserve.api.auth import AuthMiddleware
 from proxyserve.api.documentation import install_openapi
 from proxyserve.api.errors import install_error_handlers
+from proxyserve.api.key_ring import Keys
 from proxyserve.api.limits import BodyLimitMiddleware
 from proxyserve.api.metrics import Metrics
 from proxyserve.api.ports import PortMiddleware
@@ -35,8 +36,8 @@ def create_app(engine: AsyncEngine, config: ServerConfig, experts: ExpertManager
 
     Raises StartupError if a key file is unusable. Does not check which address it is served at; `run_server` does.
     """
-    keys, admin_keys = KeyRing.load(config.api_key_file), KeyRing.load(config.admin_key_file)
-    state = ServerState(engine, config, Metrics(engine.snapshot, experts), experts)
+    keys = Keys.of(config)
+    state = ServerState(engine, config, Metrics(engine.snapshot, experts), keys, experts)
     app = FastAPI(
         title="proxyserve",
         version=__version__,
@@ -51,11 +52,11 @@ def create_app(engine: AsyncEngine, config: ServerConfig, experts: ExpertManager
     if experts is not None:
         app.include_router(admin.router)
     install_error_handlers(app)
-    install_openapi(app, chunks=(ChatChunk,), keys=bool(keys or admin_keys))
+    install_openapi(app, chunks=(ChatChunk,), keys=keys.required)
     # The last one added is the outermost.
     if config.admin_port is not None:
         app.add_middleware(PortMiddleware, admin_port=config.admin_port)
     app.add_middleware(BodyLimitMiddleware, max_bytes=config.limits.max_body_bytes, metrics=state.metrics)
-    app.add_middleware(AuthMiddleware, keys=keys, admin_keys=admin_keys, metrics=state.metrics)
+    app.add_middleware(AuthMiddleware, keys=keys, metrics=state.metrics)
     app.add_middleware(RequestIdMiddleware)
     return app

@@ -16,8 +16,9 @@ from proxyserve.api.schemas.common import GenerationRequest
 from proxyserve.api.schemas.fusion import FusionObject
 from proxyserve.api.state import server_state
 from proxyserve.config import Limits
+from proxyserve.engine.caller import Caller
 from proxyserve.engine.submission import LanePrompts
-from proxyserve.errors import ExpertParked, InvalidRequest
+from proxyserve.errors import ExpertParked, Forbidden, InvalidRequest
 from proxyserve.fusion.catalog import Catalog
 from proxyserve.fusion.fusion import Fusion
 from proxyserve.fusion.model_name import parse_model_name
@@ -69,6 +70,9 @@ async def with_experts(request: Request, begin: Callable[[Lease], Awaitable[T]])
         except ExpertParked as parked:
             if state.experts is None:
                 raise
+            caller: Caller = request.state.caller
+            if not caller.may_use(parked.name):
+                raise Forbidden(f"This key may not use expert '{parked.name}'.", param="model") from None
             left = patience - asyncio.get_running_loop().time()
             await request.body()  # so that the next message is that the client has left
             await while_present(state.experts.wake(parked.name, left), request.receive, state.stopping)

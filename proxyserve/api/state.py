@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from starlette.requests import HTTPConnection
 
 if TYPE_CHECKING:
+    from proxyserve.api.key_ring import Keys
     from proxyserve.api.metrics import Metrics
     from proxyserve.config import ServerConfig
     from proxyserve.engine.loop import AsyncEngine
@@ -28,6 +29,7 @@ class ServerState:
     engine: AsyncEngine
     config: ServerConfig
     metrics: Metrics
+    keys: Keys
     experts: ExpertManager | None = None
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from proxyserve.engine.choice import Choice, choice_seed
 from proxyserve.engine.offer import Offer
 from proxyserve.engine.submission import LanePrompts, Submission
-from proxyserve.errors import ExpertParked, InvalidRequest
+from proxyserve.errors import ExpertParked, Forbidden, InvalidRequest
 from proxyserve.fusion.binding import BoundProgram, LaneSpec, bind
 from proxyserve.fusion.catalog import Catalog
 from proxyserve.fusion.fusion import Fusion
+from proxyserve.fusion.permission import check_experts
 from proxyserve.fusion.program import BASE_LANE
 from proxyserve.fusion.remote_base import over_remote_base
 from proxyserve.kv.block_pool import BlockPool
@@ -36,8 +37,13 @@ def prepare(
     """
     if submission.n < 1:
         raise InvalidRequest("n must be at least 1.", param="n")
-    fusion, catalog, policy = submission.fusion, offer.catalog, offer.policy
-    policy.check(fusion, fusion.compile(catalog), admin=submission.caller.admin, vetted=submission.vetted)
+    fusion, catalog, caller = submission.fusion, offer.catalog, submission.caller
+    _check_logprobs(submission)
+    compiled = fusion.compile(catalog)
+    check_experts(compiled, catalog, caller.experts, param="model" if submission.vetted else None)
+    offer.policy.check(
+        fusion, compiled, admin=caller.admin, vetted=submission.vetted, explain=caller.explain
+    )
     program = bind_fusion(fusion, catalog, submission.prompts)
     _check_length(
         submission, program, pools, block_size
@@ -117,6 +123,22 @@ def memory_room(program: BoundProgram, pools: Mapping[ModelKey, BlockPool], bloc
         pool.num_blocks // lanes_of[pool] * block_size - len(spec.prompt)
         for spec, pool in zip(program.lanes, pool_of, strict=True)
     )
+
+
+def _check_logprobs(submission: Submission) -> None:
+    """What the caller may have listed per token; the server's own limit was checked before."""
+    most, sampling = submission.caller.limits.logprobs, submission.sampling
+    if most is None:
+        return
+    for param, asked in (
+        ("logprobs", sampling.logprobs or 0),
+        ("prompt_logprobs", sampling.prompt_logprobs or 0),
+        ("logprob_token_ids", len(sampling.logprob_token_ids)),
+    ):
+        if asked > most:
+            raise Forbidden(
+                f"{asked} log-probabilities per token are asked for; this key may have {most}.", param=param
+            )
 
 
 def _prompt_field(spec: LaneSpec, submission: Submission) -> str:

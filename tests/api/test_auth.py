@@ -13,8 +13,9 @@ from fastapi import FastAPI
 from starlette.routing import BaseRoute, Route
 
 from proxyserve.api.app import create_app
-from proxyserve.api.auth import PUBLIC_PATHS, KeyRing
+from proxyserve.api.auth import PUBLIC_PATHS
 from proxyserve.api.errors import StartupError
+from proxyserve.api.key_ring import Keys
 from proxyserve.api.server import check_binding, listen, run_server
 from proxyserve.config import ServerConfig
 from proxyserve.engine.submission import Submission
@@ -160,18 +161,19 @@ def test_unusable_key_files(tmp_path: Path, content: bytes, words: str) -> None:
     path = tmp_path / "keys"
     path.write_bytes(content)
     with pytest.raises(StartupError, match=words):
-        KeyRing.load(path)
+        Keys([(path, "user")])
 
 
 def test_missing_key_file(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="cannot be read"):
-        KeyRing.load(tmp_path / "none")
+        Keys([(tmp_path / "none", "user")])
 
 
 def test_ring_keeps_no_keys(key_file: Path) -> None:
-    ring = KeyRing.load(key_file)
-    assert len(ring) == 2
-    assert PLAIN.encode() not in repr(vars(ring)).encode()
+    keys = Keys([(key_file, "user")])
+    assert len(keys.ring) == 2
+    assert [file.plain for file in keys.plain] == [(3,)]
+    assert PLAIN not in repr((vars(keys), vars(keys.ring)))
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org", ""])
