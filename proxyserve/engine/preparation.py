@@ -16,6 +16,8 @@ from proxyserve.fusion.permission import check_experts
 from proxyserve.fusion.program import BASE_LANE
 from proxyserve.fusion.remote_base import over_remote_base
 from proxyserve.kv.block_pool import BlockPool
+from proxyserve.models.loaded_model import LoadedModel
+from proxyserve.models.remote import AnyModel
 from proxyserve.scheduler.lane import Lane
 from proxyserve.scheduler.request import ScheduledRequest
 from proxyserve.text.detokenizer import Detokenizer
@@ -64,7 +66,8 @@ def prepare(
     for index in range(submission.n):
         output: list[int] = []
         lanes = tuple(
-            Lane(spec.model.key, spec.prompt, output, salt, spec.model.trunk.key) for spec in program.lanes
+            Lane(spec.model.key, spec.prompt, output, salt, spec.model.trunk.key, _cost(spec.model, catalog))
+            for spec in program.lanes
         )
         scheduled = ScheduledRequest(
             f"{submission.request_id}/{index}",
@@ -72,6 +75,9 @@ def prepare(
             output,
             leader=choices[0].scheduled if choices else None,
             gated=fusion.gate is not None and len(lanes) > 1,
+            caller=caller.name,
+            priority=submission.priority,
+            max_running=caller.limits.running,
         )
         choices.append(
             Choice(
@@ -123,6 +129,15 @@ def memory_room(program: BoundProgram, pools: Mapping[ModelKey, BlockPool], bloc
         pool.num_blocks // lanes_of[pool] * block_size - len(spec.prompt)
         for spec, pool in zip(program.lanes, pool_of, strict=True)
     )
+
+
+def _cost(model: AnyModel, catalog: Catalog) -> float:
+    """Of running a token through the model, beside one through the base: by their parameters, which is what a step
+    reads. A remote base costs this machine nothing that could be weighed; then all cost alike."""
+    base = catalog.models.base
+    if not (isinstance(model, LoadedModel) and isinstance(base, LoadedModel)):
+        return 1.0
+    return model.trunk.parameters / base.parameters
 
 
 def _check_logprobs(submission: Submission) -> None:

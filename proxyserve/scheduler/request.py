@@ -29,7 +29,8 @@ class ScheduledRequest:
     """One choice of one submission: up to k lanes and one suffix of generated ids.
 
     `leader` is the first choice of the same prompt: a request waits for its leader's prompt so that it can share those
-    blocks instead of computing them again. `arrival` orders requests; the scheduler sets it.
+    blocks instead of computing them again. `arrival` orders requests; the scheduler sets it. `caller` is on whose behalf
+    it is, of whose requests at most `max_running` run at once, and `priority` its class (`queue` has the law).
 
     A `gated` request first computes lane 0 alone, to see whether the others are needed for the next token. While it is
     `awaiting`, they are: its owner holds the logits of lane 0, and the other lanes catch up.
@@ -41,6 +42,9 @@ class ScheduledRequest:
     leader: ScheduledRequest | None = None
     gated: bool = False
     awaiting: bool = False
+    caller: str = ""
+    priority: int = 0
+    max_running: int | None = None
     arrival: int = -1
     preemptions: int = 0
     state: RequestState = field(default=RequestState.WAITING)
