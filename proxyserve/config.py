@@ -46,7 +46,9 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Caps on what one request, or all waiting requests together, may ask for. Each has its own error message."""
+    """Caps on what one request, or all waiting requests together, may ask for. Each has its own error message.
+    `body_seconds` is how long the upload of a body may take, `max_unread_tokens` how far the engine may be ahead of
+    whoever reads a stream."""
 
     max_n: int = 16
     max_stop: int = 16
@@ -57,6 +59,8 @@ class Limits:
     max_body_bytes: int = 8 * 2**20
     max_waiting_requests: int = 1024
     max_waiting_tokens: int = 1_000_000
+    body_seconds: float = 60.0
+    max_unread_tokens: int = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,8 @@ class ServerConfig:
     whoever connects is the administrator. Keys of `admin_key_file` may do everything that keys of `api_key_file` may,
     and more. With `admin_port` the control plane is on that port only, and nothing for users is.
     `drain_seconds` is how long running requests may take to finish after SIGTERM, `load_wait_seconds` how long a
-    request may wait for an expert that must be loaded first."""
+    request may wait for an expert that must be loaded first, `request_timeout` how long one may take in all, None for
+    any time."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -74,6 +79,7 @@ class ServerConfig:
     admin_port: int | None = None
     drain_seconds: float = 30.0
     load_wait_seconds: float = 30.0
+    request_timeout: float | None = None
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 
 from proxyserve import __version__
-from proxyserve.api import admin, chat, completions, health, metrics, models, tokenize
+from proxyserve.api import admin, chat, completions, health, metrics, models, requests, tokenize
 from proxyserve.api.auth import AuthMiddleware
 from proxyserve.api.documentation import install_openapi
 from proxyserve.api.errors import install_error_handlers
@@ -15,6 +15,7 @@ from proxyserve.api.key_ring import Keys
 from proxyserve.api.limits import BodyLimitMiddleware
 from proxyserve.api.metrics import Metrics
 from proxyserve.api.ports import PortMiddleware
+from proxyserve.api.rate_headers import RateHeadersMiddleware
 from proxyserve.api.request_id import RequestIdMiddleware
 from proxyserve.api.schemas.chat import ChatChunk
 from proxyserve.api.state import ServerState
@@ -47,7 +48,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig, experts: ExpertManager
         redirect_slashes=False,
     )
     app.state.proxyserve = state
-    for module in (chat, completions, models, tokenize, health, metrics):
+    for module in (chat, completions, models, tokenize, requests, health, metrics):
         app.include_router(module.router)
     if experts is not None:
         app.include_router(admin.router)
@@ -56,7 +57,13 @@ def create_app(engine: AsyncEngine, config: ServerConfig, experts: ExpertManager
     # The last one added is the outermost.
     if config.admin_port is not None:
         app.add_middleware(PortMiddleware, admin_port=config.admin_port)
-    app.add_middleware(BodyLimitMiddleware, max_bytes=config.limits.max_body_bytes, metrics=state.metrics)
+    app.add_middleware(
+        BodyLimitMiddleware,
+        max_bytes=config.limits.max_body_bytes,
+        seconds=config.limits.body_seconds,
+        metrics=state.metrics,
+    )
+    app.add_middleware(RateHeadersMiddleware, rates=engine.rates)
     app.add_middleware(AuthMiddleware, keys=keys, metrics=state.metrics)
     app.add_middleware(RequestIdMiddleware)
     return app

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 
-from proxyserve.api.body import JsonRoute
 from proxyserve.api.documentation import ENGINE_ERRORS, error_answers, event_stream
 from proxyserve.api.explanations import explained, wants_explanations
 from proxyserve.api.generate import Answer, Generation
+from proxyserve.api.generation_route import GenerationRoute
 from proxyserve.api.logprobs import chat_logprobs
 from proxyserve.api.prepare import (
     cache_salt,
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from proxyserve.fusion.catalog import Catalog
     from proxyserve.text.tokenizer import Tokenizer
 
-router = APIRouter(tags=["generation"], route_class=JsonRoute)
+router = APIRouter(tags=["generation"], route_class=GenerationRoute)
 
 
 @router.post(
@@ -66,10 +66,10 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
         submission = await prepared(
             request, lambda: _submission(state, lease.catalog, body, shape.id, salt, caller)
         )
-        return Generation(state, [submission], lease, request.state.arrived)
+        return Generation(request, [submission], lease)
 
     with _chat_field_names(body):
-        generation = await with_experts(request, begin)
+        generation = await with_experts(request, begin, timeout=body.timeout)
     return await respond(request, body, generation, shape)
 
 
@@ -106,7 +106,7 @@ def _submission(
 @contextmanager
 def _chat_field_names(body: ChatRequest) -> Iterator[None]:
     """The engine calls things by the field names of /v1/completions."""
-    names = {"prompt": "messages"}
+    names = {"prompt": "messages", "logprobs": "top_logprobs"}
     if body.max_completion_tokens is not None:
         names["max_tokens"] = "max_completion_tokens"
     try:

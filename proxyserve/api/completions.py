@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 
-from proxyserve.api.body import JsonRoute
 from proxyserve.api.documentation import ENGINE_ERRORS, error_answers, event_stream
 from proxyserve.api.explanations import explained, wants_explanations
 from proxyserve.api.generate import Answer, Generation
+from proxyserve.api.generation_route import GenerationRoute
 from proxyserve.api.logprobs import CompletionLogprobsBuilder
 from proxyserve.api.prepare import (
     cache_salt,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from proxyserve.fusion.catalog import Catalog
     from proxyserve.text.tokenizer import Tokenizer
 
-router = APIRouter(tags=["generation"], route_class=JsonRoute)
+router = APIRouter(tags=["generation"], route_class=GenerationRoute)
 
 
 @router.post(
@@ -61,9 +61,9 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
         submissions = await prepared(
             request, lambda: _submissions(state, lease.catalog, body, shape.id, salt, caller)
         )
-        return Generation(state, submissions, lease, request.state.arrived)
+        return Generation(request, submissions, lease)
 
-    return await respond(request, body, await with_experts(request, begin), shape)
+    return await respond(request, body, await with_experts(request, begin, timeout=body.timeout), shape)
 
 
 def _submissions(

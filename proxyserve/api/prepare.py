@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
+from proxyserve.api.deadline import seconds_left, set_deadline
 from proxyserve.api.presence import while_present
 from proxyserve.api.schemas.common import GenerationRequest
 from proxyserve.api.schemas.fusion import FusionObject
@@ -18,7 +19,7 @@ from proxyserve.api.state import server_state
 from proxyserve.config import Limits
 from proxyserve.engine.caller import Caller
 from proxyserve.engine.submission import LanePrompts
-from proxyserve.errors import ExpertParked, Forbidden, InvalidRequest
+from proxyserve.errors import ExpertParked, Forbidden, InvalidRequest, NotReady
 from proxyserve.fusion.catalog import Catalog
 from proxyserve.fusion.fusion import Fusion
 from proxyserve.fusion.model_name import parse_model_name
@@ -57,10 +58,13 @@ async def prepared(request: Request, work: Callable[[], T]) -> T:
     return work()
 
 
-async def with_experts(request: Request, begin: Callable[[Lease], Awaitable[T]]) -> T:
+async def with_experts(
+    request: Request, begin: Callable[[Lease], Awaitable[T]], *, timeout: float | None = None
+) -> T:
     """Run `begin` with the current offer leased. If that finds that an expert must be loaded first, wait for it, for
-    `ServerConfig.load_wait_seconds` in all, and run it again. Raises NotReady if that takes too long or fails,
-    QueueFull, and ClientDisconnect."""
+    `ServerConfig.load_wait_seconds` in all, and run it again. `timeout` is what the request asks for. Raises NotReady
+    if loading takes too long or fails, QueueFull, DeadlineExceeded, Forbidden and ClientDisconnect."""
+    set_deadline(request, timeout)
     state = server_state(request)
     patience = asyncio.get_running_loop().time() + state.config.load_wait_seconds
     while True:
@@ -74,8 +78,14 @@ async def with_experts(request: Request, begin: Callable[[Lease], Awaitable[T]])
             if not caller.may_use(parked.name):
                 raise Forbidden(f"This key may not use expert '{parked.name}'.", param="model") from None
             left = patience - asyncio.get_running_loop().time()
+            most = seconds_left(request)
             await request.body()  # so that the next message is that the client has left
-            await while_present(state.experts.wake(parked.name, left), request.receive, state.stopping)
+            waking = state.experts.wake(parked.name, left if most is None else min(left, most))
+            try:
+                await while_present(waking, request.receive, state.stopping)
+            except NotReady:
+                seconds_left(request)  # that it took too long may be the request's own wish
+                raise
 
 
 #: What a request may add to a preset.

@@ -22,7 +22,10 @@ from proxyserve.types import OutputEvent
 
 
 class ResponseShape(Protocol):
-    """How one route writes its responses. Fields that are not given to a model are left out of the JSON."""
+    """How one route writes its responses, whose `id` it has. Fields that are not given to a model are left out of the
+    JSON."""
+
+    id: str
 
     def chunk(self, events: Sequence[tuple[int, OutputEvent]], **more: Any) -> BaseModel:
         """A chunk with a choice per event; `more` are top-level fields. A choice's events come in their order."""
@@ -46,6 +49,7 @@ async def respond(
 ) -> Response:
     """Answer `body` with `generation`. Raises ClientDisconnect if the client goes away, which ends the generation."""
     stopping = server_state(request).stopping
+    generation.known_as(shape.id)
     if body.stream:
         return EventStream(_chunks(generation, shape, body.include_usage), stopping=stopping)
     answers = await while_present(collect(generation), request.receive, stopping)

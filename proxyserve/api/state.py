@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from starlette.requests import HTTPConnection
 
+from proxyserve.api.running import RunningRequests
+
 if TYPE_CHECKING:
     from proxyserve.api.key_ring import Keys
     from proxyserve.api.metrics import Metrics
@@ -31,6 +33,7 @@ class ServerState:
     metrics: Metrics
     keys: Keys
     experts: ExpertManager | None = None
+    running: RunningRequests = field(default_factory=RunningRequests)
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property

@@ -274,7 +274,12 @@ def admin_app(manager: ExpertControl | None, *, keys: Path | None = None) -> Fas
     app.include_router(admin.router)
     install_error_handlers(app)
     install_openapi(app, chunks=(), keys=keys is not None)
-    app.add_middleware(BodyLimitMiddleware, max_bytes=config.limits.max_body_bytes, metrics=metrics)
+    app.add_middleware(
+        BodyLimitMiddleware,
+        max_bytes=config.limits.max_body_bytes,
+        seconds=config.limits.body_seconds,
+        metrics=metrics,
+    )
     app.add_middleware(
         AuthMiddleware,
         keys=Keys.of(config),

@@ -102,6 +102,9 @@ class GenerationRequest(RequestModel):
         description="Tag of the end user. Prompts of different users do not share entries of the prefix cache.",
     )
 
+    timeout: Annotated[float, Field(gt=0.0, le=MAX_COUNT)] | None = Field(
+        None, description="Seconds from the request's arrival until it is given up, wherever it is then."
+    )
     metadata: Annotated[Any, NotYet({})] = None
     moderation: Annotated[Any, NotYet()] = None
     prompt_cache_key: Annotated[Any, NotYet()] = None
