@@ -3,11 +3,15 @@ later."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
 KernelChoice = Literal["auto", "torch", "triton"]
+
+#: As browsers send it: no path, and no capitals.
+_ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +51,8 @@ class EngineConfig:
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Caps on what one request, or all waiting requests together, may ask for. Each has its own error message.
-    `body_seconds` is how long the upload of a body may take, `max_unread_tokens` how far the engine may be ahead of
-    whoever reads a stream."""
+    `header_seconds` and `body_seconds` are how long a request's headers and its body may take to come,
+    `max_unread_tokens` how far the engine may be ahead of whoever reads a stream. All must be above 0."""
 
     max_n: int = 16
     max_stop: int = 16
@@ -59,8 +63,17 @@ class Limits:
     max_body_bytes: int = 8 * 2**20
     max_waiting_requests: int = 1024
     max_waiting_tokens: int = 1_000_000
+    max_connections: int = 900  # below the 1024 open files that most systems allow a process
+    max_headers: int = 100
+    max_header_bytes: int = 32 * 2**10
+    header_seconds: float = 20.0
     body_seconds: float = 60.0
     max_unread_tokens: int = 16_384
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            if not getattr(self, limit.name) > 0:
+                raise ValueError(f"{limit.name} must be above 0, not {getattr(self, limit.name)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +83,8 @@ class ServerConfig:
     and more. With `admin_port` the control plane is on that port only, and nothing for users is.
     `drain_seconds` is how long running requests may take to finish after SIGTERM, `load_wait_seconds` how long a
     request may wait for an expert that must be loaded first, `request_timeout` how long one may take in all, None for
-    any time."""
+    any time. Web pages of `cors_origins` may read answers. With `tls_certificate` (a chain of them, PEM) and `tls_key`
+    the server speaks HTTPS alone."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -80,8 +94,19 @@ class ServerConfig:
     drain_seconds: float = 30.0
     load_wait_seconds: float = 30.0
     request_timeout: float | None = None
+    cors_origins: tuple[str, ...] = ()
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         if self.admin_port is not None and self.admin_port in (0, self.port):
             raise ValueError("admin_port must be another port than port, and not 0")
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key go together; give both or none")
+        for origin in self.cors_origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"'{origin}' is no origin; write https://HOST or https://HOST:PORT, in small letters and without a "
+                    "path ('*' is not possible: name those who may)"
+                )

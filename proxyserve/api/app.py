@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from proxyserve import __version__
 from proxyserve.api import admin, chat, completions, health, metrics, models, requests, tokenize
@@ -15,7 +16,7 @@ from proxyserve.api.key_ring import Keys
 from proxyserve.api.limits import BodyLimitMiddleware
 from proxyserve.api.metrics import Metrics
 from proxyserve.api.ports import PortMiddleware
-from proxyserve.api.rate_headers import RateHeadersMiddleware
+from proxyserve.api.rate_headers import RATE_HEADERS, RateHeadersMiddleware
 from proxyserve.api.request_id import RequestIdMiddleware
 from proxyserve.api.schemas.chat import ChatChunk
 from proxyserve.api.state import ServerState
@@ -65,5 +66,14 @@ def create_app(engine: AsyncEngine, config: ServerConfig, experts: ExpertManager
     )
     app.add_middleware(RateHeadersMiddleware, rates=engine.rates)
     app.add_middleware(AuthMiddleware, keys=keys, metrics=state.metrics)
+    if config.cors_origins:
+        # Outside of the keys: a browser asks without one whether a page may send it.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=["GET", "POST", "PUT", "DELETE"],
+            allow_headers=["*"],  # OpenAI's browser client sends a dozen of its own
+            expose_headers=["x-request-id", "retry-after", *RATE_HEADERS],
+        )
     app.add_middleware(RequestIdMiddleware)
     return app

@@ -69,7 +69,7 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
         return Generation(request, [submission], lease)
 
     with _chat_field_names(body):
-        generation = await with_experts(request, begin, timeout=body.timeout)
+        generation = await with_experts(request, begin, seconds=body.timeout)
     return await respond(request, body, generation, shape)
 
 

@@ -63,7 +63,7 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
         )
         return Generation(request, submissions, lease)
 
-    return await respond(request, body, await with_experts(request, begin, timeout=body.timeout), shape)
+    return await respond(request, body, await with_experts(request, begin, seconds=body.timeout), shape)
 
 
 def _submissions(

@@ -43,7 +43,7 @@ class Generation:
 
     def __init__(self, request: Request, submissions: Sequence[Submission], lease: Lease) -> None:
         """Raises what `AsyncEngine.submit` raises, and DeadlineExceeded; then nothing is queued. The submissions were
-        made from what `lease` offers. At the request's deadline, and when it is cancelled by id, the work ends early."""
+        made from what `lease` offers. At the request's deadline, or when it is cancelled by id, the work ends early."""
         state = server_state(request)
         left = seconds_left(request)
         self._n = submissions[0].n

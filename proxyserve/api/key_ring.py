@@ -89,6 +89,15 @@ class Keys:
         """Whether this server has keys at all; without any, whoever can connect is the operator."""
         return bool(self._files)
 
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What the operator should change."""
+        return [
+            f"{file.path} has keys that are not hashed (line {', '.join(map(str, file.plain))}): whoever reads it "
+            "can use them; replace each with what `proxyserve keys hash` makes of it"
+            for file in self.plain
+        ]
+
     def refresh(self) -> bool:
         """Read the files again if one has changed since. Files that cannot be used leave the keys as they are, which
         is logged; the next change is a new attempt. Whether the ring was replaced."""
@@ -99,7 +108,9 @@ class Keys:
         try:
             self.ring, self.plain = self._read()
         except StartupError as error:
-            logger.error("the key files have changed and cannot be used, the keys from before stay: %s", error)
+            logger.error(
+                "the key files have changed and cannot be used, the keys from before stay: %s", error
+            )
             return False
         logger.warning(
             "the key files have changed: %d keys, %d of administrators", len(self.ring), self.ring.admins

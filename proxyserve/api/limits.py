@@ -41,7 +41,9 @@ class BodyLimitMiddleware:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                raise BodyTooSlow(f"The body did not come to its end within {self._seconds:g} seconds.") from None
+                raise BodyTooSlow(
+                    f"The body did not come to its end within {self._seconds:g} seconds."
+                ) from None
             if message["type"] == "http.request":
                 if not message.get("more_body"):
                     deadline = None  # from here on, it waits for the client to leave

@@ -19,8 +19,8 @@ router = APIRouter(tags=["models"])
 
 @router.get("/v1/models", summary="List models", responses=error_answers(401))
 async def list_models(request: Request) -> ModelList:
-    """The base, the base with each expert at weight 1 (those with an untuned model), and the presets: those that the key
-    may use."""
+    """The base, the base with each expert at weight 1 (those with an untuned model), and the presets, as far as
+    the key may use them."""
     state = server_state(request)
     catalog = state.catalog  # once: another one may be offered at any time
     models = catalog.models
@@ -32,7 +32,9 @@ async def list_models(request: Request) -> ModelList:
     return ModelList(data=[_model(catalog, name) for name in names])
 
 
-@router.get("/v1/models/{model_id:path}", summary="Look a model up", responses=error_answers(400, 401, 403, 404))
+@router.get(
+    "/v1/models/{model_id:path}", summary="Look a model up", responses=error_answers(400, 401, 403, 404)
+)
 async def read_model(request: Request, model_id: str) -> ModelBody:
     """Any name that can be called, listed or not: `atlas+qa:0.8+arith`."""
     catalog = server_state(request).catalog

@@ -10,6 +10,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from proxyserve.engine.admission import RateState
 from proxyserve.engine.caller import Caller
 
+RATE_HEADERS = tuple(
+    f"x-ratelimit-{what}-{name}"
+    for what in ("limit", "remaining", "reset")
+    for name in ("requests", "tokens")
+)
+
 
 class RateHeadersMiddleware:
     """Adds `x-ratelimit-limit-…`, `-remaining-…` and `-reset-…` for requests and tokens to every answer to a key with

@@ -27,14 +27,16 @@ async def cancel_request(
         str, Path(description="The `id` of the answer (streams tell it at once), or its `x-request-id`.")
     ],
 ) -> Cancelled:
-    """Its lanes are free at once, and whoever waits for the answer gets an error with code `request_cancelled`. A key may
-    cancel its own requests, an administrator's all."""
+    """Its lanes are free at once, and whoever waits for the answer gets an error with code `request_cancelled`. A key
+    may cancel its own requests, an administrator's all."""
     if await request.body():
         raise InvalidRequest("This route takes no body; send none.", code="invalid_body")
     caller: Caller = request.state.caller
     count = server_state(request).running.cancel(request_id, caller)
     if not count:
-        raise RequestNotFound(f"There is no request '{shorten(request_id)}' of this key that is being answered.")
+        raise RequestNotFound(
+            f"There is no request '{shorten(request_id)}' of this key that is being answered."
+        )
     return Cancelled(id=request_id, cancelled=count)
 
 

@@ -26,8 +26,8 @@ class Running:
 
 
 class RunningRequests:
-    """A request has the id that its client sent or was given (`x-request-id`), which need not be unique, and the `id` of
-    its answer."""
+    """A request has the id that its client sent or was given (`x-request-id`), which need not be unique, and the `id`
+    of its answer."""
 
     def __init__(self) -> None:
         self._by_id: dict[str, list[Running]] = {}

@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from proxyserve.api.server import check_binding, run_server
+from proxyserve.api.key_ring import Keys
+from proxyserve.api.server import check_binding, check_tls, run_server
 from proxyserve.cli import options
 from proxyserve.cli.opening import ExpertSettings, open_server
 from proxyserve.cli.startup import startup_table
@@ -75,6 +76,13 @@ def serve_command(
     admin_key_file: options.AdminKeyFile = None,
     admin_port: options.AdminPort = None,
     drain_seconds: options.DrainSeconds = 30.0,
+    request_timeout: options.RequestTimeout = None,
+    max_waiting_requests: options.MaxWaitingRequests = 1024,
+    max_waiting_tokens: options.MaxWaitingTokens = 1_000_000,
+    max_connections: options.MaxConnections = 900,
+    cors_origin: options.CorsOrigin = None,
+    tls_certificate: options.TLSCertificate = None,
+    tls_key: options.TLSKey = None,
     expert_root: options.ExpertRoot = None,
     allow_hub: options.AllowHub = False,
     state_dir: options.StateDir = None,
@@ -105,6 +113,13 @@ def serve_command(
         admin_key_file=admin_key_file,
         admin_port=admin_port,
         drain_seconds=drain_seconds,
+        request_timeout=request_timeout,
+        max_waiting_requests=max_waiting_requests,
+        max_waiting_tokens=max_waiting_tokens,
+        max_connections=max_connections,
+        cors_origin=cors_origin,
+        tls_certificate=tls_certificate,
+        tls_key=tls_key,
         expert_root=expert_root,
         allow_hub=allow_hub,
         state_dir=state_dir,
@@ -146,6 +161,13 @@ def make_settings(
     admin_key_file: Path | None,
     admin_port: int | None,
     drain_seconds: float,
+    request_timeout: float | None,
+    max_waiting_requests: int,
+    max_waiting_tokens: int,
+    max_connections: int,
+    cors_origin: Sequence[str] | None,
+    tls_certificate: Path | None,
+    tls_key: Path | None,
     expert_root: Sequence[Path] | None,
     allow_hub: bool,
     state_dir: Path | None,
@@ -175,7 +197,15 @@ def make_settings(
             admin_port=admin_port,
             drain_seconds=drain_seconds,
             load_wait_seconds=load_wait,
-            limits=Limits(),
+            request_timeout=request_timeout,
+            cors_origins=tuple(cors_origin or ()),
+            tls_certificate=tls_certificate,
+            tls_key=tls_key,
+            limits=Limits(
+                max_waiting_requests=max_waiting_requests,
+                max_waiting_tokens=max_waiting_tokens,
+                max_connections=max_connections,
+            ),
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
@@ -201,6 +231,8 @@ def serve(
 ) -> None:
     """Load, show the start-up table, listen until a signal. Raises LoadError and StartupError."""
     check_binding(settings.server)  # before minutes of loading, not after
+    check_tls(settings.server)
+    keys = Keys.of(settings.server)
     console = Console(stderr=True)
     if settings.engine.threads is not None:
         torch.set_num_threads(settings.engine.threads)
@@ -225,7 +257,7 @@ def serve(
         # steps would wait for a quarter of a second.
         gc.collect()
         gc.freeze()
-        for message in opened.messages:
+        for message in (*opened.messages, *keys.warnings):
             console.print(Text.assemble(("note: ", "bold yellow"), message), soft_wrap=True)
-        console.print(startup_table(opened.engine.engine, settings.server, settings.experts))
+        console.print(startup_table(opened.engine.engine, settings.server, settings.experts, keys.ring))
         run_server(opened.engine, settings.server, opened.experts)

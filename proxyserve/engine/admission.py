@@ -52,9 +52,7 @@ class Bucket:
 
     def state(self, now: float) -> RateState:
         level = self._at_time(now)
-        return RateState(
-            self.per_minute, max(0, math.floor(level)), self.seconds_until(self.per_minute, now)
-        )
+        return RateState(self.per_minute, max(0, math.floor(level)), self.seconds_until(self.per_minute, now))
 
     def _at_time(self, now: float) -> float:
         return min(float(self.per_minute), self._level + (now - self._at) * self.per_minute / 60.0)
@@ -144,8 +142,8 @@ class Admission:
         self._check(caller, requests=1, tokens=1)
 
     def admit(self, caller: Caller, choices: Mapping[str, int], *, prompt_tokens: int) -> None:
-        """Let a request in: its choices, which wait from now on, with the tokens of their prompts, and the tokens of all
-        its prompts, each counted once. Raises QueueFull if it cannot be let in now, InvalidRequest if it never can."""
+        """Let a request in: its choices, which wait from now on, with the tokens of their prompts, and the tokens of
+        all its prompts, each counted once. Raises QueueFull if it cannot be let in now, InvalidRequest if it never can."""
         tokens = sum(choices.values())
         self._check_size(caller, len(choices), tokens)
         account = self._check(caller, requests=len(choices), tokens=tokens)

@@ -47,8 +47,8 @@ class TrunkStats:
 class EngineStats:
     """A snapshot for metrics. Counters are since start. Pools are named after the first model that uses them, trunks
     after themselves. `lane_tokens` counts the tokens that ran through each model, `by_generation` the choices that
-    ended, by expert and generation. `memory` are the bytes of weights and KV, `waiting_tokens` the prompt tokens of choices
-    that have not begun."""
+    ended, by expert and generation. `memory` are the bytes of weights and KV, `waiting_tokens` the prompt tokens
+    of choices that have had no event."""
 
     waiting: int
     running: int

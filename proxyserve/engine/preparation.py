@@ -43,9 +43,7 @@ def prepare(
     _check_logprobs(submission)
     compiled = fusion.compile(catalog)
     check_experts(compiled, catalog, caller.experts, param="model" if submission.vetted else None)
-    offer.policy.check(
-        fusion, compiled, admin=caller.admin, vetted=submission.vetted, explain=caller.explain
-    )
+    offer.policy.check(fusion, compiled, admin=caller.admin, vetted=submission.vetted, explain=caller.explain)
     program = bind_fusion(fusion, catalog, submission.prompts)
     _check_length(
         submission, program, pools, block_size

@@ -18,7 +18,9 @@ class ReaderTooSlow(ProxyserveError):
     """Too much of the answer was unread, and its generation was given up."""
 
     def __init__(self) -> None:
-        super().__init__("The answer was read so slowly that the server gave it up; read faster or ask for less.")
+        super().__init__(
+            "The answer was read so slowly that the server gave it up; read faster or ask for less."
+        )
 
 
 class Unread:

@@ -48,5 +48,7 @@ def may_use(fusion: Fusion, catalog: Catalog, allowed: Collection[str] | None) -
 def _untuned_names(catalog: Catalog) -> Mapping[str, str | None]:
     """Of every expert, in memory or not; None for those without an untuned model."""
     models = catalog.models
-    loaded = {name: expert.untuned.name if expert.untuned else None for name, expert in models.experts.items()}
+    loaded = {
+        name: expert.untuned.name if expert.untuned else None for name, expert in models.experts.items()
+    }
     return {**{name: parked.untuned for name, parked in models.parked.items()}, **loaded}

@@ -48,8 +48,8 @@ class _Class:
 
 
 class FairQueue:
-    """The requests that wait, as a collection in no special order; `turns` has the order. Also keeps count of those that
-    run, by caller, and of the service that each caller has had."""
+    """The requests that wait, as a collection in no special order; `turns` has the order. Also keeps count of those
+    that run, by caller, and of the service that each caller has had."""
 
     def __init__(self) -> None:
         self._classes: dict[int, _Class] = {}
@@ -79,7 +79,9 @@ class FairQueue:
 
     def _lift(self, each: _Class, caller: str) -> None:
         """`caller` waits from now on, and could have been started before only by others' leave."""
-        competing = [each.served[other] for other in each.waiting if other != caller and not self._held(each, other)]
+        competing = [
+            each.served[other] for other in each.waiting if other != caller and not self._held(each, other)
+        ]
         level = min(competing) if competing else each.served.get(each.last or "", 0.0)
         each.served[caller] = max(each.served.get(caller, 0.0), level)
 
@@ -136,7 +138,9 @@ class FairQueue:
         caller, each = request.caller, self._classes[request.priority]
         each.running -= 1
         each.served[caller] -= self._paid.pop(request)
-        held = [other for other in self._classes.values() if caller in other.waiting and self._held(other, caller)]
+        held = [
+            other for other in self._classes.values() if caller in other.waiting and self._held(other, caller)
+        ]
         self._running[caller] -= 1
         if not self._running[caller]:
             del self._running[caller]

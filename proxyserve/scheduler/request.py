@@ -29,8 +29,8 @@ class ScheduledRequest:
     """One choice of one submission: up to k lanes and one suffix of generated ids.
 
     `leader` is the first choice of the same prompt: a request waits for its leader's prompt so that it can share those
-    blocks instead of computing them again. `arrival` orders requests; the scheduler sets it. `caller` is on whose behalf
-    it is, of whose requests at most `max_running` run at once, and `priority` its class (`queue` has the law).
+    blocks instead of computing them again. `arrival` orders requests; the scheduler sets it. `caller` is on whose
+    behalf it is, of whose requests at most `max_running` run at once, and `priority` its class (`queue` has the law).
 
     A `gated` request first computes lane 0 alone, to see whether the others are needed for the next token. While it is
     `awaiting`, they are: its owner holds the logits of lane 0, and the other lanes catch up.

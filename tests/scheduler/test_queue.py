@@ -11,7 +11,7 @@ import pytest
 from proxyserve.kv.block_pool import BlockPool
 from proxyserve.scheduler.lane import Lane
 from proxyserve.scheduler.queue import FairQueue
-from proxyserve.scheduler.request import RequestState, ScheduledRequest
+from proxyserve.scheduler.request import ScheduledRequest
 from proxyserve.scheduler.scheduler import Scheduler
 from proxyserve.types import ModelKey
 
