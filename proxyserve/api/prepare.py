@@ -62,8 +62,8 @@ async def with_experts(
     request: Request, begin: Callable[[Lease], Awaitable[T]], *, seconds: float | None = None
 ) -> T:
     """Run `begin` with the current offer leased. If that finds that an expert must be loaded first, wait for it, for
-    `ServerConfig.load_wait_seconds` in all, and run it again. `seconds` is the timeout that the request asks for. Raises NotReady
-    if loading takes too long or fails, QueueFull, DeadlineExceeded, Forbidden and ClientDisconnect."""
+    `ServerConfig.load_wait_seconds` in all, and run it again. `seconds` is the timeout that the request asks for.
+    Raises NotReady if loading takes too long or fails, QueueFull, DeadlineExceeded, Forbidden and ClientDisconnect."""
     set_deadline(request, seconds)
     state = server_state(request)
     patience = asyncio.get_running_loop().time() + state.config.load_wait_seconds

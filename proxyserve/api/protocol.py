@@ -14,6 +14,10 @@ from proxyserve.api.errors import Problem
 from proxyserve.config import Limits
 
 
+#: How long a client may go on sending what nobody reads, to come to reading why it was refused.
+_LINGER_SECONDS = 2.0
+
+
 class ProtocolConfig(uvicorn.Config):
     """uvicorn's settings and ours."""
 
@@ -23,7 +27,7 @@ class ProtocolConfig(uvicorn.Config):
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP, with an end to what a client can make the server hold: `Limits.max_connections` connections at once
+    """uvicorn's HTTP, with an end to what clients can make the server hold: `Limits.max_connections` connections at once
     (503), `max_headers` headers of `max_header_bytes` together with the request line (431), and `header_seconds` from
     the connection, or the first byte of a later request, until the headers are complete (408, or nothing if not a byte
     has come). Every refusal is in OpenAI's shape and closes the connection."""
@@ -43,6 +47,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._came = 0  # bytes of a head that is not complete
         self._size = 0  # of the head's parts so far
         self._refusal: Problem | None = None
+        self._refused = False
         self._timer: asyncio.TimerHandle | None = None
 
     # The transport's calls -----------------------------------------------------------------------------------
@@ -66,13 +71,13 @@ class GuardedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
+        if self._refused or self.transport.is_closing():
             return
         if self._in_head:
             self._came += len(data)
             self._start_timer()
         super().data_received(data)
-        if self._in_head and self._came > self._limits.max_header_bytes and not self.transport.is_closing():
+        if self._in_head and self._came > self._limits.max_header_bytes and not self._refused:
             self._refuse(self._too_large())
 
     # The parser's calls --------------------------------------------------------------------------------------
@@ -139,8 +144,15 @@ class GuardedProtocol(HttpToolsProtocol):
         lines = [f"HTTP/1.1 {problem.status} {http.HTTPStatus(problem.status).phrase}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         self.transport.write("\r\n".join([*lines, "", ""]).encode("ascii") + body)
-        self.transport.close()
+        self._refused = True
         self._stop_timer()
+        if (
+            self.transport.can_write_eof()
+        ):  # closed at once, a client that still sends would see that and no answer
+            self.transport.write_eof()
+            self._timer = self.loop.call_later(_LINGER_SECONDS, self.transport.close)
+        else:
+            self.transport.close()
 
     def _start_timer(self) -> None:
         if self._timer is None:

@@ -143,7 +143,7 @@ class Admission:
 
     def admit(self, caller: Caller, choices: Mapping[str, int], *, prompt_tokens: int) -> None:
         """Let a request in: its choices, which wait from now on, with the tokens of their prompts, and the tokens of
-        all its prompts, each counted once. Raises QueueFull if it cannot be let in now, InvalidRequest if it never can."""
+        all its prompts, each counted once. Raises QueueFull if it must wait, InvalidRequest if it can never come in."""
         tokens = sum(choices.values())
         self._check_size(caller, len(choices), tokens)
         account = self._check(caller, requests=len(choices), tokens=tokens)
