@@ -378,9 +378,8 @@ def test_without_origins_there_is_no_cors(tiny_models: ModelSet) -> None:
 def test_tls(tiny_models: ModelSet, tmp_path: Path) -> None:
     certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-        + ["-keyout", str(key), "-out", str(certificate), "-days", "2", "-subj", "/CN=localhost"]
-        + ["-addext", "subjectAltName=IP:127.0.0.1"],
+        f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -keyout {key} -out {certificate} "
+        "-days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1".split(),
         check=True,
         capture_output=True,
     )
