@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 KernelChoice = Literal["auto", "torch", "triton"]
+LogFormat = Literal["text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+ToolParser = Literal["auto", "hermes", "llama"]
+ReasoningParser = Literal["auto", "deepseek", "none"]
 
 #: As browsers send it: no path, and no capitals.
 _ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
@@ -20,15 +24,17 @@ class EngineConfig:
 
     `dtype` "auto" is float32 on a CPU and bfloat16 on a GPU. `max_batch` is the most requests that run at once,
     `max_batch_tokens` the most tokens one model computes per step (long prompts are cut into chunks of at most
-    that many). `kv_memory` is in bytes for the KV caches of all models together; None lets the memory plan choose.
-    `threads` None leaves torch's own choice. `kernels` names the backend of the logit arithmetic: "torch", "triton", or
-    "auto", which is triton on a CUDA device.
+    that many), `max_scored_rows` the most rows of logits, of all models together, that a step computes to score prompts
+    (the memory plan sets theirs aside). `kv_memory` is in bytes for the KV caches of all models together; None lets the
+    plan choose. `threads` None leaves torch's own choice. `kernels` names the backend of the logit arithmetic: "torch",
+    "triton", or "auto", which is triton on a CUDA device.
     """
 
     device: str = "auto"
     dtype: str = "auto"
     max_batch: int = 64
     max_batch_tokens: int = 512
+    max_scored_rows: int = 256
     kv_memory: int | None = None
     block_size: int = 16
     prefix_cache: bool = True
@@ -36,7 +42,7 @@ class EngineConfig:
     kernels: KernelChoice = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "max_batch_tokens", "block_size"):
+        for name in ("max_batch", "max_batch_tokens", "max_scored_rows", "block_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.kernels not in ("auto", "torch", "triton"):
@@ -46,6 +52,14 @@ class EngineConfig:
                 f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_batch ({self.max_batch}), "
                 "so that every running request can advance in each step"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class LogConfig:
+    """How the log is written, to standard error."""
+
+    format: LogFormat = "text"
+    level: LogLevel = "info"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +75,11 @@ class Limits:
     max_logprobs: int = 20
     max_batched_prompts: int = 256
     max_body_bytes: int = 8 * 2**20
+    max_tools: int = 128
+    max_tool_bytes: int = 256 * 1024
+    max_tool_depth: int = 32
+    max_template_variables: int = 16
+    max_template_variable_length: int = 4096
     max_waiting_requests: int = 1024
     max_waiting_tokens: int = 1_000_000
     max_connections: int = 900  # below the 1024 open files that most systems allow a process
@@ -77,6 +96,17 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class ChatConfig:
+    """How conversations are rendered and answers read. `template` is the source of a chat template for models that have
+    none of their own. `tool_parser` is the form of tool calls, `reasoning_parser` whether answers may begin with
+    reasoning between `<think>` and `</think>`; "auto" finds it out from each request's template."""
+
+    template: str | None = None
+    tool_parser: ToolParser = "auto"
+    reasoning_parser: ReasoningParser = "auto"
+
+
+@dataclass(frozen=True, slots=True)
 class ServerConfig:
     """Where and for whom the HTTP server listens. No key file at all means no keys: loopback addresses only, and
     whoever connects is the administrator. Keys of `admin_key_file` may do everything that keys of `api_key_file` may,
@@ -84,7 +114,8 @@ class ServerConfig:
     `drain_seconds` is how long running requests may take to finish after SIGTERM, `load_wait_seconds` how long a
     request may wait for an expert that must be loaded first, `request_timeout` how long one may take in all, None for
     any time. Web pages of `cors_origins` may read answers. With `tls_certificate` (a chain of them, PEM) and `tls_key`
-    the server speaks HTTPS alone."""
+    the server speaks HTTPS alone. Traces go to the collector at `otlp_endpoint`, a URL that takes OTLP over HTTP; None
+    makes none."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -97,7 +128,9 @@ class ServerConfig:
     cors_origins: tuple[str, ...] = ()
     tls_certificate: Path | None = None
     tls_key: Path | None = None
+    otlp_endpoint: str | None = None
     limits: Limits = field(default_factory=Limits)
+    chat: ChatConfig = field(default_factory=ChatConfig)
 
     def __post_init__(self) -> None:
         if self.admin_port is not None and self.admin_port in (0, self.port):

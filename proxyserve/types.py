@@ -48,7 +48,8 @@ class SamplingParams:
     `min_tokens`, grammars), then temperature, then min-p, top-k and top-p (top-p on what top-k left, renormalised),
     then the draw. `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 switch the filters off. `logprobs` None
     means none, 0 the chosen token only, k the k most likely as well; `logprob_token_ids` are given at each position
-    too. `prompt_logprobs` asks the same of the prompt's tokens; only with it may `max_tokens` be 0.
+    too. `prompt_logprobs` asks the same of the prompt's tokens, from number `prompt_logprobs_from` on; only with it may
+    `max_tokens` be 0.
 
     Before `min_tokens` tokens no token comes that would end the text. `bad_words` are sequences of ids that never come.
     """
@@ -69,6 +70,7 @@ class SamplingParams:
     logprobs: int | None = None
     logprob_token_ids: tuple[int, ...] = ()
     prompt_logprobs: int | None = None
+    prompt_logprobs_from: int = 0
     min_tokens: int = 0
     bad_words: tuple[tuple[int, ...], ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
@@ -120,6 +122,12 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
             _require(count is None or count >= 0, name, f"{name} must not be negative.")
+        _require(
+            self.prompt_logprobs_from == 0
+            or (self.prompt_logprobs is not None and self.prompt_logprobs_from > 0),
+            "prompt_logprobs_from",
+            "prompt_logprobs_from is the number of a prompt token, and says nothing without prompt_logprobs.",
+        )
 
     @property
     def greedy(self) -> bool:
@@ -208,16 +216,50 @@ class FusionReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Timing:
+    """When things happened to one choice, in seconds of `time.perf_counter`, as the engine's thread saw them: prepared
+    and queued, given KV blocks for the first time, its first token chosen, ended. None for what never happened.
+
+    `barrier_seconds` is how long some lane of it had caught up and waited for another one of its lanes before the next
+    token could be chosen."""
+
+    queued_at: float
+    admitted_at: float | None
+    first_token_at: float | None
+    finished_at: float
+    barrier_seconds: float = 0.0
+
+    @property
+    def queue_seconds(self) -> float:
+        """Until it was admitted, or ended without that."""
+        return (self.finished_at if self.admitted_at is None else self.admitted_at) - self.queued_at
+
+    @property
+    def prefill_seconds(self) -> float | None:
+        """From admission to the first token, or to the end of a choice that has none."""
+        if self.admitted_at is None:
+            return None
+        return (self.finished_at if self.first_token_at is None else self.first_token_at) - self.admitted_at
+
+    @property
+    def decode_seconds(self) -> float | None:
+        """From the first token to the end."""
+        return None if self.first_token_at is None else self.finished_at - self.first_token_at
+
+
+@dataclass(frozen=True, slots=True)
 class OutputEvent:
     """What one step produced for one choice.
 
     `text` is text that is final (bytes of unfinished characters and possible beginnings of stop strings are
     held back and come later). `logprobs` and `explanations` have one entry per id in `token_ids` where the request
-    asked for them. `prompt_logprobs`, if asked for, comes once, not later than the first token, with one entry per
-    prompt token of the base; None for the first ones, which have nothing before them in some lane. `removed_mass` is
-    the mean, over generated positions, of the probability that constraints took from the fused law; None without any.
-    It, `finish_reason`, `usage` and, for fused requests, `fusion` are set on the last event only; `error` says what
-    failed when `finish_reason` is `ERROR`.
+    asked for them. `prompt_logprobs`, if asked for, comes once, for choice 0 alone, not later than its first token,
+    with one entry per prompt token of the base; None for those before `SamplingParams.prompt_logprobs_from` and for the
+    first ones, which have nothing before them in some lane. `prompt_explanations` comes with it if explanations were
+    asked for too, with None in the same places. `removed_mass` is the mean, over generated positions, of the
+    probability that constraints took from the fused law; None without any. It, `finish_reason`, `usage`, `timing` and,
+    for fused requests, `fusion` are set on the last event only; `error` says what failed when `finish_reason` is
+    `ERROR`.
     """
 
     request_id: str
@@ -231,5 +273,7 @@ class OutputEvent:
     usage: Usage | None = None
     fusion: FusionReport | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    prompt_explanations: tuple[TokenExplanation | None, ...] | None = None
     removed_mass: float | None = None
+    timing: Timing | None = None
     error: str | None = None

@@ -20,6 +20,7 @@ from proxyserve.api.rate_headers import RATE_HEADERS, RateHeadersMiddleware
 from proxyserve.api.request_id import RequestIdMiddleware
 from proxyserve.api.schemas.chat import ChatChunk
 from proxyserve.api.state import ServerState
+from proxyserve.api.telemetry import Tracing
 from proxyserve.config import ServerConfig
 
 if TYPE_CHECKING:
@@ -32,9 +33,14 @@ OpenAI's; the `fusion` object, or a model name such as `BASE+EXPERT:0.8`, says w
 """
 
 
-def create_app(engine: AsyncEngine, config: ServerConfig, experts: ExpertManager | None = None) -> FastAPI:
-    """An ASGI application over `engine`, which the caller starts and closes. The control plane is there if
-    `experts` is.
+def create_app(
+    engine: AsyncEngine,
+    config: ServerConfig,
+    experts: ExpertManager | None = None,
+    tracing: Tracing | None = None,
+) -> FastAPI:
+    """An ASGI application over `engine`, which the caller starts and closes, as it does `tracing`. The control plane is
+    there if `experts` is.
 
     Raises StartupError if a key file is unusable. Does not check which address it is served at; `run_server` does.
     """
@@ -75,5 +81,5 @@ def create_app(engine: AsyncEngine, config: ServerConfig, experts: ExpertManager
             allow_headers=["*"],  # OpenAI's browser client sends a dozen of its own
             expose_headers=["x-request-id", "retry-after", *RATE_HEADERS],
         )
-    app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(RequestIdMiddleware, tracing=tracing)
     return app

@@ -10,6 +10,7 @@ from fastapi.routing import APIRoute
 from pydantic_core import from_json
 
 from proxyserve.api.errors import UnsupportedMediaType
+from proxyserve.api.record import record_of
 from proxyserve.errors import InvalidRequest
 
 
@@ -27,6 +28,10 @@ class _JsonRequest(Request):
             self._document = from_json(await self.body(), allow_inf_nan=False)
         except ValueError as error:
             raise InvalidRequest(f"The body is not JSON: {error}.", code="invalid_json") from error
+        record = record_of(self.scope)
+        model = self._document.get("model") if isinstance(self._document, dict) else None
+        if record is not None and isinstance(model, str):  # before anything refuses it
+            record.model = model
 
     async def json(self) -> Any:
         return self._document

@@ -20,7 +20,7 @@ from proxyserve.api.prepare import (
     sampling_params,
     with_experts,
 )
-from proxyserve.api.respond import respond, response_head
+from proxyserve.api.respond import Fields, respond, response_head
 from proxyserve.api.schemas.completions import (
     DEFAULT_MAX_TOKENS,
     Completion,
@@ -121,18 +121,20 @@ class _CompletionShape:
         self._tokenizer = tokenizer
         self._builders: dict[int, CompletionLogprobsBuilder] = {}
 
-    def chunk(self, events: Sequence[tuple[int, OutputEvent]], **more: Any) -> Completion:
-        choices = [
-            CompletionChoice(
-                index=number,
-                text=event.text,
-                logprobs=self._logprobs(number, event.logprobs or ()),
-                finish_reason=finish_name(event.finish_reason),
-                **self._explain(event.explanations or ()),
-            )
-            for number, event in events
-        ]
-        return Completion(**self._head, object="text_completion", choices=choices, **more)
+    def chunks(self, number: int, event: OutputEvent, *, each: Fields, last: Fields) -> list[Completion]:
+        if not (event.text or event.logprobs or event.explanations or event.finish_reason):
+            return []
+        choice = CompletionChoice(
+            index=number,
+            text=event.text,
+            logprobs=self._logprobs(number, event.logprobs or ()),
+            finish_reason=finish_name(event.finish_reason),
+            **self._explain(event.explanations or ()),
+        )
+        return [Completion(**self._head, object="text_completion", choices=[choice], **each, **last)]
+
+    def closing(self, **more: Any) -> Completion:
+        return Completion(**self._head, object="text_completion", choices=[], **more)
 
     def whole(self, answers: Sequence[Answer], **more: Any) -> Completion:
         choices = [

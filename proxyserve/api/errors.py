@@ -11,8 +11,10 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from proxyserve.api.deadline import DeadlineExceeded
+from proxyserve.api.record import CLIENT_CLOSED_REQUEST, note_error
 from proxyserve.api.running import RequestCancelled
 from proxyserve.api.schemas.errors import ErrorBody, ErrorDetail, ErrorType
 from proxyserve.api.state import server_state
@@ -28,9 +30,6 @@ from proxyserve.errors import (
 
 #: Names that clients invent are repeated in messages only up to this many characters.
 _LONGEST_NAME = 100
-
-#: What nginx logs for a client that left, whom it does not reach; here also for one that cancelled its request.
-_CLIENT_CLOSED_REQUEST = 499
 
 _TYPES: Mapping[int, ErrorType] = {
     401: "authentication_error",
@@ -138,7 +137,7 @@ def problem_of(error: Exception) -> Problem:
         case RequestNotFound():
             return Problem.of(404, error.message, code="request_not_found")
         case RequestCancelled():
-            return Problem.of(_CLIENT_CLOSED_REQUEST, error.message, code="request_cancelled")
+            return Problem.of(CLIENT_CLOSED_REQUEST, error.message, code="request_cancelled")
         case DeadlineExceeded():
             return Problem.of(504, error.message, code="deadline_exceeded")
         case UnsupportedMediaType():
@@ -153,10 +152,22 @@ def problem_of(error: Exception) -> Problem:
             return Problem.of(500, "The server failed on this request; its log says more.", code="internal")
 
 
+class ProblemResponse(Response):
+    """Tells the client of a problem, and the request's record of its code."""
+
+    media_type = "application/json"
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.body, problem.status, headers=dict(problem.headers))
+        self._problem = problem
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        note_error(scope, self._problem.detail.code)
+        await super().__call__(scope, receive, send)
+
+
 def error_response(problem: Problem) -> Response:
-    return Response(
-        problem.body, problem.status, headers=dict(problem.headers), media_type="application/json"
-    )
+    return ProblemResponse(problem)
 
 
 def rejection_reason(status: int) -> str | None:
@@ -175,7 +186,7 @@ def install_error_handlers(app: FastAPI) -> None:
         return error_response(problem)
 
     async def forget(request: Request, error: Exception) -> Response:
-        return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     for kind in (ProxyserveError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, handle)

@@ -14,6 +14,7 @@ from fastapi import Request
 from proxyserve.api.deadline import DeadlineExceeded, seconds_left
 from proxyserve.api.errors import GenerationFailed
 from proxyserve.api.presence import ServerStopping
+from proxyserve.api.record import Work
 from proxyserve.api.running import Running
 from proxyserve.api.schemas.fusion import FusionSummary
 from proxyserve.api.schemas.responses import PromptTokensDetails, UsageBody
@@ -38,7 +39,7 @@ class Generation:
     """Submissions that were accepted together and are answered in one response.
 
     Choice `i` of submission `s` has number `s * n + i`. Creating one queues the work, so its `events` must be read or
-    closed; closing them early cancels what still runs.
+    closed; closing them early cancels what still runs. `work` is what log and traces say of it.
     """
 
     def __init__(self, request: Request, submissions: Sequence[Submission], lease: Lease) -> None:
@@ -49,9 +50,10 @@ class Generation:
         self._n = submissions[0].n
         self._order = {submission.request_id: number for number, submission in enumerate(submissions)}
         self._stream: ResponseStream = state.engine.submit(submissions, lease)
+        self.work = Work.of(submissions, self._stream.generations)
         self._metrics = state.metrics
         self._arrived: float = request.state.arrived
-        self._last_token: dict[int, float] = {}
+        self._begun: set[int] = set()
         self._unfinished = self._n * len(submissions)
         self._usage: dict[int, Usage] = {}
         self._reports: list[tuple[int, FusionReport]] = []
@@ -85,13 +87,14 @@ class Generation:
         RequestCancelled if a choice could not be finished, and cancels the others."""
         try:
             async for event in self._stream:
+                number = self._order[event.request_id] * self._n + event.index
+                self.work.add(event, counts_prompt=number % self._n == 0)
                 if self._early is not None:
                     raise self._early
                 if event.finish_reason is FinishReason.ERROR:
                     raise GenerationFailed(event.error or "The engine could not finish this request.")
                 if event.finish_reason is FinishReason.CANCELLED:  # not by the client, who closes `events`
                     raise ServerStopping
-                number = self._order[event.request_id] * self._n + event.index
                 self._record(number, event)
                 yield number, event
         finally:
@@ -102,13 +105,9 @@ class Generation:
 
     def _record(self, number: int, event: OutputEvent) -> None:
         now = time.perf_counter()
-        if event.token_ids:
-            previous = self._last_token.get(number)
-            if previous is None:
-                self._metrics.first_token_seconds.observe(now - self._arrived)
-            else:
-                self._metrics.inter_token_seconds.observe((now - previous) / len(event.token_ids))
-            self._last_token[number] = now
+        if event.token_ids and number not in self._begun:
+            self._begun.add(number)
+            self._metrics.first_token_seconds.observe(now - self._arrived)
         if event.finish_reason is None:
             return
         self._metrics.request_seconds.observe(now - self._arrived)
@@ -179,9 +178,10 @@ def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 @dataclass(slots=True)
 class Answer:
-    """Everything that one choice produced."""
+    """Everything that one choice produced. `lengths` are the numbers of tokens that its `pieces` came with."""
 
     pieces: list[str] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     explanations: list[TokenExplanation] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -198,6 +198,7 @@ async def collect(generation: Generation) -> Sequence[Answer]:
         async for number, event in events:
             answer = answers[number]
             answer.pieces.append(event.text)
+            answer.lengths.append(len(event.token_ids))
             answer.logprobs.extend(event.logprobs or ())
             answer.explanations.extend(event.explanations or ())
             answer.finish_reason = event.finish_reason

@@ -1,47 +1,41 @@
-"""Prometheus metrics. Names follow those of other servers, with the prefix `proxyserve_`; models are labelled with the
-names that lanes have (`atlas`, `qa.tuned`), pools of KV blocks with the first model that uses them."""
+"""Prometheus metrics; `families` says which there are. Models are labelled with the names that lanes have (`atlas`,
+`qa.tuned`), pools of KV blocks with the first model that uses them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Literal
 
+import torch
+import transformers
 from fastapi import APIRouter, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 from starlette.concurrency import run_in_threadpool
 
+from proxyserve import __version__
+from proxyserve.api import families
 from proxyserve.api.expert_metrics import ExpertCollector
-from proxyserve.api.families import counter_family, gauge_family
 from proxyserve.api.state import server_state
+from proxyserve.engine.histogram import Histogram
 from proxyserve.types import FinishReason
 
 if TYPE_CHECKING:
-    from proxyserve.engine.loop import EngineStats, PoolStats, TrunkStats
+    from proxyserve.engine.loop import EngineStats
     from proxyserve.experts.manager import ExpertManager
 
-_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
-_FIRST_TOKEN_SECONDS = (
-    0.005,
-    0.01,
-    0.02,
-    0.04,
-    0.08,
-    0.16,
-    0.32,
-    0.64,
-    1.0,
-    2.0,
-    5.0,
-    10.0,
-    20.0,
-    40.0,
-    80.0,
-)
-_REQUEST_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 240.0, 480.0)
+_FIRST_TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1, 2, 5, 10, 20, 40, 80)
+_REQUEST_SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 40, 60, 120, 240, 480)
+_COMPILE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
-_SUCCESSES = frozenset({FinishReason.STOP.value, FinishReason.LENGTH.value})
+_SUCCESSES = (FinishReason.STOP, FinishReason.LENGTH)
+
+#: What can come of a grammar that a request asks for: it was compiled, or found in the cache, or is refused because it
+#: is wrong or too large, or because compiling it took too long.
+GrammarOutcome = Literal["compiled", "cached", "refused", "timed_out"]
 
 router = APIRouter(tags=["operation"])
 
@@ -58,40 +52,51 @@ class Metrics:
     `experts` of swaps."""
 
     def __init__(self, snapshot: Callable[[], EngineStats], experts: ExpertManager | None = None) -> None:
+        self.first_token_seconds = Histogram(_FIRST_TOKEN_SECONDS)
+        self.request_seconds = Histogram(_REQUEST_SECONDS)
+        self._rejections: Counter[str] = Counter()
+        self._grammars: Counter[str] = Counter()
+        self._grammar_seconds = Histogram(_COMPILE_SECONDS)
+        self._lock = threading.Lock()  # of those that other threads than the event loop's may write
         self._registry = CollectorRegistry()
+        self._registry.register(_HttpCollector(self))
         self._registry.register(_EngineCollector(snapshot))
         if experts is not None:
             self._registry.register(ExpertCollector(experts))
-        self.first_token_seconds = Histogram(
-            "proxyserve_time_to_first_token_seconds",
-            "From a request's arrival to the first token of each choice.",
-            buckets=_FIRST_TOKEN_SECONDS,
-            registry=self._registry,
-        )
-        self.inter_token_seconds = Histogram(
-            "proxyserve_inter_token_latency_seconds",
-            "Between successive tokens of a choice.",
-            buckets=_TOKEN_SECONDS,
-            registry=self._registry,
-        )
-        self.request_seconds = Histogram(
-            "proxyserve_e2e_request_latency_seconds",
-            "From a request's arrival to the end of each choice that was finished.",
-            buckets=_REQUEST_SECONDS,
-            registry=self._registry,
-        )
-        self._rejections = Counter(
-            "proxyserve_requests_rejected",
-            "Requests that were refused, by reason.",
-            ["reason"],
-            registry=self._registry,
-        )
+        ProcessCollector(registry=self._registry)
 
     def rejected(self, reason: str) -> None:
-        self._rejections.labels(reason).inc()
+        """`reason` is one of few."""
+        with self._lock:
+            self._rejections[reason] += 1
+
+    def grammar(self, outcome: GrammarOutcome, seconds: float | None = None) -> None:
+        """A request asked for a grammar; `seconds` is what compiling it took, also where that failed, None where
+        nothing was compiled. From any thread."""
+        with self._lock:
+            self._grammars[outcome] += 1
+            if seconds is not None:
+                self._grammar_seconds.observe(seconds)
+
+    def collect(self) -> Iterator[Metric]:
+        yield families.FIRST_TOKEN.histogram(self.first_token_seconds.stats())
+        yield families.END_TO_END.histogram(self.request_seconds.stats())
+        yield families.REJECTED.by(self._rejections.copy())
+        yield families.GRAMMAR_COMPILATIONS.by(self._grammars.copy())
+        yield families.GRAMMAR_SECONDS.histogram(self._grammar_seconds.stats())
+        versions = (__version__, torch.__version__, transformers.__version__)
+        yield families.BUILD_INFO.samples([(versions, 1)])
 
     def render(self) -> bytes:
         return generate_latest(self._registry)
+
+
+class _HttpCollector(Collector):
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        return self._metrics.collect()
 
 
 class _EngineCollector(Collector):
@@ -105,86 +110,51 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats = self._snapshot()
-        yield gauge_family("num_requests_running", "Choices that hold KV blocks.", stats.running)
-        yield gauge_family("num_requests_waiting", "Choices that wait to be admitted.", stats.waiting)
-        yield counter_family("engine_steps", "Steps of the engine.", stats.steps)
-        yield counter_family("prompt_tokens", "Prompt tokens of finished choices.", stats.prompt_tokens)
-        yield counter_family(
-            "prompt_tokens_cached", "Those of them that came from the prefix cache.", stats.cached_tokens
-        )
-        yield counter_family("generation_tokens", "Tokens generated.", stats.tokens_generated)
-        yield counter_family(
-            "fused_tokens", "Those of them that were drawn from a fused law.", stats.fused_tokens
-        )
-        yield counter_family("gated_tokens", "Tokens that a gate left to the base alone.", stats.gated_tokens)
-        yield counter_family("flips", "Those of them where the fused argmax is not the base's.", stats.flips)
-        yield counter_family(
-            "kl_nats", "Sum of KL(fused || base) over fused tokens, in nats.", stats.kl_total
-        )
-        yield counter_family(
-            "num_preemptions", "Choices whose blocks were taken back for a while.", stats.preemptions
-        )
-        yield counter_family(
-            "kernel_compilations",
-            "Kernels compiled after the warm-up; should stay 0.",
-            stats.kernel_compilations,
-        )
-        yield from _finished(stats.finished)
-        yield from _memory(stats.pools)
-        yield from _models(stats.lane_tokens, stats.trunks)
-        yield gauge_family("memory_bytes", "Weights and KV of all models.", stats.memory)
-        requests = CounterMetricFamily(
-            "proxyserve_expert_requests",
-            "Choices that ended, by the generation of each expert that they had.",
-            labels=["expert", "generation"],
-        )
-        for (expert, generation), count in stats.by_generation.items():
-            requests.add_metric([expert, str(generation)], count)
-        yield requests
+        yield families.RUNNING.one(stats.running)
+        yield families.WAITING.one(stats.waiting)
+        yield families.WAITING_TOKENS.one(stats.waiting_tokens)
+        yield families.STEPS.one(stats.steps)
+        yield families.PROMPT_TOKENS.one(stats.prompt_tokens)
+        yield families.PROMPT_TOKENS_CACHED.one(stats.cached_tokens)
+        yield families.GENERATION_TOKENS.one(stats.tokens_generated)
+        yield families.FUSED_TOKENS.one(stats.fused_tokens)
+        yield families.GATED_TOKENS.one(stats.gated_tokens)
+        yield families.FLIPS.one(stats.flips)
+        yield families.PREEMPTIONS.one(stats.preemptions)
+        yield families.SAMPLING_SECONDS.one(stats.sampling_seconds)
+        yield families.KERNEL_COMPILATIONS.one(stats.kernel_compilations)
+        yield families.MEMORY.one(stats.memory)
+        yield families.LANE_TOKENS.by(stats.lane_tokens)
+        yield families.LANE_SECONDS.by({name: trunk.seconds_run for name, trunk in stats.trunks.items()})
+        yield families.PREFIX_QUERIES.by(stats.prefix_queries)
+        yield families.PREFIX_HITS.by(stats.prefix_hits)
+        yield families.EXPERT_REQUESTS.samples(stats.by_generation.items())
+        yield from _finished(stats)
+        yield from _pools(stats)
+        yield from _keys(stats)
+        for family in families.all_families():
+            histogram = stats.histograms.get(family.name.removeprefix("proxyserve_"))
+            if histogram is not None:
+                yield family.histogram(histogram)
 
 
-def _finished(finished: Mapping[str, int]) -> Iterator[Metric]:
-    success = CounterMetricFamily(
-        "proxyserve_request_success", "Choices finished, by reason.", labels=["finished_reason"]
-    )
-    failure = CounterMetricFamily(
-        "proxyserve_request_failure", "Choices ended early, by reason.", labels=["finished_reason"]
-    )
-    for reason in FinishReason:
-        family = success if reason.value in _SUCCESSES else failure
-        family.add_metric([reason.value], finished.get(reason.value, 0))
-    yield success
-    yield failure
+def _finished(stats: EngineStats) -> Iterator[Metric]:
+    for family, success in ((families.SUCCESS, True), (families.FAILURE, False)):
+        reasons = [reason.value for reason in FinishReason if (reason in _SUCCESSES) == success]
+        yield family.by({reason: stats.finished.get(reason, 0) for reason in reasons})
 
 
-def _memory(pools: Mapping[str, PoolStats]) -> Iterator[Metric]:
-    gauges: Mapping[str, tuple[str, Callable[[PoolStats], float]]] = {
-        "kv_blocks": ("KV blocks of a pool.", lambda pool: pool.blocks_total),
-        "kv_blocks_in_use": ("KV blocks that lanes hold.", lambda pool: pool.blocks_in_use),
-        "kv_blocks_cached": (
-            "KV blocks that no lane holds but a prompt may find.",
-            lambda pool: pool.blocks_cached,
-        ),
-    }
-    for name, (text, value) in gauges.items():
-        gauge = GaugeMetricFamily(f"proxyserve_{name}", text, labels=["pool"])
-        for label, pool in pools.items():
-            gauge.add_metric([label], value(pool))
-        yield gauge
+def _pools(stats: EngineStats) -> Iterator[Metric]:
+    pools = stats.pools.items()
+    yield families.KV_BLOCKS.by({name: pool.blocks_total for name, pool in pools})
+    yield families.KV_BLOCKS_IN_USE.by({name: pool.blocks_in_use for name, pool in pools})
+    yield families.KV_BLOCKS_CACHED.by({name: pool.blocks_cached for name, pool in pools})
+    yield families.KV_USAGE.by({name: pool.blocks_in_use / pool.blocks_total for name, pool in pools})
 
 
-def _models(lane_tokens: Mapping[str, int], trunks: Mapping[str, TrunkStats]) -> Iterator[Metric]:
-    tokens = CounterMetricFamily(
-        "proxyserve_lane_tokens", "Tokens that ran through a model.", labels=["model"]
-    )
-    for name, count in lane_tokens.items():
-        tokens.add_metric([name], count)
-    yield tokens
-    seconds = CounterMetricFamily(
-        "proxyserve_lane_seconds",
-        "Time spent running a model and the adapters over it.",
-        labels=["model"],
-    )
-    for name, trunk in trunks.items():
-        seconds.add_metric([name], trunk.seconds_run)
-    yield seconds
+def _keys(stats: EngineStats) -> Iterator[Metric]:
+    keys = stats.by_key.items()
+    yield families.KEY_REQUESTS.by({name: counts.choices for name, counts in keys})
+    prompts = [((name, "prompt"), counts.prompt_tokens) for name, counts in keys]
+    generations = [((name, "generation"), counts.generation_tokens) for name, counts in keys]
+    yield families.KEY_TOKENS.samples([*prompts, *generations])

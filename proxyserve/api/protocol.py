@@ -27,9 +27,9 @@ class ProtocolConfig(uvicorn.Config):
 
 class GuardedProtocol(HttpToolsProtocol):
     """uvicorn's HTTP, with an end to what clients can make the server hold: `Limits.max_connections` connections at
-    once (503), `max_headers` headers of `max_header_bytes` together with the request line (431), and `header_seconds` from
-    the connection, or the first byte of a later request, until the headers are complete (408, or nothing if not a byte
-    has come). Every refusal is in OpenAI's shape and closes the connection."""
+    once (503), `max_headers` headers of `max_header_bytes` together with the request line (431), and `header_seconds`
+    from the connection, or the first byte of a later request, until the headers are complete (408, or nothing if not a
+    byte has come). Every refusal is in OpenAI's shape and closes the connection."""
 
     config: ProtocolConfig
 

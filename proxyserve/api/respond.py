@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -15,10 +15,14 @@ from pydantic import BaseModel
 from proxyserve import __version__
 from proxyserve.api.generate import Answer, Generation, collect
 from proxyserve.api.presence import while_present
+from proxyserve.api.record import RequestRecord
 from proxyserve.api.schemas.common import GenerationRequest
 from proxyserve.api.sse import EventStream
 from proxyserve.api.state import server_state
 from proxyserve.types import OutputEvent
+
+#: Fields of a chunk or response, by name.
+Fields = Mapping[str, Any]
 
 
 class ResponseShape(Protocol):
@@ -27,8 +31,12 @@ class ResponseShape(Protocol):
 
     id: str
 
-    def chunk(self, events: Sequence[tuple[int, OutputEvent]], **more: Any) -> BaseModel:
-        """A chunk with a choice per event; `more` are top-level fields. A choice's events come in their order."""
+    def chunks(self, number: int, event: OutputEvent, *, each: Fields, last: Fields) -> Sequence[BaseModel]:
+        """What to send for an event of choice `number`; nothing where the event says nothing that can be told yet. A
+        choice's events come in their order. `each` are top-level fields of all chunks, `last` of the last one."""
+
+    def closing(self, **more: Any) -> BaseModel:
+        """A chunk without choices, after all others; `more` are top-level fields."""
 
     def whole(self, answers: Sequence[Answer], **more: Any) -> BaseModel:
         """The complete response; answer `i` is choice `i`."""
@@ -48,6 +56,9 @@ async def respond(
     request: Request, body: GenerationRequest, generation: Generation, shape: ResponseShape
 ) -> Response:
     """Answer `body` with `generation`. Raises ClientDisconnect if the client goes away, which ends the generation."""
+    record: RequestRecord = request.state.record
+    record.work, record.stream = generation.work, bool(body.stream)
+    record.metadata = body.metadata or {}
     stopping = server_state(request).stopping
     generation.known_as(shape.id)
     if body.stream:
@@ -61,14 +72,14 @@ async def _chunks(
     generation: Generation, shape: ResponseShape, include_usage: bool
 ) -> AsyncGenerator[str, None]:
     """The JSON of each chunk. `usage` comes last, in a chunk without choices; `fusion` comes with the last chunk."""
-    usage = {"usage": None} if include_usage else {}
+    usage: Fields = {"usage": None} if include_usage else {}
     async with aclosing(generation.events()) as events:
         async for number, event in events:
-            if event.text or event.logprobs or event.explanations or event.finish_reason:
-                fusion = _fusion(generation) if generation.finished and not include_usage else {}
-                yield _json(shape.chunk([(number, event)], **usage, **fusion))
+            fusion = _fusion(generation) if generation.finished and not include_usage else {}
+            for chunk in shape.chunks(number, event, each=usage, last=fusion):
+                yield _json(chunk)
     if include_usage:
-        yield _json(shape.chunk([], usage=generation.usage(), **_fusion(generation)))
+        yield _json(shape.closing(usage=generation.usage(), **_fusion(generation)))
 
 
 def _fusion(generation: Generation) -> dict[str, Any]:

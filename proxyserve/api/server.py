@@ -18,6 +18,7 @@ from proxyserve.api.app import create_app
 from proxyserve.api.errors import StartupError
 from proxyserve.api.protocol import ProtocolConfig
 from proxyserve.api.state import ServerState
+from proxyserve.api.telemetry import open_tracing
 from proxyserve.config import ServerConfig
 
 if TYPE_CHECKING:
@@ -39,12 +40,15 @@ def run_server(engine: AsyncEngine, config: ServerConfig, experts: ExpertManager
 
     At the first signal `/ready` turns to 503, new work is refused, and what runs may go on for
     `config.drain_seconds`; then, or at a second signal, what is left ends with an error. Raises StartupError if the
-    address cannot or must not be listened on, or the certificate cannot be used.
+    address cannot or must not be listened on, the certificate cannot be used, or traces cannot be sent.
     """
     check_binding(config)
     check_tls(config)
-    app = create_app(engine, config, experts)
+    tracing = open_tracing(config.otlp_endpoint)
     with ExitStack() as stack:
+        if tracing is not None:
+            stack.callback(tracing.close)
+        app = create_app(engine, config, experts, tracing)
         ports = [config.port, *([] if config.admin_port is None else [config.admin_port])]
         listeners = [stack.enter_context(listen(config.host, port)) for port in ports]
         engine.start()

@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from proxyserve.api.errors import problem_of
 from proxyserve.api.presence import ServerStopping, while_present
+from proxyserve.api.record import note_error
 from proxyserve.errors import ProxyserveError
 
 logger = logging.getLogger("proxyserve.api")
@@ -55,13 +56,13 @@ class EventStream(Response):
             async with aclosing(self._events):
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 try:
-                    await while_present(self._send_events(writer), receive, self._stopping)
+                    await while_present(self._send_events(writer, scope), receive, self._stopping)
                 except ServerStopping as error:
                     writer.patience = _LAST_WORDS_SECONDS
-                    await writer.write(_error_event(error))
+                    await writer.write(_error_event(error, scope))
             await writer.end()
 
-    async def _send_events(self, writer: _Writer) -> None:
+    async def _send_events(self, writer: _Writer, scope: Scope) -> None:
         keeper = asyncio.ensure_future(writer.keep_alive(self._keep_alive))
         try:
             async for data in self._events:
@@ -72,7 +73,7 @@ class EventStream(Response):
         except Exception as error:
             if not isinstance(error, ProxyserveError):
                 logger.exception("a stream failed")
-            await writer.write(_error_event(error))
+            await writer.write(_error_event(error, scope))
         finally:
             keeper.cancel()
 
@@ -110,5 +111,7 @@ class _Writer:
                     await asyncio.sleep(interval - quiet)
 
 
-def _error_event(error: Exception) -> bytes:
-    return f"data: {problem_of(error).body}\n\n".encode()
+def _error_event(error: Exception, scope: Scope) -> bytes:
+    problem = problem_of(error)
+    note_error(scope, problem.detail.code)
+    return f"data: {problem.body}\n\n".encode()

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request
 from proxyserve.api.body import JsonRoute
 from proxyserve.api.documentation import BODY_ERRORS, error_answers
 from proxyserve.api.prepare import prepared, with_experts
+from proxyserve.api.schemas.message import rendered
 from proxyserve.api.schemas.other import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -14,8 +15,9 @@ from proxyserve.api.schemas.other import (
     TokenizeResponse,
 )
 from proxyserve.api.state import server_state
+from proxyserve.config import ChatConfig
 from proxyserve.engine.offer import Lease
-from proxyserve.engine.prompts import chat_prompts
+from proxyserve.engine.prompts import ChatOptions, chat_prompts
 from proxyserve.errors import InvalidRequest
 from proxyserve.fusion.catalog import Catalog
 from proxyserve.fusion.model_name import parse_model_name
@@ -31,7 +33,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> TokenizeResponse:
     state = server_state(request)
 
     async def encode(lease: Lease) -> list[int]:
-        return await prepared(request, lambda: _tokens(body, lease.catalog))
+        return await prepared(request, lambda: _tokens(body, lease.catalog, state.config.chat))
 
     tokens = await with_experts(request, encode)
     return TokenizeResponse(tokens=tokens, count=len(tokens), max_model_len=state.models.base.context_length)
@@ -46,7 +48,7 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> DetokenizeRes
     return DetokenizeResponse(prompt=await with_experts(request, decode))
 
 
-def _tokens(body: TokenizeRequest, catalog: Catalog) -> list[int]:
+def _tokens(body: TokenizeRequest, catalog: Catalog, chat: ChatConfig) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("Give either 'prompt' or 'messages'.", param="prompt")
     base = catalog.models.base
@@ -59,8 +61,8 @@ def _tokens(body: TokenizeRequest, catalog: Catalog) -> list[int]:
             "'add_special_tokens' goes with 'prompt'; a chat template holds its own special tokens.",
             param="add_special_tokens",
         )
-    messages = [message.rendered() for message in body.messages or ()]
-    return list(chat_prompts(catalog, fusion, messages).default)
+    options = ChatOptions(fallback=chat.template)
+    return list(chat_prompts(catalog, fusion, rendered(body.messages or ()), options).lanes.default)
 
 
 def _text(body: DetokenizeRequest, catalog: Catalog) -> str:

@@ -23,6 +23,7 @@ def demo_command(
     kernels: options.Kernels = "auto",
     max_batch: options.MaxBatch = 64,
     max_batch_tokens: options.MaxBatchTokens = 512,
+    max_scored_rows: options.MaxScoredRows = 256,
     kv_memory: options.KVMemory = "256MiB",
     block_size: options.BlockSize = 16,
     prefix_cache: options.PrefixCache = True,
@@ -49,6 +50,12 @@ def demo_command(
     memory: options.Memory = None,
     evict_idle: options.EvictIdle = False,
     load_wait: options.LoadWait = 30.0,
+    log_format: options.LogFormatOption = "text",
+    log_level: options.LogLevelOption = "info",
+    otlp_endpoint: options.OtlpEndpoint = None,
+    chat_template: options.ChatTemplateFile = None,
+    tool_parser: options.ToolParserOption = "auto",
+    reasoning_parser: options.ReasoningParserOption = "auto",
     config: options.Config = None,
 ) -> None:
     """Serve the demo family: a base that knows facts, and experts that know how to answer."""
@@ -65,6 +72,7 @@ def demo_command(
         kernels=kernels,
         max_batch=max_batch,
         max_batch_tokens=max_batch_tokens,
+        max_scored_rows=max_scored_rows,
         kv_memory=kv_memory,
         block_size=block_size,
         prefix_cache=prefix_cache,
@@ -91,5 +99,11 @@ def demo_command(
         memory=memory,
         evict_idle=evict_idle,
         load_wait=load_wait,
+        log_format=log_format,
+        log_level=log_level,
+        otlp_endpoint=otlp_endpoint,
+        chat_template=chat_template,
+        tool_parser=tool_parser,
+        reasoning_parser=reasoning_parser,
     )
     serve(family.base, experts, settings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from typing import Annotated
@@ -16,6 +15,7 @@ from rich.text import Text
 
 from proxyserve import __version__
 from proxyserve.api.errors import StartupError
+from proxyserve.api.logs import configure_logging
 from proxyserve.cli.bench import bench_command
 from proxyserve.cli.calibrate import calibrate_command
 from proxyserve.cli.compress import compress_command
@@ -28,6 +28,7 @@ from proxyserve.cli.keys import keys_app
 from proxyserve.cli.presets import presets_app
 from proxyserve.cli.score import score_command
 from proxyserve.cli.serve import serve_command
+from proxyserve.config import LogConfig
 from proxyserve.errors import ProxyserveError
 
 app = typer.Typer(name="proxyserve", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -62,8 +63,7 @@ def root(
 
 def main() -> None:
     """Entry point. Errors made on purpose are one line on stderr and exit code 1."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    configure_logging(LogConfig())
     try:
         app()
     except (ProxyserveError, StartupError) as error:

@@ -14,7 +14,7 @@ from proxyserve.api.presets import parse_fusion, parse_presets
 from proxyserve.config import EngineConfig
 from proxyserve.engine.engine import Engine
 from proxyserve.engine.loop import AsyncEngine
-from proxyserve.engine.memory import kv_budget, memory_limit, spelled
+from proxyserve.engine.memory import kv_budget, memory_limit, scoring_bytes, spelled
 from proxyserve.engine.offer import Offer
 from proxyserve.engine.preparation import check_presets
 from proxyserve.engine.runner import Runner
@@ -87,7 +87,8 @@ def open_server(
             verify_paged(runner)
         library = Library(base_model, runner, placement)
         roots = Roots(chosen.roots, fetch if chosen.allow_hub else None)
-        memory = MemoryPolicy(memory_limit(placement.device, chosen.memory), chosen.evict_idle)
+        aside = scoring_bytes(base_model, settings.engine)
+        memory = MemoryPolicy(memory_limit(placement.device, chosen.memory, aside), chosen.evict_idle)
         beside_kv = replace(memory, limit=memory.limit - _kv_share(memory.limit, settings.engine, placement))
         starter = Starter(library, store, audit, roots, beside_kv, progress)
         wanted = [Wanted.of(source) for source in experts]

@@ -16,9 +16,11 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from proxyserve.config import KernelChoice
+from proxyserve.config import ChatConfig, KernelChoice, LogFormat, LogLevel, ReasoningParser, ToolParser
+from proxyserve.errors import InvalidRequest
 from proxyserve.models.family import ExpertSource
 from proxyserve.models.upstream import RemoteSource
+from proxyserve.text.templates import ChatTemplate
 
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
@@ -179,6 +181,15 @@ MaxBatchTokens = Annotated[
         help="Most tokens one model computes per step; longer prompts are cut into chunks.",
     ),
 ]
+MaxScoredRows = Annotated[
+    int,
+    typer.Option(
+        "--max-scored-rows",
+        envvar=_envvar("MAX_SCORED_ROWS"),
+        min=32,
+        help="Most rows of logits computed per step to score prompts, of all models together; they take memory.",
+    ),
+]
 KVMemory = Annotated[
     str | None,
     typer.Option(
@@ -295,6 +306,27 @@ DrainSeconds = Annotated[
         envvar=_envvar("DRAIN_SECONDS"),
         min=0,
         help="How long running requests may go on after SIGTERM.",
+    ),
+]
+LogFormatOption = Annotated[
+    LogFormat,
+    typer.Option("--log-format", envvar=_envvar("LOG_FORMAT"), help="Form of the log on standard error."),
+]
+LogLevelOption = Annotated[
+    LogLevel,
+    typer.Option(
+        "--log-level",
+        envvar=_envvar("LOG_LEVEL"),
+        help="What is logged. Every finished request is a line at info; prompts and answers never are.",
+    ),
+]
+OtlpEndpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--otlp-endpoint",
+        envvar=[_envvar("OTLP_ENDPOINT"), "OTEL_EXPORTER_OTLP_ENDPOINT"],
+        help="URL of a collector that takes traces by OTLP over HTTP, e.g. http://127.0.0.1:4318. Needs "
+        "proxyserve[otel]; without it there are no traces.",
     ),
 ]
 ExpertRoot = Annotated[
@@ -477,6 +509,47 @@ ExplainToAll = Annotated[
         help="Who may ask for explanations, which show the laws of single models.",
     ),
 ]
+ChatTemplateFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--chat-template",
+        envvar=_envvar("CHAT_TEMPLATE"),
+        exists=True,
+        dir_okay=False,
+        help="Jinja chat template for models that have none of their own.",
+    ),
+]
+ToolParserOption = Annotated[
+    ToolParser,
+    typer.Option(
+        "--tool-parser",
+        envvar=_envvar("TOOL_PARSER"),
+        help="Form of tool calls: hermes, llama, or auto, which finds it out from the chat template.",
+    ),
+]
+ReasoningParserOption = Annotated[
+    ReasoningParser,
+    typer.Option(
+        "--reasoning-parser",
+        envvar=_envvar("REASONING_PARSER"),
+        help="Tell reasoning from answers: deepseek (<think>...</think>), none, or auto, which does so where the chat "
+        "template has these marks.",
+    ),
+]
+
+
+def chat_config(
+    template: Path | None, tool_parser: ToolParser, reasoning_parser: ReasoningParser
+) -> ChatConfig:
+    """Reads the template, which must be one."""
+    if template is None:
+        return ChatConfig(None, tool_parser, reasoning_parser)
+    try:
+        source = template.read_text(encoding="utf-8")
+        ChatTemplate(source).reads("messages")
+    except (OSError, UnicodeDecodeError, InvalidRequest) as error:
+        raise typer.BadParameter(f"{template}: {error}", param_hint="--chat-template") from error
+    return ChatConfig(source, tool_parser, reasoning_parser)
 
 
 def parse_preset(text: str) -> tuple[str, str]:

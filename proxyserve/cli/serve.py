@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.text import Text
 
 from proxyserve.api.key_ring import Keys
+from proxyserve.api.logs import configure_logging
 from proxyserve.api.server import check_binding, check_tls, run_server
+from proxyserve.api.telemetry import check_tracing
 from proxyserve.cli import options
 from proxyserve.cli.opening import ExpertSettings, open_server
 from proxyserve.cli.startup import startup_table
-from proxyserve.config import EngineConfig, KernelChoice, Limits, ServerConfig
+from proxyserve.config import (
+    EngineConfig,
+    KernelChoice,
+    Limits,
+    LogConfig,
+    LogFormat,
+    LogLevel,
+    ReasoningParser,
+    ServerConfig,
+    ToolParser,
+)
 from proxyserve.fusion.calibration import Calibration, read_calibrations
 from proxyserve.fusion.policy import FusionPolicy
 from proxyserve.models.family import ExpertSource
 from proxyserve.models.loading import choose_placement
 from proxyserve.models.upstream import RemoteSource
 from proxyserve_kernels import backend_for
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +52,7 @@ class ServeSettings:
     presets: Mapping[str, str]
     calibrations: Mapping[str, Calibration]
     experts: ExpertSettings
+    logs: LogConfig = field(default_factory=LogConfig)
 
 
 def serve_command(
@@ -63,6 +79,7 @@ def serve_command(
     kernels: options.Kernels = "auto",
     max_batch: options.MaxBatch = 64,
     max_batch_tokens: options.MaxBatchTokens = 512,
+    max_scored_rows: options.MaxScoredRows = 256,
     kv_memory: options.KVMemory = None,
     block_size: options.BlockSize = 16,
     prefix_cache: options.PrefixCache = True,
@@ -89,6 +106,12 @@ def serve_command(
     memory: options.Memory = None,
     evict_idle: options.EvictIdle = False,
     load_wait: options.LoadWait = 30.0,
+    log_format: options.LogFormatOption = "text",
+    log_level: options.LogLevelOption = "info",
+    otlp_endpoint: options.OtlpEndpoint = None,
+    chat_template: options.ChatTemplateFile = None,
+    tool_parser: options.ToolParserOption = "auto",
+    reasoning_parser: options.ReasoningParserOption = "auto",
     config: options.Config = None,
 ) -> None:
     """Serve a large model and the small experts that steer it."""
@@ -100,6 +123,7 @@ def serve_command(
         kernels=kernels,
         max_batch=max_batch,
         max_batch_tokens=max_batch_tokens,
+        max_scored_rows=max_scored_rows,
         kv_memory=kv_memory,
         block_size=block_size,
         prefix_cache=prefix_cache,
@@ -126,6 +150,12 @@ def serve_command(
         memory=memory,
         evict_idle=evict_idle,
         load_wait=load_wait,
+        log_format=log_format,
+        log_level=log_level,
+        otlp_endpoint=otlp_endpoint,
+        chat_template=chat_template,
+        tool_parser=tool_parser,
+        reasoning_parser=reasoning_parser,
     )
     source = options.parse_base(
         base,
@@ -148,6 +178,7 @@ def make_settings(
     kernels: KernelChoice,
     max_batch: int,
     max_batch_tokens: int,
+    max_scored_rows: int,
     kv_memory: str | None,
     block_size: int,
     prefix_cache: bool,
@@ -174,6 +205,12 @@ def make_settings(
     memory: str | None,
     evict_idle: bool,
     load_wait: float,
+    log_format: LogFormat,
+    log_level: LogLevel,
+    otlp_endpoint: str | None,
+    chat_template: Path | None,
+    tool_parser: ToolParser,
+    reasoning_parser: ReasoningParser,
 ) -> ServeSettings:
     """Options as typed, self-checked settings. Raises BadParameter and LoadError."""
     low, high = options.parse_range(weight_range)
@@ -184,6 +221,7 @@ def make_settings(
             kernels=kernels,
             max_batch=max_batch,
             max_batch_tokens=max_batch_tokens,
+            max_scored_rows=max_scored_rows,
             kv_memory=None if kv_memory is None else options.parse_size(kv_memory),
             block_size=block_size,
             prefix_cache=prefix_cache,
@@ -201,11 +239,13 @@ def make_settings(
             cors_origins=tuple(cors_origin or ()),
             tls_certificate=tls_certificate,
             tls_key=tls_key,
+            otlp_endpoint=otlp_endpoint,
             limits=Limits(
                 max_waiting_requests=max_waiting_requests,
                 max_waiting_tokens=max_waiting_tokens,
                 max_connections=max_connections,
             ),
+            chat=options.chat_config(chat_template, tool_parser, reasoning_parser),
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
@@ -219,7 +259,8 @@ def make_settings(
         memory=None if memory is None else options.parse_size(memory),
         evict_idle=evict_idle,
     )
-    return ServeSettings(engine, server, policy, presets, calibrations, experts)
+    logs = LogConfig(log_format, log_level)
+    return ServeSettings(engine, server, policy, presets, calibrations, experts, logs)
 
 
 def serve(
@@ -232,7 +273,9 @@ def serve(
     """Load, show the start-up table, listen until a signal. Raises LoadError and StartupError."""
     check_binding(settings.server)  # before minutes of loading, not after
     check_tls(settings.server)
+    check_tracing(settings.server.otlp_endpoint)
     keys = Keys.of(settings.server)
+    configure_logging(settings.logs)
     console = Console(stderr=True)
     if settings.engine.threads is not None:
         torch.set_num_threads(settings.engine.threads)
@@ -257,7 +300,21 @@ def serve(
         # steps would wait for a quarter of a second.
         gc.collect()
         gc.freeze()
-        for message in (*opened.messages, *keys.warnings):
-            console.print(Text.assemble(("note: ", "bold yellow"), message), soft_wrap=True)
-        console.print(startup_table(opened.engine.engine, settings.server, settings.experts, keys.ring))
+        messages = [*opened.messages, *keys.warnings]
+        table = startup_table(opened.engine.engine, settings.server, settings.experts, keys.ring)
+        if settings.logs.format == "json":  # then every line is for machines
+            for message in messages:
+                logger.warning("%s", message)
+            logger.info("%s", _as_text(table))
+        else:
+            for message in messages:
+                console.print(Text.assemble(("note: ", "bold yellow"), message), soft_wrap=True)
+            console.print(table)
         run_server(opened.engine, settings.server, opened.experts)
+
+
+def _as_text(shown: RenderableType) -> str:
+    console = Console(width=120, color_system=None)
+    with console.capture() as captured:
+        console.print(shown)
+    return captured.get()

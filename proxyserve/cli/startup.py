@@ -12,7 +12,7 @@ from proxyserve.cli.opening import ExpertSettings
 from proxyserve.config import ServerConfig
 from proxyserve.engine.arena import Arena
 from proxyserve.engine.engine import Engine
-from proxyserve.engine.memory import memory_limit, spelled
+from proxyserve.engine.memory import memory_limit, scoring_bytes, spelled
 from proxyserve.engine.runner import Runner
 from proxyserve.models.remote import AnyModel, RemoteModel
 
@@ -66,9 +66,12 @@ def startup_table(engine: Engine, server: ServerConfig, experts: ExpertSettings,
         f"at most {config.max_batch} requests and {config.max_batch_tokens} tokens per model in a step; "
         f"weights {policy.min_weight:g} to {policy.max_weight:g}"
     )
-    [used, limit] = spelled([engine.residents.bytes, memory_limit(engine.models.base.device, experts.memory)])
+    scoring = scoring_bytes(base, config)
+    limit = memory_limit(base.device, experts.memory, scoring)
+    [used, most, aside] = spelled([engine.residents.bytes, limit, scoring])
     lines.append(
-        f"memory: {used} of {limit} for weights and KV" + (", idle experts give way" * experts.evict_idle)
+        f"memory: {used} of {most} for weights and KV{', idle experts give way' * experts.evict_idle}; "
+        f"{aside} to score prompts"
     )
     roots = ", ".join([*map(str, experts.roots), *(["the hub"] if experts.allow_hub else [])])
     lines.append(

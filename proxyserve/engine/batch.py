@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from proxyserve_kernels import (
     CLIP,
     FUSED,
     Adjustments,
+    Backend,
     Logprobs,
     Match,
     PickControls,
@@ -45,16 +46,26 @@ _ABSENT: Place = (ABSENT, 0)
 
 @dataclass(frozen=True, slots=True)
 class FusedRow:
-    """One row to fuse. `alone`: the base by itself, to see whether a gated request needs its other lanes."""
+    """One row to fuse. `alone`: the base by itself, to see whether a gated request needs its other lanes. `nth` of the
+    rows that each of the choice's lanes has in this step. `target` is the token of the prompt that the row is to score;
+    None: a token is drawn from it."""
 
     choice: Choice
+    nth: int = 0
     alone: bool = False
+    target: int | None = None
+
+    @property
+    def logprobs(self) -> int | None:
+        """How many of the likeliest tokens the request wants to see here; None if it wants no log-probs."""
+        sampling = self.choice.submission.sampling
+        return sampling.logprobs if self.target is None else sampling.prompt_logprobs
 
 
 class LogitRows:
-    """Where the logits of each lane's last token lie: in what the models returned in this step, or, for the base of a
-    request that awaits its other lanes, in what an earlier step kept. Lanes of remote models have a second row, with
-    the highest log-prob that each token can have."""
+    """Where the logits of each lane's tokens lie: in what the models returned in this step, or, for the base of a
+    request that awaits its other lanes, in what an earlier step kept. A lane's rows are neighbours; `nth` says which.
+    Lanes of remote models have one, and another with the highest log-prob that each token can have."""
 
     def __init__(
         self,
@@ -68,10 +79,16 @@ class LogitRows:
         for source, model in enumerate(logits):
             pairs = [(id(plus), id(minus)) for plus, minus in forward.differences.get(model, ())]
             paired = {lane for pair in pairs for lane in pair}
-            lasts = [id(item.lane) for item in work[model] if item.last and id(item.lane) not in paired]
-            self._places.update((lane, (source, row)) for row, lane in enumerate(lasts))
-            self._pairs.update((pair, (source, len(lasts) + row)) for row, pair in enumerate(pairs))
-        held = [row.choice for row in rows if row.choice.scheduled.awaiting]
+            rows_of = {id(item.lane): item.rows for item in work[model] if item.rows}
+            row = 0
+            for lane, count in rows_of.items():
+                if lane not in paired:
+                    self._places[lane] = source, row
+                    row += count
+            for pair in pairs:
+                self._pairs[pair] = source, row
+                row += rows_of[pair[0]]
+        held = [fused.choice for fused in rows if fused.choice.scheduled.awaiting]
         self._places.update(
             (id(choice.scheduled.lanes[0]), (len(logits), row)) for row, choice in enumerate(held)
         )
@@ -80,26 +97,28 @@ class LogitRows:
         self._highest: dict[int, Place] = {}
         self._unseen: dict[int, float] = {}
         for model, remote in forward.remote.items():
-            lanes = [item.lane for item in work[model] if item.last]
-            for row, (lane, unseen) in enumerate(zip(lanes, remote.unseen, strict=True)):
-                self._highest[id(lane)] = len(sources), row
-                self._unseen[id(lane)] = unseen
+            asked = [id(item.lane) for item in work[model] if item.rows]
+            for row, (lane, unseen) in enumerate(zip(asked, remote.unseen, strict=True)):
+                self._highest[lane] = len(sources), row
+                self._unseen[lane] = unseen
             sources.append(remote.highest)
         self.sources = tuple(sources)
 
-    def place(self, lane: Lane) -> Place:
-        return self._places[id(lane)]
+    def place(self, lane: Lane, nth: int = 0) -> Place:
+        return _further(self._places[id(lane)], nth)
 
-    def term(self, lane: Lane, minus: Lane | None) -> tuple[Place, Place]:
+    def term(self, lane: Lane, minus: Lane | None, nth: int) -> tuple[Place, Place]:
         """Where `lane - minus` of a term is read: from two rows, or from one that holds their difference."""
         if minus is None:
-            return self.highest(lane), _ABSENT
+            return self.highest(lane, nth), _ABSENT
         difference = self._pairs.get((id(lane), id(minus)))
-        return (self.highest(lane), self.highest(minus)) if difference is None else (difference, _ABSENT)
+        if difference is not None:
+            return _further(difference, nth), _ABSENT
+        return self.highest(lane, nth), self.highest(minus, nth)
 
-    def highest(self, lane: Lane) -> Place:
+    def highest(self, lane: Lane, nth: int) -> Place:
         """The row of what each token has at most; for lanes of local models their logits, which are exact."""
-        return self._highest.get(id(lane), self._places[id(lane)])
+        return self._highest.get(id(lane)) or self.place(lane, nth)
 
     def returned(self, lane: Lane, token: int) -> bool:
         """Whether the lane's model gave `token` a log-prob."""
@@ -116,15 +135,17 @@ class LogitRows:
         return self.sources[source][row : row + 1].clone()
 
 
+def _further(place: Place, nth: int) -> Place:
+    source, row = place
+    return source, row + nth
+
+
 def shared_heads(
     rows: Sequence[FusedRow], runners: Mapping[ModelKey, AnyRunner]
 ) -> dict[ModelKey, list[Pair]]:
     """By trunk, the pairs of lanes of which only the difference is read."""
     found: dict[ModelKey, list[Pair]] = {}
-    for row in rows:
-        if row.alone:
-            continue
-        choice = row.choice
+    for choice in dict.fromkeys(row.choice for row in rows if not row.alone):
         if choice.differences is None:
             choice.differences = _differences(choice, runners)
         for lane, minus in choice.differences:
@@ -172,9 +193,10 @@ def build_batch(rows: Sequence[FusedRow], logits: LogitRows, *, highest: bool = 
         terms = () if row.alone else program.terms
         rest = most - len(terms)
         origin = lanes[0 if row.alone else program.origin]
-        base.append(logits.highest(origin) if highest else logits.place(origin))
+        base.append(logits.highest(origin, row.nth) if highest else logits.place(origin, row.nth))
         places = [
-            logits.term(lanes[term.lane], None if term.minus is None else lanes[term.minus]) for term in terms
+            logits.term(lanes[term.lane], None if term.minus is None else lanes[term.minus], row.nth)
+            for term in terms
         ]
         positive.append([*(plus for plus, _ in places), *unused * rest])
         negative.append([*(minus for _, minus in places), *unused * rest])
@@ -204,7 +226,9 @@ def _rules(rows: Sequence[FusedRow], logits: LogitRows, bases: Sequence[Place]) 
         one_sided.append(program is not None and program.one_sided)
         normalise.append(program is not None and bound.normalise)
         reference.append(
-            base if row.alone or bound.base is None else logits.place(row.choice.scheduled.lanes[bound.base])
+            base
+            if row.alone or bound.base is None
+            else logits.place(row.choice.scheduled.lanes[bound.base], row.nth)
         )
     return Rules(
         base_weight=_floats(base_weight),
@@ -227,7 +251,7 @@ def _supports(rows: Sequence[FusedRow], logits: LogitRows) -> Supports | None:
         lanes = row.choice.scheduled.lanes
         laws: list[Place] = []
         if support is not None:
-            laws = [(FUSED, 0) if lane is None else logits.place(lanes[lane]) for lane in support.of]
+            laws = [(FUSED, 0) if lane is None else logits.place(lanes[lane], row.nth) for lane in support.of]
         of.append([*laws, *[(ABSENT, 0)] * (most - len(laws))])
     return Supports(
         of=_ints(of).view(len(rows), most, 2),
@@ -238,7 +262,13 @@ def _supports(rows: Sequence[FusedRow], logits: LogitRows) -> Supports | None:
     )
 
 
-def build_solve(rows: Sequence[FusedRow]) -> SolveControls | None:
+def with_solved_weights(backend: Backend, rows: Sequence[FusedRow], batch: RowBatch) -> RowBatch:
+    """`batch`, made of `rows`, with the weights that are solved at each position."""
+    controls = _build_solve(rows)
+    return batch if controls is None else batch.with_weights(backend.solve(batch, controls).weights)
+
+
+def _build_solve(rows: Sequence[FusedRow]) -> SolveControls | None:
     """How the rows' weights are solved; None if no row's are."""
     laws = [None if row.alone else row.choice.program.law for row in rows]
     if not any(laws):
@@ -277,9 +307,19 @@ def build_controls(rows: Sequence[FusedRow], temperatures: Tensor | None) -> Pic
     )
 
 
+def build_scoring(rows: Sequence[FusedRow]) -> PickControls:
+    """What is asked about the rows' targets. Nothing is drawn, and nothing but the fused law counts."""
+    return replace(
+        PickControls.greedy(len(rows)),
+        raw=[_listed(row) for row in rows],
+        forced=_ints([row.target for row in rows]),
+        compare=any(row.choice.submission.fusion.explain for row in rows),
+    )
+
+
 def _listed(row: FusedRow) -> int | None:
     """How many of the likeliest tokens somebody wants to see; None if nobody wants log-probs."""
-    wishes = [row.choice.submission.sampling.logprobs]
+    wishes = [row.logprobs]
     if row.choice.submission.fusion.explain:
         wishes.append(row.choice.submission.fusion.explain)
     if row.alone:
@@ -329,6 +369,29 @@ def token_logprobs(tokens: Sequence[int], logprobs: Logprobs | None) -> list[Tok
         listed = tuple(pair for pair in zip(ids, values, strict=True) if pair[0] >= 0)
         entries.append(TokenLogprob(token, value, listed))
     return entries
+
+
+def wanted(row: FusedRow, law: TokenLogprob | None) -> TokenLogprob | None:
+    """The log-probs that the request asked for; more may have been listed for other ends."""
+    return None if law is None or row.logprobs is None else replace(law, top=law.top[: row.logprobs])
+
+
+def is_sure(choice: Choice, law: TokenLogprob | None) -> bool:
+    """Whether the base alone gives its best token at least the gate's probability."""
+    gate = choice.submission.fusion.gate
+    if gate is None or law is None or not law.top:
+        return False
+    return math.exp(law.top[0][1]) >= gate.confidence
+
+
+def weights_used(row: FusedRow, solved: Sequence[float]) -> tuple[float, ...]:
+    """Of the program's terms in this row; `solved` are those of the batch, rounded to float32."""
+    program = row.choice.program
+    if row.alone:
+        return ()
+    if program.law is not None:
+        return tuple(solved[: len(program.terms)])
+    return tuple(term.weight_at(len(row.choice.output)) for term in program.terms)
 
 
 def _ints(values: Iterable[object]) -> Tensor:

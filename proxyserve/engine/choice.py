@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field, replace
+from time import perf_counter
 
 from torch import Tensor
 
+from proxyserve.engine.clock import Clock
+from proxyserve.engine.scoring import Scoring
 from proxyserve.engine.submission import Submission
 from proxyserve.fusion.binding import BoundProgram
 from proxyserve.models.vocabulary import SharedVocabulary
@@ -55,7 +58,7 @@ class Sampled:
 class Choice:
     """The lanes of `scheduled` are those of `program`. `stop_ids` end the text and are shared by all lanes;
     `max_output` is the most ids that may be generated. `held` are the base's logits [1, width] for the next token,
-    while a gated request awaits its other lanes."""
+    while a gated request awaits its other lanes. `scoring` is there if this choice scores the prompt."""
 
     submission: Submission
     index: int
@@ -66,7 +69,9 @@ class Choice:
     generations: dict[str, int]
     detokenizer: Detokenizer
     seed: int
+    clock: Clock = field(default_factory=Clock)
     held: Tensor | None = None
+    scoring: Scoring | None = None
     differences: list[tuple[Lane, Lane]] | None = None  # see `batch.shared_heads`, which finds them once
     generated: dict[int, int] = field(default_factory=dict)  # id -> occurrences, kept for penalties
     kl_total: float = 0.0
@@ -84,6 +89,11 @@ class Choice:
     def models(self) -> frozenset[ModelKey]:
         """Those of its lanes."""
         return frozenset(lane.model for lane in self.scheduled.lanes)
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the base may decide alone."""
+        return self.submission.fusion.gate is not None and len(self.scheduled.lanes) > 1
 
     @property
     def vocabulary(self) -> SharedVocabulary:
@@ -160,11 +170,12 @@ class Choice:
             stop_reason=stop_reason,
             usage=self._usage(),
             fusion=self._fusion(),
+            timing=self.clock.timing(perf_counter()),
             error=error,
         )
 
     def _usage(self) -> Usage:
-        lanes = self.scheduled.lanes
+        lanes, prompt_tokens = self.scheduled.lanes, len(self.program.lanes[0].prompt)
         lane_tokens: dict[str, int] = {}
         skipped: dict[str, int] = {}
         for lane in lanes:
@@ -173,9 +184,7 @@ class Choice:
             missing = max(0, lane.wanted - 1 - lane.reached)
             if missing:
                 skipped[lane.model.name] = skipped.get(lane.model.name, 0) + missing
-        usage = Usage(
-            len(lanes[0].prompt), len(self.output), min(lanes[0].cached, len(lanes[0].prompt)), lane_tokens
-        )
+        usage = Usage(prompt_tokens, len(self.output), min(lanes[0].cached, prompt_tokens), lane_tokens)
         if self.submission.fusion.gate is None:
             return usage
         return replace(usage, gated_tokens=self.gated_tokens, skipped_lane_tokens=skipped)

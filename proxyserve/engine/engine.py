@@ -3,16 +3,15 @@
     submission ─prepare─▶ choices ─enqueue─▶ scheduler.schedule() ─▶ per model: runner.run(packed tokens)
         events ◀─accept─ tokens ◀─ backend.pick (one call for the whole batch) ◀─ solved weights ◀─ logits rows
 
-No thread and no clock live here; `engine.loop` owns the thread that calls `step`.
+No thread lives here; `engine.loop` owns the one that calls `step`.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from time import perf_counter
 
 import torch
 
@@ -23,21 +22,35 @@ from proxyserve.engine.batch import (
     LogitRows,
     build_batch,
     build_controls,
-    build_solve,
+    is_sure,
     shared_heads,
     target_entropies,
     token_logprobs,
+    wanted,
+    weights_used,
+    with_solved_weights,
 )
 from proxyserve.engine.certificate import certify
 from proxyserve.engine.choice import Choice, Sampled
+from proxyserve.engine.counters import EngineCounters, held_up
 from proxyserve.engine.explain import explain
 from proxyserve.engine.forward import run_models
-from proxyserve.engine.memory import Tenants, blocks_of_new_arena, blocks_of_remote, kv_budget, plan_arenas
+from proxyserve.engine.memory import (
+    Tenants,
+    blocks_of_new_arena,
+    blocks_of_remote,
+    fused_at_once,
+    kv_budget,
+    plan_arenas,
+    scoring_bytes,
+)
 from proxyserve.engine.offer import Lease, Offer, Offers
 from proxyserve.engine.preparation import bind_fusion, check_presets, context_room, memory_room, prepare
 from proxyserve.engine.remote_runner import RemoteRunner
 from proxyserve.engine.residents import AnyRunner, Residents
 from proxyserve.engine.runner import Runner
+from proxyserve.engine.score_rows import rows_to_score, score
+from proxyserve.engine.scoring import Score
 from proxyserve.engine.submission import LanePrompts, Submission
 from proxyserve.engine.verify import verify_paged
 from proxyserve.fusion.calibration import Calibration
@@ -51,28 +64,10 @@ from proxyserve.models.model_set import ModelSet
 from proxyserve.models.remote import RemoteModel
 from proxyserve.scheduler.request import RequestState
 from proxyserve.scheduler.scheduler import Plan, Scheduler
-from proxyserve.types import FinishReason, ModelKey, OutputEvent, TokenLogprob
+from proxyserve.types import FinishReason, ModelKey, OutputEvent
 from proxyserve_kernels import Needs, backend_for
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class EngineCounters:
-    """Since start. `finished` counts choices by finish reason, `by_generation` by expert and generation; prompt and
-    cached tokens are those of base lanes."""
-
-    steps: int = 0
-    tokens_generated: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    preemptions: int = 0
-    fused_tokens: int = 0
-    gated_tokens: int = 0
-    flips: int = 0
-    kl_total: float = 0.0
-    finished: dict[str, int] = field(default_factory=dict)
-    by_generation: Counter[tuple[str, int]] = field(default_factory=Counter)
 
 
 class Engine:
@@ -99,12 +94,13 @@ class Engine:
         offer = Offer(catalog, policy or FusionPolicy())
         self.offers = Offers(offer)
         check_presets(offer)
-        if self.config.max_batch_tokens <= 2 * self.policy.max_experts:
-            # The last tokens of a request's lanes run in one step, and all of its lanes may be on one trunk.
-            raise ValueError(
-                "max_batch_tokens must be above twice the number of experts that a request may name, "
-                f"{self.policy.max_experts}"
-            )
+        for name in ("max_batch_tokens", "max_scored_rows"):
+            if getattr(self.config, name) <= 2 * self.policy.max_experts:
+                # The last tokens of a request's lanes run in one step, and all of its lanes may be on one trunk.
+                raise ValueError(
+                    f"{name} must be above twice the number of experts that a request may name, "
+                    f"{self.policy.max_experts}"
+                )
         self.counters = EngineCounters()
         self.backend = backend_for(models.base.device, self.config.kernels)
         experts = bool(models.experts) or grows
@@ -127,6 +123,7 @@ class Engine:
             block_size=self.config.block_size,
             max_batch=self.config.max_batch,
             max_batch_tokens=self.config.max_batch_tokens,
+            max_scored_rows=self.config.max_scored_rows,
         )
         self._choices: dict[str, Choice] = {}
 
@@ -155,7 +152,7 @@ class Engine:
                 layout = layouts[model.trunk.key]
                 known = tenants.get(layout, Tenants(0, 0))
                 tenants[layout] = Tenants(known.models + 1, max(known.context, model.context_length))
-        budget = kv_budget(models.base.device, config.kv_memory)
+        budget = kv_budget(models.base.device, config.kv_memory, scoring_bytes(models.base, config))
         blocks_of = plan_arenas(
             tenants, budget=budget, block_size=config.block_size, max_batch=config.max_batch
         )
@@ -289,44 +286,55 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[OutputEvent]:
-        """Run one step: at most one packed forward per model and one fused pick. Returns an event per choice that
-        got a token or ended. A step that raises inside ends the requests in it with an error and nothing else; a remote
-        model that does not answer ends those that wanted it."""
+        """Run one step: at most one packed forward per model, one fused pick, and a few that score prompts. Returns an
+        event per choice that got a token or ended. A step that raises inside ends the requests in it with an error and
+        nothing else; a remote model that does not answer ends those that wanted it."""
+        started = perf_counter()
         plan = self.scheduler.schedule()
-        self.counters.preemptions += len(plan.preempted)
+        self.counters.scheduled(plan, self._choices)
         if plan.empty:
             return []
         self.counters.steps += 1
-        rows = [
-            *(FusedRow(self._choices[request.request_id]) for request in plan.sampling),
-            *(FusedRow(self._choices[request.request_id], alone=True) for request in plan.probing),
-        ]
+        held = [self._choices[request.request_id] for request in held_up(plan, self.scheduler.running)]
+        counts = {self._choices[request.request_id]: count for request, count in plan.rows.items()}
+        to_score = [row for choice, count in counts.items() for row in rows_to_score(choice, count)]
+        rows = self._rows_to_sample(plan, counts)
         try:
-            forward = run_models(self.runners, plan.work, shared_heads(rows, self.runners))
+            forward = run_models(self.runners, plan.work, shared_heads([*to_score, *rows], self.runners))
             failures = forward.failures
             rows = [row for row in rows if row.choice.key not in failures]
             logits = LogitRows(rows, plan.work, forward)
+            computed = perf_counter()
+            scores = score(self.backend, to_score, logits, fused_at_once(self.config))
             sampled = self._sample(rows, logits) if rows else []
+            self.counters.sampling_seconds += perf_counter() - computed
         except Exception as error:  # whatever it was, the process and all other requests go on
             logger.exception("a step failed; the requests in it are ended")
             return self._fail(plan, f"The step that computed this request failed: {type(error).__name__}.")
         self.scheduler.commit(plan)
-        events = self._accept(rows, sampled)
+        events = [*self._accept_scores(counts, scores), *self._accept(rows, sampled)]
         for key, reason in failures.items():
             choice = self._choices[key]
             events.append(self._finish(choice, choice.end(FinishReason.ERROR, reason)))
         if not self.config.prefix_cache:
             for arena in self.residents.arenas.values():
                 arena.pool.drop_cache()
+        self.counters.stepped(plan, self.runners, held, started)
         return events
+
+    def _rows_to_sample(self, plan: Plan, counts: Mapping[Choice, int]) -> list[FusedRow]:
+        """The last rows of the plan's requests, `counts` being how many each has."""
+        sampling = (self._choices[request.request_id] for request in plan.sampling)
+        probing = (self._choices[request.request_id] for request in plan.probing)
+        return [
+            *(FusedRow(choice, counts[choice] - 1) for choice in sampling if choice.max_output),
+            *(FusedRow(choice, counts[choice] - 1, alone=True) for choice in probing),
+        ]
 
     def _sample(self, rows: Sequence[FusedRow], logits: LogitRows) -> list[Sampled | None]:
         """Fuse, solve, pick and explain. None for a row that has no law (NaN, infinite or empty), and for one that
         needs its other lanes first."""
-        batch = build_batch(rows, logits)
-        solve = build_solve(rows)
-        if solve is not None:
-            batch = batch.with_weights(self.backend.solve(batch, solve).weights)
+        batch = with_solved_weights(self.backend, rows, build_batch(rows, logits))
         entropies = target_entropies(rows)
         temperatures = None if entropies is None else self.backend.temperatures(batch, entropies).cpu()
         picks = self.backend.pick(batch, build_controls(rows, temperatures))
@@ -336,10 +344,10 @@ class Engine:
         sampled = [
             Sampled(
                 tokens[number],
-                _wanted(row.choice, laws[number]),
+                wanted(row, laws[number]),
                 kl=kl[number],
                 flip=flips[number],
-                weights=_weights(row, weights[number]),
+                weights=weights_used(row, weights[number]),
                 gated=row.alone,
             )
             for number, row in enumerate(rows)
@@ -351,7 +359,7 @@ class Engine:
             row.choice.scheduled.awaiting = False
             if not valid[number]:
                 results.append(None)
-            elif row.alone and not _is_sure(row.choice, laws[number]):
+            elif row.alone and not is_sure(row.choice, laws[number]):
                 row.choice.held = logits.row(row.choice.scheduled.lanes[0])
                 row.choice.scheduled.awaiting = True
                 results.append(None)
@@ -361,27 +369,39 @@ class Engine:
                 )
         return results
 
+    def _accept_scores(
+        self, counts: Mapping[Choice, int], scores: Mapping[Choice, Sequence[Score | None]]
+    ) -> list[OutputEvent]:
+        """The events of choices that end with the scores of this step. Others tell them with their first token."""
+        events = []
+        for choice in counts:
+            scoring, found = choice.scoring, scores.get(choice, ())
+            known = [score for score in found if score is not None]
+            if len(known) < len(found):
+                events.append(self._fail_numerically(choice))
+            elif scoring is not None:
+                scoring.add(known)
+                if not choice.max_output and not scoring.next(1):
+                    events.append(self._finish(choice, scoring.tell(choice.end(FinishReason.LENGTH))))
+        return events
+
     def _accept(self, rows: Sequence[FusedRow], sampled: Sequence[Sampled | None]) -> list[OutputEvent]:
         events = []
+        self.counters.sampled(
+            [(row.choice, token) for row, token in zip(rows, sampled, strict=True) if token is not None]
+        )
         for row, result in zip(rows, sampled, strict=True):
             choice = row.choice
+            if choice.key not in self._choices:  # its prompt could not be scored
+                continue
             if result is not None:
                 event = choice.accept(result)
-                self._count(choice, result)
+                if choice.scoring is not None:
+                    event = choice.scoring.tell(event)
                 events.append(event if event.finish_reason is None else self._finish(choice, event))
             elif not choice.scheduled.awaiting:
                 events.append(self._fail_numerically(choice))
         return events
-
-    def _count(self, choice: Choice, sampled: Sampled) -> None:
-        counters = self.counters
-        counters.tokens_generated += 1
-        counters.gated_tokens += sampled.gated
-        if not choice.submission.fusion.is_base:
-            counters.fused_tokens += 1
-            if choice.program.base is not None:
-                counters.flips += sampled.flip
-                counters.kl_total += sampled.kl
 
     def _fail(self, plan: Plan, message: str) -> list[OutputEvent]:
         keys = {item.request.request_id for work in plan.work.values() for item in work}
@@ -405,12 +425,7 @@ class Engine:
         del self._choices[choice.key]
         self.scheduler.finish(choice.scheduled)
         self.offers.release(choice.models)
-        reason = (event.finish_reason or FinishReason.ERROR).value
-        self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
-        self.counters.by_generation.update(choice.generations.items())
-        if event.usage is not None:
-            self.counters.prompt_tokens += event.usage.prompt_tokens
-            self.counters.cached_tokens += event.usage.cached_tokens
+        self.counters.ended(choice, event)
         return event
 
     def check(self) -> None:
@@ -421,27 +436,3 @@ class Engine:
         assert all(
             choice.scheduled.state is not RequestState.FINISHED for choice in self._choices.values()
         ), "a finished choice is still known"
-
-
-def _weights(row: FusedRow, solved: Sequence[float]) -> tuple[float, ...]:
-    """Of the program's terms in this row; `solved` are those of the batch, rounded to float32."""
-    program = row.choice.program
-    if row.alone:
-        return ()
-    if program.law is not None:
-        return tuple(solved[: len(program.terms)])
-    return tuple(term.weight_at(len(row.choice.output)) for term in program.terms)
-
-
-def _wanted(choice: Choice, law: TokenLogprob | None) -> TokenLogprob | None:
-    """The log-probs that the request asked for; more may have been listed for other ends."""
-    wanted = choice.submission.sampling.logprobs
-    return None if law is None or wanted is None else replace(law, top=law.top[:wanted])
-
-
-def _is_sure(choice: Choice, law: TokenLogprob | None) -> bool:
-    """Whether the base alone gives its best token at least the gate's probability."""
-    gate = choice.submission.fusion.gate
-    if gate is None or law is None or not law.top:
-        return False
-    return math.exp(law.top[0][1]) >= gate.confidence

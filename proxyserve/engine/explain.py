@@ -56,16 +56,16 @@ def _views(
     logits: LogitRows,
     sampled: Sequence[Sampled],
 ) -> list[LaneView]:
-    choices = [rows[entry.number].choice for entry in asked]
-    lanes = [choice.scheduled.lanes[entry.lane] for entry, choice in zip(asked, choices, strict=True)]
+    own = [rows[entry.number] for entry in asked]
+    lanes = [row.choice.scheduled.lanes[entry.lane] for entry, row in zip(asked, own, strict=True)]
     batch = RowBatch.of(
         logits.sources,
         [
-            Row(Ref(*logits.place(lane)), choice.vocabulary.size)
-            for lane, choice in zip(lanes, choices, strict=True)
+            Row(Ref(*logits.place(lane, row.nth)), row.choice.vocabulary.size)
+            for lane, row in zip(lanes, own, strict=True)
         ],
     )
-    wanted = [choice.submission.fusion.explain for choice in choices]
+    wanted = [row.choice.submission.fusion.explain for row in own]
     controls = replace(
         PickControls.greedy(len(asked)),
         raw=wanted,

@@ -19,8 +19,8 @@ Pair = tuple[Lane, Lane]
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """`logits` [rows, width] of each trunk: a row per work item with `last` set whose lane is in none of the
-    `differences`, then a row for each of these pairs. `remote` has the rest of what is known about the rows of remote
+    """`logits` [rows, width] of each trunk: the rows of each work item whose lane is in none of the `differences`, then
+    as many for each of these pairs. `remote` has the rest of what is known about the rows of remote
     models. `failures` maps ids of requests to why one of their lanes has no logits."""
 
     logits: Mapping[ModelKey, Tensor]
@@ -37,7 +37,7 @@ def run_models(
     work: Mapping[ModelKey, Sequence[LaneWork]],
     differences: Mapping[ModelKey, Sequence[Pair]],
 ) -> Forward:
-    """Run every model's work; for the pairs of lanes in `differences` there is one row. Remote models are asked first
+    """Run every model's work; each pair of lanes in `differences` has the rows of one. Remote models are asked first
     and listened to last, so that the local ones run while the answers are on their way. Must be called in inference
     mode."""
     calls = {}

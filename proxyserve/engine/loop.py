@@ -9,14 +9,16 @@ from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 
 from proxyserve.config import Limits
 from proxyserve.engine.admission import Admission, RateState
 from proxyserve.engine.caller import Caller
 from proxyserve.engine.choice import Choice
+from proxyserve.engine.counters import KeyCounts
 from proxyserve.engine.engine import Engine
+from proxyserve.engine.histogram import HistogramStats
 from proxyserve.engine.offer import Lease
 from proxyserve.engine.submission import Submission
 from proxyserve.engine.unread import Unread
@@ -45,37 +47,41 @@ class TrunkStats:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot for metrics. Counters are since start. Pools are named after the first model that uses them, trunks
-    after themselves. `lane_tokens` counts the tokens that ran through each model, `by_generation` the choices that
-    ended, by expert and generation. `memory` are the bytes of weights and KV, `waiting_tokens` the prompt tokens
-    of choices that have had no event."""
+    """A snapshot for metrics. Counters are since start; for what they and the histograms mean see
+    `counters.EngineCounters`. Pools are named after the first model that uses them, trunks after themselves.
+    `waiting_tokens` are prompt tokens of choices that have had no event, `lane_tokens` the tokens that ran through each
+    model, `by_generation` choices that ended, by expert and generation. `memory` are the bytes of weights and KV."""
 
-    waiting: int
-    running: int
-    steps: int
-    tokens_generated: int
-    prompt_tokens: int
-    cached_tokens: int
-    preemptions: int
-    kernel_compilations: int
-    finished: Mapping[str, int]
-    fused_tokens: int
-    flips: int
-    kl_total: float
-    gated_tokens: int
-    pools: Mapping[str, PoolStats]
-    trunks: Mapping[str, TrunkStats]
-    lane_tokens: Mapping[str, int]
-    by_generation: Mapping[tuple[str, int], int]
-    memory: int
+    waiting: int = 0
+    running: int = 0
     waiting_tokens: int = 0
+    steps: int = 0
+    tokens_generated: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
+    kernel_compilations: int = 0
+    fused_tokens: int = 0
+    flips: int = 0
+    gated_tokens: int = 0
+    sampling_seconds: float = 0.0
+    memory: int = 0
+    finished: Mapping[str, int] = field(default_factory=dict)
+    pools: Mapping[str, PoolStats] = field(default_factory=dict)
+    trunks: Mapping[str, TrunkStats] = field(default_factory=dict)
+    lane_tokens: Mapping[str, int] = field(default_factory=dict)
+    prefix_queries: Mapping[str, int] = field(default_factory=dict)
+    prefix_hits: Mapping[str, int] = field(default_factory=dict)
+    by_generation: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    by_key: Mapping[str, KeyCounts] = field(default_factory=dict)
+    histograms: Mapping[str, HistogramStats] = field(default_factory=dict)
 
 
 class ResponseStream:
     """Events of all choices of one `submit`, in the order they happen; ends after the last choice's last event. Events
     that are not read in time are joined (`engine.unread`), and if too much is unread it is all cancelled: then reading
-    raises ReaderTooSlow.
-    Leaving early (`aclose`, or the end of `async with`) cancels what still runs."""
+    raises ReaderTooSlow. Leaving early (`aclose`, or the end of `async with`) cancels what still runs. `generations`
+    are those that the choices have of each expert."""
 
     def __init__(self, engine: AsyncEngine, choices: Sequence[Choice]) -> None:
         self._engine = engine
@@ -84,6 +90,7 @@ class ResponseStream:
         self._unread = Unread(engine.limits.max_unread_tokens)
         self._open = {choice.key for choice in choices}
         self.choices = len(choices)
+        self.generations = choices[0].generations
 
     def __aiter__(self) -> AsyncIterator[OutputEvent]:
         return self
@@ -258,25 +265,29 @@ class AsyncEngine:
         return EngineStats(
             waiting=max(0, len(self._streams) - running),
             running=running,
+            waiting_tokens=self._admission.waiting_tokens,
             steps=counters.steps,
             tokens_generated=counters.tokens_generated,
             prompt_tokens=counters.prompt_tokens,
             cached_tokens=counters.cached_tokens,
             preemptions=counters.preemptions,
             kernel_compilations=engine.backend.compilations,
-            finished=dict(counters.finished),
             fused_tokens=counters.fused_tokens,
             flips=counters.flips,
-            kl_total=counters.kl_total,
             gated_tokens=counters.gated_tokens,
+            sampling_seconds=counters.sampling_seconds,
+            memory=engine.residents.bytes,
+            finished=dict(counters.finished),
             pools=pools,
             trunks={
                 name: TrunkStats(stats.rows, stats.seconds) for name, stats in engine.residents.stats.items()
             },
             lane_tokens=tokens,
+            prefix_queries=counters.prefix_queries.copy(),
+            prefix_hits=counters.prefix_hits.copy(),
             by_generation=counters.by_generation.copy(),
-            memory=engine.residents.bytes,
-            waiting_tokens=self._admission.waiting_tokens,
+            by_key=counters.by_key.copy(),
+            histograms=counters.histograms.stats(),
         )
 
     # The thread ----------------------------------------------------------------------------------------------

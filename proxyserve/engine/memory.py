@@ -1,4 +1,4 @@
-"""The memory plan: what weights and KV blocks may take, and how many blocks each arena gets."""
+"""The memory plan: what weights, KV blocks and the scoring of prompts take, and how many blocks each arena gets."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
+from proxyserve.config import EngineConfig
 from proxyserve.engine.arena import Layout
 from proxyserve.errors import LoadError, NoRoom
-from proxyserve.models.remote import RemoteModel
+from proxyserve.models.remote import AnyModel, RemoteModel
 
 _CPU_SHARE, _CPU_MOST = 0.25, 2 * 2**30
 _GPU_SHARE = 0.85
@@ -21,6 +22,9 @@ _CPU_LIMIT, _GPU_LIMIT = 0.8, 0.92
 #: An arena has room for this many lanes of each request, where it has that many models: an expert's two, and a second
 #: expert over the same untuned model.
 _LANES = 3
+#: Tokens whose laws are fused at once, and how many float32 copies of them the plain backend makes at most (22 for a
+#: power mean of three laws; 4 to 10 for other rules).
+_FUSED_AT_ONCE, _FUSED_COPIES = 32, 24
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -92,24 +96,38 @@ def blocks_of_remote(model: RemoteModel, *, block_size: int, max_batch: int, lan
     return (max_batch + lanes) * -(-model.context_length // block_size)
 
 
-def kv_budget(device: torch.device, wanted: int | None) -> int:
-    """Bytes for KV: those wanted, or a default for the device."""
+def scoring_bytes(base: AnyModel, config: EngineConfig) -> int:
+    """What a step may take to score prompts: rows of logits of its models, and the laws that are fused at once."""
+    width = base.vocabulary.size
+    rows = config.max_scored_rows * width * base.dtype.itemsize
+    return rows + fused_at_once(config) * _FUSED_COPIES * width * torch.float32.itemsize
+
+
+def fused_at_once(config: EngineConfig) -> int:
+    """Most tokens of prompts that are fused in one call; none more than are sampled in one."""
+    return min(config.max_batch, _FUSED_AT_ONCE)
+
+
+def kv_budget(device: torch.device, wanted: int | None, aside: int = 0) -> int:
+    """Bytes for KV: those wanted, or a default for the device, of which `aside` bytes are set aside."""
     if wanted is not None:
         return wanted
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return int(free * _GPU_SHARE)
-    return min(int(_physical_bytes() * _CPU_SHARE), _CPU_MOST)
+        return int((free - aside) * _GPU_SHARE)
+    return min(int(_physical_bytes() * _CPU_SHARE), _CPU_MOST) - aside
 
 
-def memory_limit(device: torch.device, wanted: int | None) -> int:
-    """Bytes that weights and KV may take together: those wanted, or most of what the device has."""
+def memory_limit(device: torch.device, wanted: int | None, aside: int = 0) -> int:
+    """Bytes that weights and KV may take together: those wanted, or most of what the device has, of which `aside` bytes
+    are set aside."""
     if wanted is not None:
         return wanted
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return int((free + torch.cuda.memory_reserved(device)) * _GPU_LIMIT)  # the rest is other processes'
-    return int(_physical_bytes() * _CPU_LIMIT)
+        # The rest is other processes'.
+        return int((free + torch.cuda.memory_reserved(device)) * _GPU_LIMIT) - aside
+    return int(_physical_bytes() * _CPU_LIMIT) - aside
 
 
 def spelled(sizes: Sequence[int]) -> list[str]:

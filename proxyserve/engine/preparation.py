@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from proxyserve.engine.choice import Choice, choice_seed
 from proxyserve.engine.offer import Offer
+from proxyserve.engine.scoring import plan_scoring
 from proxyserve.engine.submission import LanePrompts, Submission
 from proxyserve.errors import ExpertParked, Forbidden, InvalidRequest
 from proxyserve.fusion.binding import BoundProgram, LaneSpec, bind
@@ -52,6 +53,13 @@ def prepare(
         _check_prompt(spec, submission)
     _check_bias(submission, program)
     _check_entropy(submission)
+    scoring = plan_scoring(submission, program)
+    samples = submission.sampling.max_tokens > 0
+    if submission.n > 1 and not samples:
+        raise InvalidRequest("n must be 1 with max_tokens 0, since nothing is sampled.", param="n")
+    unscored = 0 if scoring is None else len(scoring.targets)
+    # Nobody asks what comes after the last token if nothing is sampled: the row before it is the last one then.
+    unrun = 1 if unscored and not samples else 0
     stop_ids = frozenset().union(*(spec.model.eos_ids for spec in program.lanes))
     names = (name.partition("@")[0] for spec in program.lanes for name in spec.names)
     experts = dict.fromkeys(
@@ -64,7 +72,14 @@ def prepare(
     for index in range(submission.n):
         output: list[int] = []
         lanes = tuple(
-            Lane(spec.model.key, spec.prompt, output, salt, spec.model.trunk.key, _cost(spec.model, catalog))
+            Lane(
+                spec.model.key,
+                spec.prompt[: len(spec.prompt) - unrun],
+                output,
+                salt,
+                spec.model.trunk.key,
+                _cost(spec.model, catalog),
+            )
             for spec in program.lanes
         )
         scheduled = ScheduledRequest(
@@ -72,7 +87,8 @@ def prepare(
             lanes,
             output,
             leader=choices[0].scheduled if choices else None,
-            gated=fusion.gate is not None and len(lanes) > 1,
+            unscored=0 if choices else unscored - unrun,
+            gated=samples and fusion.gate is not None and len(lanes) > 1,
             caller=caller.name,
             priority=submission.priority,
             max_running=caller.limits.running,
@@ -88,6 +104,7 @@ def prepare(
                 generations=generations,
                 detokenizer=Detokenizer(catalog.models.base.tokenizer, submission.sampling.stop),
                 seed=choice_seed(submission.sampling.seed, index),
+                scoring=None if choices else scoring,
             )
         )
     return choices
@@ -200,7 +217,7 @@ def _check_length(
     wanted = submission.sampling.max_tokens
     for spec in program.lanes:
         length, context = len(spec.prompt), spec.model.context_length
-        if length >= context:
+        if length + min(wanted, 1) > context:
             raise InvalidRequest(
                 f"The prompt has {length} tokens in lane '{spec.names[0]}', and the context of "
                 f"'{spec.model.name}' is {context} tokens, which must also hold the answer; shorten the prompt.",

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RemoteRows:
-    """Rows [n, V] float32, one per work item with `last` set. `known`: the returned log-probs, -inf elsewhere.
+    """Rows [n, V] float32, one per work item with a row. `known`: the returned log-probs, -inf elsewhere.
     `highest`: the returned log-probs, elsewhere the largest that the token can have. `unseen` is the probability that
     was not returned, per row. `failures` says per request id why there is no answer; rows of those are -inf."""
 
@@ -56,7 +56,7 @@ class RemoteRunner:
         asked: dict[tuple[int, ...], Future[TopLogprobs]] = {}
         calls = []
         for item in work:
-            if item.last:
+            if item.rows:
                 text = tuple(item.lane.tokens(0, item.start + item.count))
                 if text not in asked:
                     asked[text] = self._threads.submit(client.top_logprobs, text, deadline)
@@ -104,7 +104,5 @@ class RemoteCalls:
                 ids, values = zip(*pairs, strict=True)
                 known[row, list(ids)] = highest[row, list(ids)] = torch.tensor(values)
         if self.calls:
-            stats.forwards += 1
-            stats.rows += len(self.calls)
-            stats.seconds += time.perf_counter() - self.begun
+            stats.ran(len(self.calls), self.begun)
         return RemoteRows(known.to(model.device), highest.to(model.device), unseen, failures)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -29,12 +29,20 @@ _PROBE_TOKENS = 9
 @dataclass(slots=True)
 class RunnerStats:
     """Since the model came: forwards, tokens run by each model (its own name, and those of models over it), rows of
-    logits made, seconds spent."""
+    logits made, seconds spent. `ended` is when the last forward did, by `time.perf_counter`."""
 
     forwards: int = 0
     tokens: Counter[str] = field(default_factory=Counter)
     rows: int = 0
     seconds: float = 0.0
+    ended: float = 0.0
+
+    def ran(self, rows: int, started: float) -> None:
+        """A forward that began at `started` has ended just now."""
+        self.forwards += 1
+        self.rows += rows
+        self.ended = perf_counter()
+        self.seconds += self.ended - started
 
 
 def probe_ids(model: LoadedModel) -> tuple[int, ...]:
@@ -117,16 +125,16 @@ class Runner:
         self.storage = None
 
     def run(self, work: Sequence[LaneWork], differences: Sequence[tuple[Lane, Lane]] = ()) -> Tensor:
-        """Compute the work's tokens. Returns logits [rows, width] in the model's dtype: one row per work item with
-        `last` set, in the order of `work`, without those whose lanes are in `differences`; then, for each of these, the
-        first lane's minus the second's (for which the head must be linear). Must be called in inference mode."""
+        """Compute the work's tokens. Returns logits [rows, width] in the model's dtype: those of each work item's last
+        `rows` tokens, in the order of `work`, without those whose lanes are in `differences`; then, for each of these,
+        the first lane's minus the second's (for which the head must be linear). Must be called in inference mode."""
         if self.storage is None:
             raise RuntimeError("the runner has no KV storage yet")
         started = perf_counter()
         ids: list[int] = []
         positions: list[int] = []
-        sampled: list[int] = []
-        lanes: list[Lane] = []
+        wanted: list[int] = []
+        rows_of: dict[int, range] = {}  # by lane, places in `wanted`
         spans: list[Span] = []
         for item in work:
             stop = item.start + item.count
@@ -134,11 +142,10 @@ class Runner:
             positions.extend(range(item.start, stop))
             spans.append(Span(item.lane.blocks, item.start, item.count))
             self.stats.tokens[item.lane.model.name] += item.count
-            if item.last:
-                sampled.append(len(ids) - 1)
-                lanes.append(item.lane)
-        heads = self._heads(lanes, differences) if differences else None
-        rows = len(lanes) if heads is None else len(heads.plain) + len(heads.plus)
+            rows_of[id(item.lane)] = range(len(wanted), len(wanted) + item.rows)
+            wanted.extend(range(len(ids) - item.rows, len(ids)))
+        heads = self._heads(rows_of, differences) if differences else None
+        rows = len(wanted) if heads is None else len(heads.plain) + len(heads.plus)
         adapters = self.adapters
         plan = AttentionPlan.of(spans, self.storage)
         changes = adapters.plan(
@@ -146,23 +153,25 @@ class Runner:
             [item.count for item in work],
         )
         with attention_plan(plan), adapter_plan(changes), head_rows(heads):
-            logits = self._forward(ids, positions, sampled, rows)
-        self.stats.forwards += 1
-        self.stats.rows += rows
-        self.stats.seconds += perf_counter() - started
+            logits = self._forward(ids, positions, wanted, rows)
+        self.stats.ran(rows, started)
         return logits
 
-    def _heads(self, lanes: Sequence[Lane], differences: Sequence[tuple[Lane, Lane]]) -> HeadRows:
-        number = {id(lane): row for row, lane in enumerate(lanes)}
-        pairs = [(number[id(plus)], number[id(minus)]) for plus, minus in differences]
+    def _heads(self, rows_of: Mapping[int, range], differences: Sequence[tuple[Lane, Lane]]) -> HeadRows:
+        pairs = [
+            pair
+            for plus, minus in differences
+            for pair in zip(rows_of[id(plus)], rows_of[id(minus)], strict=True)
+        ]
         paired = {row for pair in pairs for row in pair}
-        return HeadRows.of([row for row in range(len(lanes)) if row not in paired], pairs, self.model.device)
+        every = (row for rows in rows_of.values() for row in rows)
+        return HeadRows.of([row for row in every if row not in paired], pairs, self.model.device)
 
-    def _forward(self, ids: list[int], positions: list[int], sampled: list[int], rows: int) -> Tensor:
-        """`rows` rows of logits, of the tokens at `sampled` in the packed row or of what `head_rows` makes of them."""
+    def _forward(self, ids: list[int], positions: list[int], wanted: list[int], rows: int) -> Tensor:
+        """`rows` rows of logits, of the tokens at `wanted` in the packed row or of what `head_rows` makes of them."""
         device = self.model.device
         # An empty index would make some classes compute all rows; one row that nobody reads is cheaper.
-        keep = torch.tensor(sampled or [len(ids) - 1], device=device)
+        keep = torch.tensor(wanted or [len(ids) - 1], device=device)
         output = self.model.module(
             input_ids=torch.tensor([ids], device=device),
             position_ids=torch.tensor([positions], device=device),

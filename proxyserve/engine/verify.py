@@ -42,7 +42,7 @@ def warm_paged(runner: Runner, max_batch: int) -> None:
         output: list[int] = []
         lanes = [Lane(model.key, probe_ids(model)[:1], output, blocks=[number]) for number in range(size)]
         request = ScheduledRequest("warm", tuple(lanes), output)
-        runner.run([LaneWork(request, lane, 0, 1, last=True) for lane in lanes])
+        runner.run([LaneWork(request, lane, 0, 1, rows=1) for lane in lanes])
     runner.detach()
 
 
@@ -77,7 +77,7 @@ def verify_paged(runner: Runner) -> None:
     for count in _CHUNKS:
         count = min(count, length - lane.computed)
         if count:
-            got = runner.run([LaneWork(request, lane, lane.computed, count, last=True)])[0]
+            got = runner.run([LaneWork(request, lane, lane.computed, count, rows=1)])[0]
             lane.computed += count
     runner.detach()
     spread = expected.float().std().clamp(min=1e-6)

@@ -69,10 +69,10 @@ class Lane:
         """Blocks beyond those held that are needed to hold `tokens` tokens."""
         return max(0, -(-tokens // block_size) - len(self.blocks))
 
-    def match_prefix(self, pool: BlockPool, block_size: int) -> list[int]:
-        """Published blocks that this lane could start from. Always leaves at least one token to compute, since sampling
-        needs the logits of the last one."""
-        usable = (self.wanted - 1) // block_size
+    def match_prefix(self, pool: BlockPool, block_size: int, rows: int) -> list[int]:
+        """Published blocks that this lane could start from. Always leaves the last `rows` tokens to compute, since
+        their logits are wanted."""
+        usable = (self.wanted - rows) // block_size
         return pool.match(self._keys_until(usable, block_size))
 
     def start_from(self, blocks: Sequence[int], block_size: int) -> None:

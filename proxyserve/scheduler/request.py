@@ -32,14 +32,19 @@ class ScheduledRequest:
     blocks instead of computing them again. `arrival` orders requests; the scheduler sets it. `caller` is on whose
     behalf it is, of whose requests at most `max_running` run at once, and `priority` its class (`queue` has the law).
 
+    `unscored` is how many rows of logits are wanted beside the one to sample from: those of the tokens just before the
+    last, to see how likely the end of the prompt is. The scheduler counts it down.
+
     A `gated` request first computes lane 0 alone, to see whether the others are needed for the next token. While it is
-    `awaiting`, they are: its owner holds the logits of lane 0, and the other lanes catch up.
+    `awaiting`, they are: its owner holds the logits of lane 0, and the other lanes catch up. Its prompt is scored by
+    all lanes at once.
     """
 
     request_id: str
     lanes: tuple[Lane, ...]
     output: list[int]
     leader: ScheduledRequest | None = None
+    unscored: int = 0
     gated: bool = False
     awaiting: bool = False
     caller: str = ""
@@ -54,6 +59,8 @@ class ScheduledRequest:
             raise ValueError("a request needs at least one lane")
         if any(lane.output is not self.output for lane in self.lanes):
             raise ValueError("all lanes of a request share its one output list")
+        if any(lane.wanted < self.rows for lane in self.lanes):
+            raise ValueError("a lane has fewer tokens than the request wants rows of")
 
     def move(self, state: RequestState) -> None:
         if state not in LEGAL_MOVES[self.state]:
@@ -61,9 +68,14 @@ class ScheduledRequest:
         self.state = state
 
     @property
+    def rows(self) -> int:
+        """How many tokens at the end of each lane are left whose logits are wanted."""
+        return self.unscored + 1
+
+    @property
     def turn(self) -> tuple[Lane, ...]:
         """The lanes that must catch up before anything can be done with their logits."""
-        if not self.gated:
+        if not self.gated or self.unscored:
             return self.lanes
         return self.lanes[1:] if self.awaiting else self.lanes[:1]
 

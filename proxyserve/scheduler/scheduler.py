@@ -5,7 +5,11 @@
 
 Prompt processing, chunked prefill, prefix-cache hits, decoding and lanes of different prompt length are all cases
 of it. Because sampling needs the logits of every lane's last token at once, a lane that is ahead keeps its last
-token back until the other lanes of its request can run theirs in the same step.
+token back until the other lanes of its request can run theirs in the same step. The same holds for the tokens before
+it whose logits are wanted too (to score a prompt): counted from the end, all lanes run these in the same step.
+
+    lane 0   ······|▂▂▂▂▂▂▂▂      · on its own, as fast as it can     ▂ in step with the other lanes, as many
+    lane 1   ··|▂▂▂▂▂▂▂▂            at once as the budgets allow; the last one is sampled from
 """
 
 from __future__ import annotations
@@ -25,39 +29,57 @@ PlaceT = TypeVar("PlaceT", bound=Hashable)
 
 @dataclass(slots=True)
 class LaneWork:
-    """Run the lane's tokens `start` to `start + count`. `last` marks that the last of them is the lane's last wanted
-    token, whose logits the request samples from."""
+    """Run the lane's tokens `start` to `start + count`. The logits of the last `rows` of them are wanted."""
 
     request: ScheduledRequest
     lane: Lane
     start: int
     count: int
-    last: bool
+    rows: int
 
 
 @dataclass(slots=True)
 class Plan:
     """One step: per trunk the work of its packed forward, the requests that sample afterwards, and the gated ones that
-    have the logits of lane 0 and must learn whether that is enough. Every request in `sampling` or `probing` has
-    exactly one `last` work for each lane whose turn it is."""
+    have the logits of lane 0 and must learn whether that is enough. `rows` has the requests of which logits are wanted,
+    and of how many tokens: so many `rows` has the one work of each lane whose turn it is. Where the request is in
+    `sampling` or `probing`, the last of them are of the lanes' last wanted tokens. `admitted` are those that came out
+    of the queue."""
 
     work: dict[ModelKey, list[LaneWork]] = field(default_factory=dict)
+    rows: dict[ScheduledRequest, int] = field(default_factory=dict)
     sampling: list[ScheduledRequest] = field(default_factory=list)
     probing: list[ScheduledRequest] = field(default_factory=list)
     preempted: list[ScheduledRequest] = field(default_factory=list)
+    admitted: list[ScheduledRequest] = field(default_factory=list)
 
     @property
     def empty(self) -> bool:
         return not self.work
 
 
+@dataclass(slots=True)
+class _Budget:
+    """What is left of a step: tokens of each trunk's forward, and rows of logits that score prompts."""
+
+    tokens: dict[ModelKey, int]
+    scored_rows: int
+
+
 class Scheduler:
     """Owns the queue, the running requests and who holds which blocks of `pools`. That has the pool of each trunk;
     trunks whose layers store alike share one. It may be replaced between steps by one with other trunks, as long as
-    those of queued and running requests stay."""
+    those of queued and running requests stay. A step has at most `max_scored_rows` rows of logits, over all lanes of
+    all requests, beside those that are sampled from; no request may have more lanes than that."""
 
     def __init__(
-        self, pools: Mapping[ModelKey, BlockPool], *, block_size: int, max_batch: int, max_batch_tokens: int
+        self,
+        pools: Mapping[ModelKey, BlockPool],
+        *,
+        block_size: int,
+        max_batch: int,
+        max_batch_tokens: int,
+        max_scored_rows: int,
     ) -> None:
         if max_batch_tokens < max_batch:
             raise ValueError("max_batch_tokens below max_batch: some running request could never advance")
@@ -65,6 +87,7 @@ class Scheduler:
         self.block_size = block_size
         self.max_batch = max_batch
         self.max_batch_tokens = max_batch_tokens
+        self.max_scored_rows = max_scored_rows
         self.running: list[ScheduledRequest] = []
         self.waiting = FairQueue()
 
@@ -92,7 +115,7 @@ class Scheduler:
         """Hand out the work of the next step. `commit` must follow once the work has been done; if it has failed,
         `finish` the plan's requests instead."""
         plan = Plan()
-        budget = dict.fromkeys(self.pools, self.max_batch_tokens)
+        budget = _Budget(dict.fromkeys(self.pools, self.max_batch_tokens), self.max_scored_rows)
         # Requests that only need their next token come first: a long prompt never delays a running answer.
         granted: set[int] = set()
         for request in sorted(self.running, key=lambda r: (_needs_prefill(r), *_rank(r))):
@@ -103,7 +126,8 @@ class Scheduler:
         return plan
 
     def commit(self, plan: Plan) -> None:
-        """The plan's work has been done: its tokens are computed and full blocks are published."""
+        """The plan's work has been done: its tokens are computed, full blocks are published, and whoever wanted rows of
+        logits has them."""
         for trunk, work in plan.work.items():
             pool = self.pools[trunk]
             for item in work:
@@ -111,27 +135,28 @@ class Scheduler:
                 self.waiting.charge(item.request, item.count * item.lane.cost)
         for request in plan.sampling:
             self.waiting.charge(request, 1.0)
+        for request, rows in plan.rows.items():
+            request.unscored = max(0, request.unscored - rows)
 
-    def _grant(
-        self, request: ScheduledRequest, budget: dict[ModelKey, int], plan: Plan, granted: set[int]
-    ) -> None:
+    def _grant(self, request: ScheduledRequest, budget: _Budget, plan: Plan, granted: set[int]) -> None:
         """Give each lane whose turn it is as much of what it misses as its trunk's budget allows."""
         lanes = request.turn
-        trunks = [lane.trunk for lane in lanes]
-        missing = [lane.missing - 1 for lane in lanes]
-        counts = _fit(trunks, missing, budget)
-        sample = counts == missing and _fits(trunks, [count + 1 for count in counts], budget)
-        if sample:
-            counts = [count + 1 for count in counts]
+        missing = [lane.missing - request.rows for lane in lanes]
+        counts = _fit([lane.trunk for lane in lanes], missing, budget.tokens)
+        rows = _rows_in_step(request, counts, budget) if counts == missing else 0
+        counts = [count + rows for count in counts]
         if not self._make_room(request, counts, plan, granted):
             return
         granted.add(id(request))
         for lane, count in zip(lanes, counts, strict=True):
             if count:
-                budget[lane.trunk] -= count
-                work = LaneWork(request, lane, lane.computed, count, last=sample)
+                budget.tokens[lane.trunk] -= count
+                work = LaneWork(request, lane, lane.computed, count, rows)
                 plan.work.setdefault(lane.trunk, []).append(work)
-        if sample:
+        if rows:
+            plan.rows[request] = rows
+            budget.scored_rows -= min(rows, request.unscored) * len(lanes)
+        if rows > request.unscored:
             probe = request.gated and not request.awaiting
             (plan.probing if probe else plan.sampling).append(request)
 
@@ -171,13 +196,13 @@ class Scheduler:
         request.awaiting = False  # the held logits go with the blocks
         self.waiting.put_back(request)
 
-    def _admit(self, budget: dict[ModelKey, int], plan: Plan, granted: set[int]) -> None:
+    def _admit(self, budget: _Budget, plan: Plan, granted: set[int]) -> None:
         """Start waiting requests by their turns while blocks and places last. A request whose leader is still computing
         their common prompt is passed over, it is not yet its turn."""
         if len(self.running) >= self.max_batch:
             return
         for request in self.waiting.turns():
-            if len(self.running) >= self.max_batch or not any(budget.values()):
+            if len(self.running) >= self.max_batch or not any(budget.tokens.values()):
                 return
             leader = request.leader
             if (
@@ -191,13 +216,14 @@ class Scheduler:
             self.waiting.start(request)
             request.move(RequestState.RUNNING)
             self.running.append(request)
+            plan.admitted.append(request)
             self._grant(request, budget, plan, granted)
 
     def _start(self, request: ScheduledRequest) -> bool:
         """Take matched prefix blocks and reserve the rest of every lane's wanted tokens, or take nothing."""
         for lane in request.lanes:
             pool = self.pools[lane.trunk]
-            matched = lane.match_prefix(pool, self.block_size)
+            matched = lane.match_prefix(pool, self.block_size, request.rows)
             pool.reuse(matched)
             lane.start_from(matched, self.block_size)
         if self._reserve(request.lanes, [lane.wanted for lane in request.lanes]):
@@ -222,6 +248,7 @@ class Scheduler:
             for lane in request.lanes:
                 assert lane.computed <= len(lane.blocks) * self.block_size, "more tokens than blocks"
                 assert lane.computed <= lane.wanted, "computed ran past wanted"
+                assert not request.unscored or lane.missing >= request.rows, "a row of logits was passed over"
                 assert len(set(lane.blocks)) == len(lane.blocks), "a lane holds a block twice"
                 pool = self.pools[lane.trunk]
                 for block in lane.blocks:
@@ -235,6 +262,21 @@ class Scheduler:
         for pool in pools:
             for block in range(pool.num_blocks):
                 assert pool.references(block) == holders.get((pool, block), 0), f"block {block} leaked"
+
+
+def _rows_in_step(request: ScheduledRequest, counts: Sequence[int], budget: _Budget) -> int:
+    """How many of the tokens whose logits are wanted each lane can run after `counts` others, the same for all lanes. A
+    gated request samples in a step of its own, since that begins with lane 0 alone."""
+    lanes = request.turn
+    left = {lane.trunk: budget.tokens[lane.trunk] for lane in lanes}
+    for lane, count in zip(lanes, counts, strict=True):
+        left[lane.trunk] -= count
+    trunks = [lane.trunk for lane in lanes]
+    most = min(left[trunk] // trunks.count(trunk) for trunk in trunks)
+    scored = min(most, request.unscored, budget.scored_rows // len(lanes))
+    if scored < request.unscored or (scored and request.gated):
+        return scored
+    return min(most, scored + 1)
 
 
 def _rank(request: ScheduledRequest) -> tuple[int, int]:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
 
-from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from proxyserve.errors import InvalidRequest, LoadError
+from proxyserve.text.templates import ChatTemplate
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -88,31 +87,36 @@ class Tokenizer:
         stages = decoder.get("decoders", [decoder])
         return any(stage.get("type") == "ByteLevel" for stage in stages)
 
+    @cached_property
+    def special_tokens(self) -> frozenset[str]:
+        """The texts of all tokens that `decode` can skip."""
+        added = self._tokenizer.added_tokens_decoder.values()
+        return frozenset(
+            {*self._tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
+        )
+
     # Chat ----------------------------------------------------------------------------------------------------
 
     @property
     def has_chat_template(self) -> bool:
         return self._tokenizer.chat_template is not None
 
-    def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
-    ) -> str:
-        """Render messages with the model's own template, in the library's sandbox. Raises InvalidRequest if there
-        is no template or it refuses the messages."""
+    def chat_template(self, *, tools: bool = False) -> ChatTemplate | None:
+        """The model's own template; of several, the one for conversations with tools or the one for others. Raises
+        InvalidRequest if it has several and none of these."""
         if not self.has_chat_template:
-            raise InvalidRequest("The model has no chat template; use /v1/completions.", param="messages")
+            return None
         try:
-            text = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            return ChatTemplate(self._tokenizer.get_chat_template(tools=[] if tools else None))
+        except ValueError as error:
             raise InvalidRequest(
-                f"The chat template refuses these messages: {error}", param="messages"
+                f"The model's chat templates cannot be used: {error}", param="messages"
             ) from error
-        assert isinstance(text, str)
-        return text
+
+    @property
+    def template_variables(self) -> dict[str, str]:
+        """What a chat template learns from the tokenizer: its special tokens, `bos_token` and so on."""
+        return dict(self._tokenizer.special_tokens_map)
 
 
 @lru_cache(maxsize=1)

@@ -56,7 +56,7 @@ class FakeEngine:
         return None
 
     def snapshot(self) -> EngineStats:
-        return EngineStats(0, 0, 0, 0, 0, 0, 0, 0, {}, 0, 0, 0.0, 0, {}, {}, {}, {}, 0)
+        return EngineStats()
 
 
 class FakeStream:
@@ -64,6 +64,7 @@ class FakeStream:
         self._engine = engine
         self._events = events
         self._closed = False
+        self.generations: dict[str, int] = {}
         engine.open_streams += 1
 
     def __aiter__(self) -> FakeStream:

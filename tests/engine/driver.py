@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from proxyserve.engine.engine import Engine
@@ -19,10 +19,17 @@ class Collected:
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     explanations: list[TokenExplanation] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    prompt_explanations: tuple[TokenExplanation | None, ...] | None = None
     last: OutputEvent | None = None
 
     def add(self, event: OutputEvent) -> None:
         assert self.last is None, "an event after the last one"
+        if event.prompt_logprobs is not None:
+            assert not self.tokens, "the prompt's log-probs come once, not later than the first token"
+            assert self.prompt_logprobs is None
+            self.prompt_logprobs = event.prompt_logprobs
+            self.prompt_explanations = event.prompt_explanations
         self.tokens.extend(event.token_ids)
         self.text += event.text
         self.logprobs.extend(event.logprobs or ())
@@ -31,8 +38,15 @@ class Collected:
             self.last = event
 
 
-def run(engine: Engine, submissions: Sequence[Submission], *, most_steps: int = 5000) -> dict[str, Collected]:
-    """Choices by key (`request/index`). Fails if the engine stops advancing or loses a block."""
+def run(
+    engine: Engine,
+    submissions: Sequence[Submission],
+    *,
+    most_steps: int = 5000,
+    watch: Callable[[], None] = lambda: None,
+) -> dict[str, Collected]:
+    """Choices by key (`request/index`). Fails if the engine stops advancing or loses a block. `watch` is called after
+    every step."""
     results = {key: Collected() for submission in submissions for key in engine.submit(submission)}
     for _ in range(most_steps):
         if not engine.has_work:
@@ -40,6 +54,7 @@ def run(engine: Engine, submissions: Sequence[Submission], *, most_steps: int = 
         for event in engine.step():
             results[f"{event.request_id}/{event.index}"].add(event)
         engine.check()
+        watch()
     assert not engine.has_work, "requests are left over"
     assert all(pool.in_use == 0 for pool in engine.pools.values()), "blocks are lost"
     assert all(result.last is not None for result in results.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxyserve.config import EngineConfig
 from proxyserve.engine.arena import Arena, Layout
 from proxyserve.engine.kv_storage import LayerShape
 from proxyserve.engine.memory import (
@@ -19,9 +21,11 @@ from proxyserve.engine.memory import (
     least_arena_bytes,
     memory_limit,
     plan_arenas,
+    scoring_bytes,
     spelled,
 )
 from proxyserve.errors import LoadError, NoRoom
+from proxyserve.models.model_set import ModelSet
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -138,6 +142,19 @@ def test_a_new_arena_holds_two_lanes_and_stays_in_its_room(
 
 def test_what_is_asked_for_is_what_there_is() -> None:
     assert kv_budget(CPU, 12345) == memory_limit(CPU, 12345) == 12345
+
+
+def test_what_scoring_takes_is_set_aside(tiny_models: ModelSet) -> None:
+    one = EngineConfig(max_batch=4, max_scored_rows=100)
+    width = tiny_models.base.vocabulary.size
+    assert scoring_bytes(tiny_models.base, one) >= 4 * width * (100 + 4)
+    more = scoring_bytes(tiny_models.base, replace(one, max_scored_rows=101)) - scoring_bytes(
+        tiny_models.base, one
+    )
+    assert more == 4 * width
+    assert kv_budget(CPU, None) - kv_budget(CPU, None, 4567) == 4567
+    assert memory_limit(CPU, None) - memory_limit(CPU, None, 4567) == 4567
+    assert kv_budget(CPU, 12345, 4567) == memory_limit(CPU, 12345, 4567) == 12345
 
 
 def test_defaults_are_parts_of_the_machine() -> None:

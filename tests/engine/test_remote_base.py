@@ -474,6 +474,17 @@ def test_what_needs_the_whole_law_is_refused(
     )
 
 
+def test_prompts_are_scored_by_local_models_alone(fake: FakeUpstream, tiny_family: TinyFamily) -> None:
+    engine = remote_engine(fake, tiny_family)
+    with pytest.raises(InvalidRequest, match="another server") as refused:
+        engine.submit(submission("x", PROMPT, {"qa": 1.0}, prompt_logprobs=0))
+    assert refused.value.param == "prompt_logprobs"
+    local = parse_fusion({"rule": "contrast", "experts": {"qa": 1}})
+    result = run(engine, [submission("x", PROMPT, fusion=local, prompt_logprobs=0, max_tokens=0)])["x/0"]
+    assert result.prompt_logprobs is not None and len(result.prompt_logprobs) == len(PROMPT)
+    assert result.prompt_logprobs[0] is None and None not in result.prompt_logprobs[1:]
+
+
 # Start ----------------------------------------------------------------------------------------------------------
 
 

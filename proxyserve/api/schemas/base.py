@@ -18,10 +18,11 @@ class RequestModel(BaseModel):
 
 class NotYet:
     """Annotates a field of OpenAI's API that this version does not have. Only `off`, the values that ask for nothing,
-    pass; anything else is refused by name, and the OpenAPI document says so."""
+    pass; anything else is refused by name, and the OpenAPI document says so. `instead` is the field to use."""
 
-    def __init__(self, *off: Any) -> None:
+    def __init__(self, *off: Any, instead: str | None = None) -> None:
         self._off = (None, *off)
+        self._advice = "Leave it out." if instead is None else f"Use '{instead}'."
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self._require_off)
@@ -35,4 +36,4 @@ class NotYet:
         # The types must agree as well, since True == 1 and False == 0.
         if any(type(value) is type(off) and value == off for off in self._off):
             return value
-        raise PydanticCustomError("not_supported_yet", "Leave it out.")
+        raise PydanticCustomError("not_supported_yet", self._advice)

@@ -4,14 +4,33 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from proxyserve.api.schemas.base import NotYet
-from proxyserve.api.schemas.common import Count, GenerationRequest
+from proxyserve.api.schemas.common import MAX_COUNT, Count, GenerationRequest
 from proxyserve.api.schemas.explain import ExplainedToken
 from proxyserve.api.schemas.fusion import FusionSummary
 from proxyserve.api.schemas.message import Message
 from proxyserve.api.schemas.responses import FinishReasonName, UsageBody
+from proxyserve.api.schemas.tools import ToolBody, ToolChoice
+
+
+def _scalars(value: Any) -> Any:
+    if isinstance(value, dict):
+        for name, entry in value.items():
+            if not isinstance(entry, str | int | float):
+                raise PydanticCustomError(
+                    "scalar", f"Its values must be strings, numbers or booleans; '{name[:64]}' is not"
+                )
+    return value
+
+
+TemplateVariables = Annotated[
+    dict[str, Any],
+    BeforeValidator(_scalars),
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}}),
+]
 
 
 class ChatRequest(GenerationRequest):
@@ -24,17 +43,42 @@ class ChatRequest(GenerationRequest):
         None, description="How many of the most likely tokens to give at each position; needs `logprobs`."
     )
 
+    tools: list[ToolBody] | None = Field(
+        None, description="Functions that the model may call; the client runs them."
+    )
+    tool_choice: ToolChoice | None = Field(
+        None,
+        description="`auto`, the default with tools: the model decides. `none`: the tools are not shown to it. "
+        "`required`: it calls at least one. An object names the one that it must call, or those that it may.",
+    )
+    parallel_tool_calls: bool | None = Field(
+        None, description="false: the answer ends with its first call. Default true."
+    )
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
+        None, description="For chat templates that read `reasoning_effort`; refused where none does."
+    )
+    thinking_budget: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = Field(
+        None,
+        description="Most tokens of reasoning; then its end is forced. For models whose reasoning is told apart.",
+    )
+    chat_template_kwargs: TemplateVariables | None = Field(
+        None,
+        description="Variables for the chat template, such as `enable_thinking`; refused where no template reads them.",
+    )
+    add_generation_prompt: bool | None = Field(
+        None, description="End the prompt with the beginning of an assistant's turn. Default true."
+    )
+    continue_final_message: bool | None = Field(
+        None, description="The answer continues the last message, an assistant's. Default false."
+    )
+
     audio: Annotated[Any, NotYet()] = None
-    function_call: Annotated[Any, NotYet("none")] = None
-    functions: Annotated[Any, NotYet([])] = None
+    function_call: Annotated[Any, NotYet("none", instead="tool_choice")] = None
+    functions: Annotated[Any, NotYet([], instead="tools")] = None
     modalities: Annotated[Any, NotYet(["text"])] = None
-    parallel_tool_calls: Annotated[Any, NotYet(True, False)] = None
     prediction: Annotated[Any, NotYet()] = None
-    reasoning_effort: Annotated[Any, NotYet("none")] = None
     response_format: Annotated[Any, NotYet({"type": "text"})] = None
     store: Annotated[Any, NotYet(False)] = None
-    tool_choice: Annotated[Any, NotYet("none")] = None
-    tools: Annotated[Any, NotYet([])] = None
     verbosity: Annotated[Any, NotYet("medium")] = None
     web_search_options: Annotated[Any, NotYet()] = None
 
@@ -58,10 +102,28 @@ class ChatLogprobs(BaseModel):
     refusal: None
 
 
+class FunctionCallBody(BaseModel):
+    """`arguments` is JSON text as the model wrote it; check it before you use it."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallBody(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: FunctionCallBody
+
+
 class AssistantMessage(BaseModel):
+    """`content` is null where the model has only called tools, or has not come to the end of its reasoning."""
+
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: list[ToolCallBody] | None = Field(None, description="Only where the model has called tools.")
+    reasoning: str | None = Field(None, description="What the model thought first, if it did.")
+    reasoning_content: str | None = Field(None, description="The same, under the older name.")
 
 
 class ChatChoice(BaseModel):
@@ -80,6 +142,7 @@ class ChatCompletion(BaseModel):
     created: int
     model: str
     system_fingerprint: str
+    service_tier: Literal["default"] | None = Field(None, description="For requests that name one.")
     choices: list[ChatChoice]
     usage: UsageBody
     fusion: FusionSummary | None = Field(
@@ -87,9 +150,26 @@ class ChatCompletion(BaseModel):
     )
 
 
+class FunctionDelta(BaseModel):
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallDelta(BaseModel):
+    """The first of a call has its id and name; `arguments` join to the call's."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
 class ChatDelta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
 
 
 class ChatChunkChoice(BaseModel):
@@ -110,6 +190,7 @@ class ChatChunk(BaseModel):
     created: int
     model: str
     system_fingerprint: str
+    service_tier: Literal["default"] | None = Field(None, description="For requests that name one.")
     choices: list[ChatChunkChoice]
     usage: UsageBody | None = None
     fusion: FusionSummary | None = Field(None, description="On the last chunk of fused requests.")

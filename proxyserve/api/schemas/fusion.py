@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from proxyserve.api.errors import field_path
 from proxyserve.api.schemas.base import NotYet, RequestModel
 from proxyserve.api.schemas.experts import LONGEST_NAME
-from proxyserve.api.schemas.message import Message
+from proxyserve.api.schemas.message import Message, rendered
 from proxyserve.errors import InvalidRequest
 from proxyserve.fusion.fusion import Fusion, Gate, Support
 from proxyserve.fusion.lane_prompt import LanePrompt
@@ -58,12 +58,13 @@ class LanePromptObject(RequestModel):
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     prefix: Annotated[str, Field(min_length=1)] | None = None
 
-    def lane_prompt(self) -> LanePrompt:
+    def lane_prompt(self, param: str) -> LanePrompt:
+        """`param` names this object. Raises InvalidRequest."""
         return LanePrompt(
             route=self.route,
             text=self.text,
             tokens=tuple(self.tokens) if self.tokens else None,
-            messages=tuple(message.rendered() for message in self.messages) if self.messages else None,
+            messages=tuple(rendered(self.messages, f"{param}.messages")) if self.messages else None,
             prefix=self.prefix,
         )
 
@@ -109,7 +110,11 @@ class FusionObject(RequestModel):
         """As the engine wants it. `experts` are those of the model's name, for rules that take any. Raises
         InvalidRequest."""
         names = _parameters(self.rule_class)
-        given = {name: _plain(value) for name in names if (value := getattr(self, name)) is not None}
+        given = {
+            name: _plain(value, f"fusion.{name}")
+            for name in names
+            if (value := getattr(self, name)) is not None
+        }
         if experts:
             given.setdefault("experts", experts)
         return replace(
@@ -121,16 +126,20 @@ class FusionObject(RequestModel):
         )
 
     def fusion_beside(self) -> Fusion:
-        """What does not change the law: explanation and prompts."""
-        prompts = {name: entry.lane_prompt() for name, entry in (self.prompts or {}).items()}
+        """What does not change the law: explanation and prompts. Raises InvalidRequest."""
+        prompts = {
+            name: entry.lane_prompt(f"fusion.prompts.{name}") for name, entry in (self.prompts or {}).items()
+        }
         return Fusion(explain=self.explain or 0, prompts=prompts)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, param: str) -> Any:
     """Lists as tuples and messages as templates want them."""
-    if isinstance(value, list):
-        return tuple(_plain(entry) for entry in value)
-    return value.rendered() if isinstance(value, Message) else value
+    if not isinstance(value, list):
+        return value
+    if value and isinstance(value[0], Message):
+        return tuple(rendered(value, param))
+    return tuple(_plain(entry, param) for entry in value)
 
 
 def _refuse(rule: type[Rule], name: str) -> None:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, WithJsonSchema
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError, from_json
 
 from proxyserve.api.schemas.base import NotYet, RequestModel
+from proxyserve.api.schemas.tools import FunctionName
+from proxyserve.errors import InvalidRequest
+
+#: Most calls in one turn, and longest id of a call and name of a speaker in characters.
+MAX_CALLS = 128
+MAX_CALL_ID = 256
+MAX_NAME_OF_SPEAKER = 64
 
 
 def _join_parts(value: Any) -> Any:
@@ -52,20 +60,115 @@ Content = Annotated[
 ]
 
 
-class Message(RequestModel):
-    """One turn. `developer` is OpenAI's newer name for `system` and is rendered as that."""
+class CalledFunction(RequestModel):
+    name: FunctionName
+    arguments: Annotated[str, Field(description="JSON text of an object.")]
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    parsed_arguments: Annotated[Any, NotYet()] = None
+
+
+class ToolCall(RequestModel):
+    """A call that the assistant made in an earlier turn. Some clients send `index` back from streams."""
+
+    id: Annotated[str, Field(min_length=1, max_length=MAX_CALL_ID)]
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+    index: Annotated[Any, NotYet(*range(MAX_CALLS))] = None
+
+
+class Message(RequestModel):
+    """One turn. `developer` is OpenAI's newer name for `system` and is rendered as that. `content` may be left out of
+    an assistant's turn with `tool_calls`. A `tool` turn answers the call with its `tool_call_id`."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    name: Annotated[str, Field(min_length=1, max_length=MAX_NAME_OF_SPEAKER)] | None = Field(
+        None, description="Who speaks, for chat templates that show it."
+    )
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS)] | None = None
+    tool_call_id: Annotated[str, Field(min_length=1, max_length=MAX_CALL_ID)] | None = None
+    reasoning_content: str | None = Field(
+        None,
+        description="What the assistant thought before an earlier answer, for chat templates that show it.",
+    )
+    reasoning: str | None = Field(None, description="Another name of `reasoning_content`.")
 
     # Set on messages that clients send back as they came from an assistant.
     annotations: Annotated[Any, NotYet([])] = None
     audio: Annotated[Any, NotYet()] = None
     function_call: Annotated[Any, NotYet()] = None
-    name: Annotated[Any, NotYet()] = None
+    parsed: Annotated[Any, NotYet()] = None
     refusal: Annotated[Any, NotYet()] = None
-    tool_calls: Annotated[Any, NotYet([])] = None
 
-    def rendered(self) -> dict[str, str]:
-        """As chat templates want it."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+
+def rendered(messages: Sequence[Message], param: str = "messages") -> list[dict[str, Any]]:
+    """A conversation as chat templates want it: the arguments of calls are objects, nothing is null. Raises
+    InvalidRequest, naming the field under `param`, where a turn has what its role does not have, lacks what it needs,
+    or answers a call that was not made."""
+    calls: set[str] = set()
+    turns: list[dict[str, Any]] = []
+    for number, message in enumerate(messages):
+        where = f"{param}[{number}]"
+        _check_role(message, where)
+        turn: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
+        given = {
+            "content": message.content,
+            "name": message.name,
+            "tool_call_id": message.tool_call_id,
+            "reasoning_content": message.reasoning_content or message.reasoning,
+        }
+        turn |= {name: value for name, value in given.items() if value is not None}
+        if message.tool_calls:
+            turn["tool_calls"] = [
+                _rendered_call(call, f"{where}.tool_calls[{index}]")
+                for index, call in enumerate(message.tool_calls)
+            ]
+            calls.update(call.id for call in message.tool_calls)
+        if message.tool_call_id is not None and message.tool_call_id not in calls:
+            raise InvalidRequest(
+                "No assistant's turn before this one has a call with this id.", param=f"{where}.tool_call_id"
+            )
+        turns.append(turn)
+    return turns
+
+
+def _check_role(message: Message, where: str) -> None:
+    """Raise InvalidRequest for what does not go with the role."""
+    role = message.role
+    for name, owner in (
+        ("tool_calls", "assistant"),
+        ("reasoning_content", "assistant"),
+        ("reasoning", "assistant"),
+        ("tool_call_id", "tool"),
+    ):
+        if getattr(message, name) and role != owner:
+            raise InvalidRequest(
+                f"Only turns of role '{owner}' have '{name}'; leave it out.", param=f"{where}.{name}"
+            )
+    if message.content is None and not message.tool_calls:
+        raise InvalidRequest(
+            "This turn needs a content; only an assistant's turn with tool_calls may lack it.",
+            param=f"{where}.content",
+        )
+    if role == "tool" and message.tool_call_id is None:
+        raise InvalidRequest("A tool's turn must say which call it answers.", param=f"{where}.tool_call_id")
+    both = (message.reasoning_content, message.reasoning)
+    if None not in both and both[0] != both[1]:
+        raise InvalidRequest(
+            "It is another name of 'reasoning_content' and differs from it; give one of them.",
+            param=f"{where}.reasoning",
+        )
+
+
+def _rendered_call(call: ToolCall, where: str) -> dict[str, Any]:
+    try:
+        arguments = from_json(call.function.arguments, allow_inf_nan=False)
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise InvalidRequest(
+            "It must be the JSON text of an object, such as {}.", param=f"{where}.function.arguments"
+        )
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}

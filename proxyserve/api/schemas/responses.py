@@ -8,11 +8,15 @@ from pydantic import BaseModel, Field
 
 from proxyserve.types import FinishReason
 
-FinishReasonName = Literal["stop", "length"]
+FinishReasonName = Literal["stop", "length", "tool_calls"]
 
 
 class PromptTokensDetails(BaseModel):
     cached_tokens: int = Field(description="Prompt tokens of the base that came from its prefix cache.")
+
+
+class CompletionTokensDetails(BaseModel):
+    reasoning_tokens: int = Field(description="Generated tokens of reasoning, its marks included.")
 
 
 class UsageBody(BaseModel):
@@ -24,6 +28,7 @@ class UsageBody(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = None
     lane_tokens: dict[str, int]
     gated_tokens: int | None = None
     skipped_lane_tokens: dict[str, int] | None = None
