@@ -3,7 +3,8 @@ later."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,9 @@ LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 ToolParser = Literal["auto", "hermes", "llama"]
 ReasoningParser = Literal["auto", "deepseek", "none"]
+
+#: As browsers send it: no path, and no capitals.
+_ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +96,8 @@ class GrammarLimits:
 class Limits:
     """Caps on what one request, or all waiting requests together, may ask for. Each has its own error message.
     `max_choices` are those of all prompts (or texts to score) together; `max_prompt_logprobs` are values in a whole
-    response."""
+    response. `header_seconds` and `body_seconds` are how long a request's headers and its body may take to come,
+    `max_unread_tokens` how far the engine may be ahead of whoever reads a stream. All must be above 0."""
 
     max_n: int = 16
     max_choices: int = 256
@@ -112,7 +117,18 @@ class Limits:
     max_template_variable_length: int = 4096
     max_waiting_requests: int = 1024
     max_waiting_tokens: int = 1_000_000
+    max_connections: int = 900  # below the 1024 open files that most systems allow a process
+    max_headers: int = 100
+    max_header_bytes: int = 32 * 2**10
+    header_seconds: float = 20.0
+    body_seconds: float = 60.0
+    max_unread_tokens: int = 16_384
     grammar: GrammarLimits = field(default_factory=GrammarLimits)
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            if limit.name != "grammar" and not getattr(self, limit.name) > 0:
+                raise ValueError(f"{limit.name} must be above 0, not {getattr(self, limit.name)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +148,10 @@ class ServerConfig:
     whoever connects is the administrator. Keys of `admin_key_file` may do everything that keys of `api_key_file` may,
     and more. With `admin_port` the control plane is on that port only, and nothing for users is.
     `drain_seconds` is how long running requests may take to finish after SIGTERM, `load_wait_seconds` how long a
-    request may wait for an expert that must be loaded first. Traces go to the collector at `otlp_endpoint`, a URL that
-    takes OTLP over HTTP; None makes none."""
+    request may wait for an expert that must be loaded first, `request_timeout` how long one may take in all, None for
+    any time. Web pages of `cors_origins` may read answers. With `tls_certificate` (a chain of them, PEM) and `tls_key`
+    the server speaks HTTPS alone. Traces go to the collector at `otlp_endpoint`, a URL that takes OTLP over HTTP; None
+    makes none."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -142,6 +160,10 @@ class ServerConfig:
     admin_port: int | None = None
     drain_seconds: float = 30.0
     load_wait_seconds: float = 30.0
+    request_timeout: float | None = None
+    cors_origins: tuple[str, ...] = ()
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
     otlp_endpoint: str | None = None
     limits: Limits = field(default_factory=Limits)
     chat: ChatConfig = field(default_factory=ChatConfig)
@@ -149,3 +171,11 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if self.admin_port is not None and self.admin_port in (0, self.port):
             raise ValueError("admin_port must be another port than port, and not 0")
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key go together; give both or none")
+        for origin in self.cors_origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"'{origin}' is no origin; write https://HOST or https://HOST:PORT, in small letters and without a "
+                    "path ('*' is not possible: name those who may)"
+                )

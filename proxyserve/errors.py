@@ -59,11 +59,13 @@ class NoRoom(SwapConflict):
 
 
 class QueueFull(ProxyserveError):
-    """Admission refused because too much work is waiting. `retry_after` is in seconds."""
+    """Admission refused for now. `retry_after` is in seconds; `code` tells whose limit it is: `queue_full` (the
+    server's), `key_limit` (what of the caller's may wait) or `rate_limit` (what the caller may use per minute)."""
 
-    def __init__(self, message: str, *, retry_after: float) -> None:
+    def __init__(self, message: str, *, retry_after: float, code: str = "queue_full") -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.code = code
 
 
 class NotReady(ProxyserveError):

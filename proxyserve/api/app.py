@@ -5,15 +5,29 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from proxyserve import __version__
-from proxyserve.api import admin, chat, completions, health, metrics, models, score, tokenize, tokenizer_info
-from proxyserve.api.auth import AuthMiddleware, KeyRing
+from proxyserve.api import (
+    admin,
+    chat,
+    completions,
+    health,
+    metrics,
+    models,
+    requests,
+    score,
+    tokenize,
+    tokenizer_info,
+)
+from proxyserve.api.auth import AuthMiddleware
 from proxyserve.api.documentation import install_openapi
 from proxyserve.api.errors import install_error_handlers
+from proxyserve.api.key_ring import Keys
 from proxyserve.api.limits import BodyLimitMiddleware
 from proxyserve.api.metrics import Metrics
 from proxyserve.api.ports import PortMiddleware
+from proxyserve.api.rate_headers import RATE_HEADERS, RateHeadersMiddleware
 from proxyserve.api.request_id import RequestIdMiddleware
 from proxyserve.api.schemas.chat import ChatChunk
 from proxyserve.api.state import ServerState
@@ -42,10 +56,10 @@ def create_app(
 
     Raises StartupError if a key file is unusable. Does not check which address it is served at; `run_server` does.
     """
-    keys, admin_keys = KeyRing.load(config.api_key_file), KeyRing.load(config.admin_key_file)
+    keys = Keys.of(config)
     base = engine.engine.models.base
     grammars = GrammarCompiler(base.tokenizer, base.eos_ids, config.limits.grammar)
-    state = ServerState(engine, config, Metrics(engine.snapshot, experts), grammars, experts)
+    state = ServerState(engine, config, Metrics(engine.snapshot, experts), keys, grammars, experts)
     app = FastAPI(
         title="proxyserve",
         version=__version__,
@@ -55,16 +69,31 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.proxyserve = state
-    for module in (chat, completions, score, models, tokenize, tokenizer_info, health, metrics):
+    for module in (chat, completions, score, models, tokenize, tokenizer_info, requests, health, metrics):
         app.include_router(module.router)
     if experts is not None:
         app.include_router(admin.router)
     install_error_handlers(app)
-    install_openapi(app, chunks=(ChatChunk,), keys=bool(keys or admin_keys))
+    install_openapi(app, chunks=(ChatChunk,), keys=keys.required)
     # The last one added is the outermost.
     if config.admin_port is not None:
         app.add_middleware(PortMiddleware, admin_port=config.admin_port)
-    app.add_middleware(BodyLimitMiddleware, max_bytes=config.limits.max_body_bytes, metrics=state.metrics)
-    app.add_middleware(AuthMiddleware, keys=keys, admin_keys=admin_keys, metrics=state.metrics)
+    app.add_middleware(
+        BodyLimitMiddleware,
+        max_bytes=config.limits.max_body_bytes,
+        seconds=config.limits.body_seconds,
+        metrics=state.metrics,
+    )
+    app.add_middleware(RateHeadersMiddleware, rates=engine.rates)
+    app.add_middleware(AuthMiddleware, keys=keys, metrics=state.metrics)
+    if config.cors_origins:
+        # Outside of the keys: a browser asks without one whether a page may send it.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=["GET", "POST", "PUT", "DELETE"],
+            allow_headers=["*"],  # OpenAI's browser client sends a dozen of its own
+            expose_headers=["x-request-id", "retry-after", *RATE_HEADERS],
+        )
     app.add_middleware(RequestIdMiddleware, tracing=tracing)
     return app

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 
-from proxyserve.api.body import JsonRoute
 from proxyserve.api.chat_shape import ChatShape
 from proxyserve.api.conversation import AskedChat, answer_format, chat_constraints, chat_options
 from proxyserve.api.documentation import ENGINE_ERRORS, error_answers, event_stream
 from proxyserve.api.generate import Generation
+from proxyserve.api.generation_route import GenerationRoute
 from proxyserve.api.prepare import (
     cache_salt,
     check_prompt_logprobs,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from proxyserve.engine.offer import Lease
     from proxyserve.fusion.catalog import Catalog
 
-router = APIRouter(tags=["generation"], route_class=JsonRoute)
+router = APIRouter(tags=["generation"], route_class=GenerationRoute)
 
 
 @router.post(
@@ -67,10 +67,10 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
         )
         shape.form, shape.prompt = form, submission.prompts.default
         submission = replace(submission, constraints=(*submission.constraints, *constraints))
-        return Generation(state, [submission], lease, request.state.arrived)
+        return Generation(request, [submission], lease)
 
     with _chat_field_names(body):
-        generation = await with_experts(request, begin)
+        generation = await with_experts(request, begin, seconds=body.timeout)
     return await respond(request, body, generation, shape)
 
 
@@ -135,7 +135,7 @@ def _asked(body: ChatRequest, limits: Limits) -> AskedChat:
 @contextmanager
 def _chat_field_names(body: ChatRequest) -> Iterator[None]:
     """The engine calls things by the field names of /v1/completions."""
-    names = {"prompt": "messages"}
+    names = {"prompt": "messages", "logprobs": "top_logprobs"}
     if body.max_completion_tokens is not None:
         names["max_tokens"] = "max_completion_tokens"
     try:

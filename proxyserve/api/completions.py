@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 
-from proxyserve.api.body import JsonRoute
 from proxyserve.api.choice_extras import prompt_extras, token_extras
 from proxyserve.api.documentation import ENGINE_ERRORS, error_answers, event_stream
 from proxyserve.api.echo import Echo
 from proxyserve.api.explanations import explained, explained_prompt, wants_explanations
 from proxyserve.api.generate import Answer, Generation
+from proxyserve.api.generation_route import GenerationRoute
 from proxyserve.api.logprobs import CompletionLogprobsBuilder, TokenNames
 from proxyserve.api.prepare import (
     cache_salt,
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from proxyserve.fusion.catalog import Catalog
     from proxyserve.text.tokenizer import Tokenizer
 
-router = APIRouter(tags=["generation"], route_class=JsonRoute)
+router = APIRouter(tags=["generation"], route_class=GenerationRoute)
 
 
 @router.post(
@@ -71,9 +71,9 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
             request, lambda: _submissions(state, lease.catalog, body, shape, salt, caller)
         )
         submissions = [replace(submission, constraints=constraints) for submission in submissions]
-        return Generation(state, submissions, lease, request.state.arrived)
+        return Generation(request, submissions, lease)
 
-    return await respond(request, body, await with_experts(request, begin), shape)
+    return await respond(request, body, await with_experts(request, begin, seconds=body.timeout), shape)
 
 
 def _submissions(

@@ -15,20 +15,23 @@ from proxyserve.api.schemas.errors import ErrorBody
 _DESCRIPTIONS: Mapping[int, str] = {
     400: "A field has a bad value, is unknown, or is not supported yet; `param` names it.",
     401: "The server has keys and the request has none of them.",
-    403: "The key is not an administrator's, and what is asked for takes one.",
+    403: "What is asked for is not allowed to this key, or takes an administrator's.",
     404: "There is no such model, expert or route.",
     405: "The route does not take this method.",
+    408: "The body did not come in time.",
     413: "The body is above the server's limit.",
     415: "The body is not announced as `application/json`.",
     429: "Too much work is waiting; `Retry-After` says when to come back.",
     500: "The server failed on this request.",
+    499: "The request was cancelled by its id.",
     503: "The server is loading, draining or dead.",
+    504: "The request's `timeout`, or the server's, is over.",
 }
 
 #: For routes that take a body.
-BODY_ERRORS = (400, 401, 413, 415, 500)
+BODY_ERRORS = (400, 401, 408, 413, 415, 500)
 #: For routes that put the engine to work.
-ENGINE_ERRORS = (*BODY_ERRORS, 403, 404, 429, 503)
+ENGINE_ERRORS = (*BODY_ERRORS, 403, 404, 429, 499, 503, 504)
 
 
 def error_answers(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -13,7 +13,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from proxyserve.api.deadline import DeadlineExceeded
 from proxyserve.api.record import CLIENT_CLOSED_REQUEST, note_error
+from proxyserve.api.running import RequestCancelled
 from proxyserve.api.schemas.errors import ErrorBody, ErrorDetail, ErrorType
 from proxyserve.api.state import server_state
 from proxyserve.errors import (
@@ -35,6 +37,7 @@ _TYPES: Mapping[int, ErrorType] = {
     429: "rate_limit_error",
     500: "server_error",
     503: "service_unavailable_error",
+    504: "timeout_error",
 }
 
 #: The label of `proxyserve_requests_rejected_total` for each status that refuses a request.
@@ -44,6 +47,7 @@ _REJECTIONS: Mapping[int, str] = {
     403: "forbidden",
     404: "not_found",
     405: "method_not_allowed",
+    408: "too_slow",
     409: "conflict",
     413: "too_large",
     415: "unsupported_media_type",
@@ -58,6 +62,14 @@ class StartupError(ProxyserveError):
 
 class BodyTooLarge(ProxyserveError):
     """The request's body is above `Limits.max_body_bytes`."""
+
+
+class BodyTooSlow(ProxyserveError):
+    """The request's body did not come within `Limits.body_seconds`."""
+
+
+class RequestNotFound(ProxyserveError):
+    """The request that the path names is not being answered, or is not the caller's."""
 
 
 class UnsupportedMediaType(ProxyserveError):
@@ -112,7 +124,7 @@ def problem_of(error: Exception) -> Problem:
             return Problem.of(409, error.message, code=error.code)
         case QueueFull():
             headers = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
-            return Problem.of(429, error.message, code="queue_full", headers=headers)
+            return Problem.of(429, error.message, code=error.code, headers=headers)
         case NotReady():
             return Problem.of(503, error.message, code="not_ready", headers={"Retry-After": "1"})
         case Unauthorized():
@@ -120,6 +132,14 @@ def problem_of(error: Exception) -> Problem:
             return Problem.of(401, error.message, code="invalid_api_key", headers=headers)
         case BodyTooLarge():
             return Problem.of(413, error.message, code="body_too_large")
+        case BodyTooSlow():  # the rest of the body may still come: it must not be taken for another request
+            return Problem.of(408, error.message, code="body_too_slow", headers={"Connection": "close"})
+        case RequestNotFound():
+            return Problem.of(404, error.message, code="request_not_found")
+        case RequestCancelled():
+            return Problem.of(CLIENT_CLOSED_REQUEST, error.message, code="request_cancelled")
+        case DeadlineExceeded():
+            return Problem.of(504, error.message, code="deadline_exceeded")
         case UnsupportedMediaType():
             return Problem.of(415, error.message, code="unsupported_media_type")
         case ProxyserveError():

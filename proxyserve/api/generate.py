@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from fastapi import Request
+
+from proxyserve.api.deadline import DeadlineExceeded, seconds_left
 from proxyserve.api.errors import GenerationFailed
 from proxyserve.api.presence import ServerStopping
 from proxyserve.api.record import Work
+from proxyserve.api.running import Running
 from proxyserve.api.schemas.fusion import FusionSummary
 from proxyserve.api.schemas.responses import PromptTokensDetails, UsageBody
-from proxyserve.api.state import ServerState
+from proxyserve.api.state import server_state
 from proxyserve.engine.submission import Submission
+from proxyserve.errors import ProxyserveError
 from proxyserve.types import (
     FinishReason,
     FusionReport,
@@ -37,16 +43,13 @@ class Generation:
     """
 
     def __init__(
-        self,
-        state: ServerState,
-        submissions: Sequence[Submission],
-        lease: Lease,
-        arrived: float,
-        work: Work | None = None,
+        self, request: Request, submissions: Sequence[Submission], lease: Lease, work: Work | None = None
     ) -> None:
-        """Raises what `AsyncEngine.submit` raises; then nothing is queued. The submissions were made from what `lease`
-        offers. `arrived` is the request's arrival by `time.perf_counter`. `work` is that of the
-        request so far, where these submissions are more of it."""
+        """Raises what `AsyncEngine.submit` raises, and DeadlineExceeded; then nothing is queued. The submissions were
+        made from what `lease` offers. At the request's deadline, or when it is cancelled by id, the work ends early.
+        `work` is that of the request so far, where these submissions are more of it."""
+        state = server_state(request)
+        left = seconds_left(request)
         self._n = submissions[0].n
         self._order = {submission.request_id: number for number, submission in enumerate(submissions)}
         self._stream: ResponseStream = state.engine.submit(submissions, lease)
@@ -54,12 +57,18 @@ class Generation:
         if work is not None:
             self.work = work.with_more(self.work)
         self._metrics = state.metrics
-        self._arrived = arrived
+        self._arrived: float = request.state.arrived
         self._begun: set[int] = set()
         self._unfinished = self._n * len(submissions)
         self._usage: dict[int, Usage] = {}
         self._reports: list[tuple[int, FusionReport]] = []
         self._prompts_first = _PromptsFirst(submissions)
+        self._early: ProxyserveError | None = None
+        self._running = Running(request.state.caller, self._end_early)
+        self._requests = state.running
+        self.known_as(request.state.request_id)
+        loop = asyncio.get_running_loop()
+        self._timer = None if left is None else loop.call_later(left, self._end_early, DeadlineExceeded())
 
     @property
     def choices(self) -> int:
@@ -70,14 +79,25 @@ class Generation:
         """Whether every choice has had its last event; `usage` and `fusion` are complete then."""
         return self._unfinished == 0
 
+    def known_as(self, request_id: str) -> None:
+        """Until its end it can be cancelled by that id as well."""
+        self._requests.add(self._running, request_id)
+
+    def _end_early(self, reason: ProxyserveError) -> None:
+        """Free the lanes now; whoever reads `events` gets the reason."""
+        self._early = self._early or reason
+        self._stream.cancel()
+
     async def events(self) -> AsyncGenerator[tuple[int, OutputEvent], None]:
         """Each event with the number of its choice. Where log-probabilities of the prompt were asked for, the first
-        event of each choice has them. Raises GenerationFailed or ServerStopping if a choice could not be finished, and
-        cancels the others."""
+        event of each choice has them. Raises GenerationFailed, ServerStopping, DeadlineExceeded or RequestCancelled if
+        a choice could not be finished, and cancels the others."""
         try:
             async for event in self._stream:
                 number = self._order[event.request_id] * self._n + event.index
                 self.work.add(event, counts_prompt=number % self._n == 0)
+                if self._early is not None:
+                    raise self._early
                 if event.finish_reason is FinishReason.ERROR:
                     raise GenerationFailed(event.error or "The engine could not finish this request.")
                 if event.finish_reason is FinishReason.CANCELLED:  # not by the client, who closes `events`
@@ -86,6 +106,9 @@ class Generation:
                 for each in self._prompts_first.take(event):
                     yield self._order[each.request_id] * self._n + each.index, each
         finally:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._requests.remove(self._running)
             await self._stream.aclose()
 
     def _record(self, number: int, event: OutputEvent) -> None:

@@ -7,7 +7,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from proxyserve.api.errors import Problem, error_response
 
 #: What both ports answer.
-_SHARED = ("/health", "/ready", "/version", "/metrics", "/docs", "/openapi.json")
+_SHARED = ("/health", "/ready", "/version", "/load", "/metrics", "/docs", "/openapi.json")
 
 
 class PortMiddleware:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
+from proxyserve.api.deadline import seconds_left, set_deadline
 from proxyserve.api.presence import while_present
 from proxyserve.api.schemas.common import EngineRequest, GenerationRequest
 from proxyserve.api.schemas.fusion import FusionObject
@@ -19,7 +20,7 @@ from proxyserve.api.state import server_state
 from proxyserve.config import Limits
 from proxyserve.engine.caller import Caller
 from proxyserve.engine.submission import LanePrompts, Submission
-from proxyserve.errors import ExpertParked, Forbidden, InvalidRequest
+from proxyserve.errors import ExpertParked, Forbidden, InvalidRequest, NotReady
 from proxyserve.fusion.catalog import Catalog
 from proxyserve.fusion.fusion import Fusion
 from proxyserve.fusion.model_name import parse_model_name
@@ -61,10 +62,13 @@ async def prepared(request: Request, work: Callable[[], T]) -> T:
     return work()
 
 
-async def with_experts(request: Request, begin: Callable[[Lease], Awaitable[T]]) -> T:
+async def with_experts(
+    request: Request, begin: Callable[[Lease], Awaitable[T]], *, seconds: float | None = None
+) -> T:
     """Run `begin` with the current offer leased. If that finds that an expert must be loaded first, wait for it, for
-    `ServerConfig.load_wait_seconds` in all, and run it again. Raises NotReady if that takes too long or fails,
-    QueueFull, and ClientDisconnect."""
+    `ServerConfig.load_wait_seconds` in all, and run it again. `seconds` is the timeout that the request asks for.
+    Raises NotReady if loading takes too long or fails, QueueFull, DeadlineExceeded, Forbidden and ClientDisconnect."""
+    set_deadline(request, seconds)
     state = server_state(request)
     patience = asyncio.get_running_loop().time() + state.config.load_wait_seconds
     while True:
@@ -74,9 +78,18 @@ async def with_experts(request: Request, begin: Callable[[Lease], Awaitable[T]])
         except ExpertParked as parked:
             if state.experts is None:
                 raise
+            caller: Caller = request.state.caller
+            if not caller.may_use(parked.name):
+                raise Forbidden(f"This key may not use expert '{parked.name}'.", param="model") from None
             left = patience - asyncio.get_running_loop().time()
+            most = seconds_left(request)
             await request.body()  # so that the next message is that the client has left
-            await while_present(state.experts.wake(parked.name, left), request.receive, state.stopping)
+            waking = state.experts.wake(parked.name, left if most is None else min(left, most))
+            try:
+                await while_present(waking, request.receive, state.stopping)
+            except NotReady:
+                seconds_left(request)  # that it took too long may be the request's own wish
+                raise
 
 
 #: What a request may add to a preset.
@@ -228,10 +241,13 @@ def check_shape(
 
 
 def priority_of(body: EngineRequest, caller: Caller) -> int:
-    """Raises Forbidden for a place before everybody else's, which only administrators may take."""
-    priority = body.priority or 0
-    if priority < 0 and not caller.admin:
-        raise Forbidden("A priority below 0 takes an administrator's key; use 0 or more.", param="priority")
+    """Raises Forbidden for a place before what the caller's key allows."""
+    priority = caller.priority if body.priority is None else body.priority
+    if priority < caller.priority and not caller.admin:
+        raise Forbidden(
+            f"A priority below {caller.priority} is not for this key; use {caller.priority} or more.",
+            param="priority",
+        )
     return priority
 
 

@@ -26,7 +26,10 @@ Fields = Mapping[str, Any]
 
 
 class ResponseShape(Protocol):
-    """How one route writes its responses. Fields that are not given to a model are left out of the JSON."""
+    """How one route writes its responses, whose `id` it has. Fields that are not given to a model are left out of the
+    JSON."""
+
+    id: str
 
     def chunks(self, number: int, event: OutputEvent, *, each: Fields, last: Fields) -> Sequence[BaseModel]:
         """What to send for an event of choice `number`; nothing where the event says nothing that can be told yet. A
@@ -57,6 +60,7 @@ async def respond(
     record.work, record.stream = generation.work, bool(body.stream)
     record.metadata = body.metadata or {}
     stopping = server_state(request).stopping
+    generation.known_as(shape.id)
     if body.stream:
         return EventStream(_chunks(generation, shape, body.include_usage), stopping=stopping)
     answers = await while_present(collect(generation), request.receive, stopping)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 
-from proxyserve.api.body import JsonRoute
 from proxyserve.api.documentation import ENGINE_ERRORS, error_answers
 from proxyserve.api.generate import Generation, collect
+from proxyserve.api.generation_route import GenerationRoute
 from proxyserve.api.prepare import (
     cache_salt,
     cap,
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from proxyserve.fusion.fusion import Fusion
     from proxyserve.text.tokenizer import Tokenizer
 
-router = APIRouter(tags=["scoring"], route_class=JsonRoute)
+router = APIRouter(tags=["scoring"], route_class=GenerationRoute)
 
 #: A context of at least this many tokens is computed for one continuation before the others begin, which find it in the
 #: prefix cache then. For shorter ones that would take longer than computing them again.
@@ -79,14 +79,14 @@ async def create_score(request: Request, body: ScoreRequest) -> Response:
         alone = 1 if _shares_context(submissions) else 0
         for part in (submissions[:alone], submissions[alone:]):
             if part:
-                generation = Generation(state, part, lease, request.state.arrived, record.work)
+                generation = Generation(request, part, lease, record.work)
                 record.work = generation.work
                 answers = await while_present(collect(generation), request.receive, state.stopping)
                 scored.add(part, answers, generation)
         return scored
 
     with _score_field_names(body):
-        scored = await with_experts(request, begin)
+        scored = await with_experts(request, begin, seconds=body.timeout)
     tokenizer = state.models.base.tokenizer
     score = Score(**head, object="score", **scored.fields(body, tokenizer), **scored.totals())
     return Response(score.model_dump_json(exclude_unset=True), media_type="application/json")

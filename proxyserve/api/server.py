@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import logging
 import socket
+import ssl
 from contextlib import ExitStack
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from fastapi import FastAPI
 
 from proxyserve.api.app import create_app
 from proxyserve.api.errors import StartupError
+from proxyserve.api.protocol import ProtocolConfig
 from proxyserve.api.state import ServerState
 from proxyserve.api.telemetry import open_tracing
 from proxyserve.config import ServerConfig
@@ -28,6 +30,9 @@ logger = logging.getLogger("proxyserve.api")
 #: How long answers that were cut off may take to say so, and idle connections to close.
 _FAREWELL_SECONDS = 5
 
+#: Key files are looked at once a second.
+_KEY_TICKS = 10
+
 
 def run_server(engine: AsyncEngine, config: ServerConfig, experts: ExpertManager | None = None) -> None:
     """Start `engine`, serve until SIGTERM or SIGINT, drain, close `engine`. Call it on the main thread, with an engine
@@ -35,9 +40,10 @@ def run_server(engine: AsyncEngine, config: ServerConfig, experts: ExpertManager
 
     At the first signal `/ready` turns to 503, new work is refused, and what runs may go on for
     `config.drain_seconds`; then, or at a second signal, what is left ends with an error. Raises StartupError if the
-    address cannot or must not be listened on, or traces cannot be sent.
+    address cannot or must not be listened on, the certificate cannot be used, or traces cannot be sent.
     """
     check_binding(config)
+    check_tls(config)
     tracing = open_tracing(config.otlp_endpoint)
     with ExitStack() as stack:
         if tracing is not None:
@@ -47,7 +53,7 @@ def run_server(engine: AsyncEngine, config: ServerConfig, experts: ExpertManager
         listeners = [stack.enter_context(listen(config.host, port)) for port in ports]
         engine.start()
         try:
-            DrainingServer(app, config.drain_seconds).run(listeners)
+            DrainingServer(app).run(listeners)
         finally:
             engine.close()
 
@@ -60,6 +66,19 @@ def check_binding(config: ServerConfig) -> None:
             f"Listening on {config.host} needs keys, since others can reach it: give --api-key-file, or use "
             "--host 127.0.0.1."
         )
+
+
+def check_tls(config: ServerConfig) -> None:
+    """Raises StartupError if the certificate and its key cannot be used."""
+    if config.tls_certificate is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.tls_certificate, config.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        raise StartupError(
+            f"The certificate {config.tls_certificate} and the key {config.tls_key} cannot be used: {error}. Both must "
+            "be PEM files, the key without a password and of that certificate."
+        ) from error
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -85,21 +104,25 @@ def listen(host: str, port: int) -> socket.socket:
 class DrainingServer(uvicorn.Server):
     """uvicorn, but with the listener open while it drains, so that load balancers see `/ready` change."""
 
-    def __init__(self, app: FastAPI, drain_seconds: float) -> None:
+    def __init__(self, app: FastAPI) -> None:
+        self._state: ServerState = app.state.proxyserve
+        config = self._state.config
         super().__init__(
-            uvicorn.Config(
+            ProtocolConfig(
                 app,
+                config.limits,
                 access_log=False,  # its lines hold query strings
                 lifespan="off",
                 log_config=None,  # whoever runs the server decides where logs go
                 log_level="warning",
                 server_header=False,
+                ssl_certfile=config.tls_certificate,
+                ssl_keyfile=config.tls_key,
                 timeout_graceful_shutdown=_FAREWELL_SECONDS,
                 ws="none",
             )
         )
-        self._state: ServerState = app.state.proxyserve
-        self._drain_seconds = drain_seconds
+        self._drain_seconds = config.drain_seconds
         self._hurry = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -109,6 +132,12 @@ class DrainingServer(uvicorn.Server):
         if self.should_exit and self._loop is not None:
             self._loop.call_soon_threadsafe(self._hurry.set)  # a signal alone does not wake the loop
         self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Comes ten times a second."""
+        if counter % _KEY_TICKS == 0:
+            self._state.keys.refresh()
+        return await super().on_tick(counter)
 
     async def main_loop(self) -> None:
         """Runs until the first signal and on until drained; then uvicorn closes the listener and the connections."""

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 
 from starlette.requests import HTTPConnection
 
+from proxyserve.api.running import RunningRequests
+
 if TYPE_CHECKING:
+    from proxyserve.api.key_ring import Keys
     from proxyserve.api.metrics import Metrics
     from proxyserve.config import ServerConfig
     from proxyserve.engine.loop import AsyncEngine
@@ -30,8 +33,10 @@ class ServerState:
     engine: AsyncEngine
     config: ServerConfig
     metrics: Metrics
+    keys: Keys
     grammars: GrammarCompiler
     experts: ExpertManager | None = None
+    running: RunningRequests = field(default_factory=RunningRequests)
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property

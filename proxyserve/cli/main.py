@@ -24,6 +24,7 @@ from proxyserve.cli.evaluate import eval_command
 from proxyserve.cli.experts import experts_app
 from proxyserve.cli.explore import explore_command
 from proxyserve.cli.formula import formula_command
+from proxyserve.cli.keys import keys_app
 from proxyserve.cli.presets import presets_app
 from proxyserve.cli.score import score_command
 from proxyserve.cli.serve import serve_command
@@ -42,6 +43,7 @@ app.command("explore")(explore_command)
 app.command("compress")(compress_command)
 app.add_typer(experts_app, name="experts")
 app.add_typer(presets_app, name="presets")
+app.add_typer(keys_app, name="keys")
 
 
 def _show_version(wanted: bool) -> None:

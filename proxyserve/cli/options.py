@@ -126,7 +126,7 @@ def _read_config(context: typer.Context, parameter: typer.CallbackParam, path: P
     return path
 
 
-_PLURALS = {"experts": "expert", "presets": "preset"}
+_PLURALS = {"experts": "expert", "presets": "preset", "cors_origins": "cors_origin"}
 
 
 def _envvar(name: str) -> str:
@@ -220,7 +220,73 @@ ApiKeyFile = Annotated[
         envvar=_envvar("API_KEY_FILE"),
         exists=True,
         dir_okay=False,
-        help="One key per line (or sha256:HEX of one). Without it only loopback addresses are served.",
+        help="Keys: records in .yaml, .toml or .json (`proxyserve keys new`), or one sha256:HEX per line. Without any "
+        "only loopback addresses are served.",
+    ),
+]
+RequestTimeout = Annotated[
+    float | None,
+    typer.Option(
+        "--request-timeout",
+        envvar=_envvar("REQUEST_TIMEOUT"),
+        min=0.001,
+        help="Most seconds that a request may take, and may ask for with `timeout`. Default: any time.",
+    ),
+]
+MaxWaitingRequests = Annotated[
+    int,
+    typer.Option(
+        "--max-waiting-requests",
+        envvar=_envvar("MAX_WAITING_REQUESTS"),
+        min=1,
+        help="Choices that may wait for their first token; more are answered 429.",
+    ),
+]
+MaxWaitingTokens = Annotated[
+    int,
+    typer.Option(
+        "--max-waiting-tokens",
+        envvar=_envvar("MAX_WAITING_TOKENS"),
+        min=1,
+        help="Prompt tokens that they may have together.",
+    ),
+]
+MaxConnections = Annotated[
+    int,
+    typer.Option(
+        "--max-connections",
+        envvar=_envvar("MAX_CONNECTIONS"),
+        min=1,
+        help="Connections that may be open at once; more are answered 503.",
+    ),
+]
+CorsOrigin = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--cors-origin",
+        envvar=_envvar("CORS_ORIGIN"),
+        metavar="ORIGIN",
+        help="Web pages of this origin (https://HOST[:PORT]) may call the server. May be given several times.",
+    ),
+]
+TLSCertificate = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-certificate",
+        envvar=_envvar("TLS_CERTIFICATE"),
+        exists=True,
+        dir_okay=False,
+        help="PEM file with the server's certificate and those that vouch for it; then it speaks HTTPS alone.",
+    ),
+]
+TLSKey = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-key",
+        envvar=_envvar("TLS_KEY"),
+        exists=True,
+        dir_okay=False,
+        help="PEM file with its private key.",
     ),
 ]
 AdminPort = Annotated[

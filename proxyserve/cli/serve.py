@@ -14,8 +14,9 @@ import typer
 from rich.console import Console, RenderableType
 from rich.text import Text
 
+from proxyserve.api.key_ring import Keys
 from proxyserve.api.logs import configure_logging
-from proxyserve.api.server import check_binding, run_server
+from proxyserve.api.server import check_binding, check_tls, run_server
 from proxyserve.api.telemetry import check_tracing
 from proxyserve.cli import options
 from proxyserve.cli.opening import ExpertSettings, open_server
@@ -92,6 +93,13 @@ def serve_command(
     admin_key_file: options.AdminKeyFile = None,
     admin_port: options.AdminPort = None,
     drain_seconds: options.DrainSeconds = 30.0,
+    request_timeout: options.RequestTimeout = None,
+    max_waiting_requests: options.MaxWaitingRequests = 1024,
+    max_waiting_tokens: options.MaxWaitingTokens = 1_000_000,
+    max_connections: options.MaxConnections = 900,
+    cors_origin: options.CorsOrigin = None,
+    tls_certificate: options.TLSCertificate = None,
+    tls_key: options.TLSKey = None,
     expert_root: options.ExpertRoot = None,
     allow_hub: options.AllowHub = False,
     state_dir: options.StateDir = None,
@@ -129,6 +137,13 @@ def serve_command(
         admin_key_file=admin_key_file,
         admin_port=admin_port,
         drain_seconds=drain_seconds,
+        request_timeout=request_timeout,
+        max_waiting_requests=max_waiting_requests,
+        max_waiting_tokens=max_waiting_tokens,
+        max_connections=max_connections,
+        cors_origin=cors_origin,
+        tls_certificate=tls_certificate,
+        tls_key=tls_key,
         expert_root=expert_root,
         allow_hub=allow_hub,
         state_dir=state_dir,
@@ -177,6 +192,13 @@ def make_settings(
     admin_key_file: Path | None,
     admin_port: int | None,
     drain_seconds: float,
+    request_timeout: float | None,
+    max_waiting_requests: int,
+    max_waiting_tokens: int,
+    max_connections: int,
+    cors_origin: Sequence[str] | None,
+    tls_certificate: Path | None,
+    tls_key: Path | None,
     expert_root: Sequence[Path] | None,
     allow_hub: bool,
     state_dir: Path | None,
@@ -213,8 +235,16 @@ def make_settings(
             admin_port=admin_port,
             drain_seconds=drain_seconds,
             load_wait_seconds=load_wait,
+            request_timeout=request_timeout,
+            cors_origins=tuple(cors_origin or ()),
+            tls_certificate=tls_certificate,
+            tls_key=tls_key,
             otlp_endpoint=otlp_endpoint,
-            limits=Limits(),
+            limits=Limits(
+                max_waiting_requests=max_waiting_requests,
+                max_waiting_tokens=max_waiting_tokens,
+                max_connections=max_connections,
+            ),
             chat=options.chat_config(chat_template, tool_parser, reasoning_parser),
         )
     except ValueError as error:
@@ -242,7 +272,9 @@ def serve(
 ) -> None:
     """Load, show the start-up table, listen until a signal. Raises LoadError and StartupError."""
     check_binding(settings.server)  # before minutes of loading, not after
+    check_tls(settings.server)
     check_tracing(settings.server.otlp_endpoint)
+    keys = Keys.of(settings.server)
     configure_logging(settings.logs)
     console = Console(stderr=True)
     if settings.engine.threads is not None:
@@ -268,13 +300,14 @@ def serve(
         # steps would wait for a quarter of a second.
         gc.collect()
         gc.freeze()
-        table = startup_table(opened.engine.engine, settings.server, settings.experts)
+        messages = [*opened.messages, *keys.warnings]
+        table = startup_table(opened.engine.engine, settings.server, settings.experts, keys.ring)
         if settings.logs.format == "json":  # then every line is for machines
-            for message in opened.messages:
+            for message in messages:
                 logger.warning("%s", message)
             logger.info("%s", _as_text(table))
         else:
-            for message in opened.messages:
+            for message in messages:
                 console.print(Text.assemble(("note: ", "bold yellow"), message), soft_wrap=True)
             console.print(table)
         run_server(opened.engine, settings.server, opened.experts)

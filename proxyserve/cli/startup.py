@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from proxyserve import __version__
+from proxyserve.api.key_ring import KeyRing
 from proxyserve.cli.opening import ExpertSettings
 from proxyserve.config import ServerConfig
 from proxyserve.engine.arena import Arena
@@ -16,7 +17,7 @@ from proxyserve.engine.runner import Runner
 from proxyserve.models.remote import AnyModel, RemoteModel
 
 
-def startup_table(engine: Engine, server: ServerConfig, experts: ExpertSettings) -> Group:
+def startup_table(engine: Engine, server: ServerConfig, experts: ExpertSettings, keys: KeyRing) -> Group:
     """Models, memory and caps, and where to reach the server."""
     table = Table(title=f"proxyserve {__version__}", title_justify="left")
     for column, justify in (
@@ -77,12 +78,33 @@ def startup_table(engine: Engine, server: ServerConfig, experts: ExpertSettings)
         f"more experts from {roots or 'nowhere (--expert-root)'}; "
         f"state in {experts.state_dir or 'memory, gone with the server (--state-dir)'}"
     )
-    files = [str(path) for path in (server.api_key_file, server.admin_key_file) if path is not None]
-    keys = f"keys from {' and '.join(files)}" if files else "no keys, loopback only"
-    lines.append(f"http://{server.host}:{server.port}/v1 ({keys}); http://{server.host}:{server.port}/docs")
-    if server.admin_port is not None:
-        lines.append(f"control plane: http://{server.host}:{server.admin_port}/admin/v1")
+    lines += _access(server, keys)
     return Group(table, *(Text(line) for line in lines))
+
+
+def _access(server: ServerConfig, keys: KeyRing) -> list[str]:
+    """Who may call, how much of it, and where."""
+    files = [str(path) for path in (server.api_key_file, server.admin_key_file) if path is not None]
+    users = len(keys) - keys.admins
+    who = (
+        f"keys: {users} of users, {keys.admins} of administrators, from {' and '.join(files)}"
+        if files
+        else "no keys: whoever connects is the administrator, on loopback only (--api-key-file)"
+    )
+    limits, timeout = server.limits, server.request_timeout
+    caps = (
+        f"at most {limits.max_waiting_requests:,} choices wait, with {limits.max_waiting_tokens:,} prompt tokens; "
+        f"{limits.max_connections:,} connections; requests take "
+        + ("any time (--request-timeout)" if timeout is None else f"at most {timeout:g} s")
+    )
+    tls = f"TLS with {server.tls_certificate}" if server.tls_certificate else "no TLS (--tls-certificate)"
+    origins = ", ".join(server.cors_origins) or "none (--cors-origin)"
+    url = f"{'http' if server.tls_certificate is None else 'https'}://{server.host}"
+    lines = [who, caps, f"{tls}; web pages that may call: {origins}"]
+    lines.append(f"{url}:{server.port}/v1; {url}:{server.port}/docs")
+    if server.admin_port is not None:
+        lines.append(f"control plane: {url}:{server.admin_port}/admin/v1")
+    return lines
 
 
 def _whereabouts(base: AnyModel) -> str:

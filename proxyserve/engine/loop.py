@@ -13,13 +13,16 @@ from dataclasses import dataclass, field
 from types import TracebackType
 
 from proxyserve.config import Limits
+from proxyserve.engine.admission import Admission, RateState
+from proxyserve.engine.caller import Caller
 from proxyserve.engine.choice import Choice
 from proxyserve.engine.counters import KeyCounts
 from proxyserve.engine.engine import Engine
 from proxyserve.engine.histogram import HistogramStats
 from proxyserve.engine.offer import Lease
 from proxyserve.engine.submission import Submission
-from proxyserve.errors import InvalidRequest, NotReady, QueueFull
+from proxyserve.engine.unread import Unread
+from proxyserve.errors import InvalidRequest, NotReady
 from proxyserve.types import FinishReason, OutputEvent
 
 logger = logging.getLogger(__name__)
@@ -46,7 +49,7 @@ class TrunkStats:
 class EngineStats:
     """A snapshot for metrics. Counters are since start; for what they and the histograms mean see
     `counters.EngineCounters`. Pools are named after the first model that uses them, trunks after themselves.
-    `waiting_tokens` are prompt tokens of choices that have not begun, `lane_tokens` the tokens that ran through each
+    `waiting_tokens` are prompt tokens of choices that have had no event, `lane_tokens` the tokens that ran through each
     model, `by_generation` choices that ended, by expert and generation. `memory` are the bytes of weights and KV."""
 
     waiting: int = 0
@@ -75,14 +78,16 @@ class EngineStats:
 
 
 class ResponseStream:
-    """Events of all choices of one `submit`, in the order they happen; ends after the last choice's last event.
-    Leaving early (`aclose`, or the end of `async with`) cancels what still runs. `generations` are those that the
-    choices have of each expert."""
+    """Events of all choices of one `submit`, in the order they happen; ends after the last choice's last event. Events
+    that are not read in time are joined (`engine.unread`), and if too much is unread it is all cancelled: then reading
+    raises ReaderTooSlow. Leaving early (`aclose`, or the end of `async with`) cancels what still runs. `generations`
+    are those that the choices have of each expert."""
 
     def __init__(self, engine: AsyncEngine, choices: Sequence[Choice]) -> None:
         self._engine = engine
+        self._caller = choices[0].submission.caller
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[OutputEvent] = asyncio.Queue()
+        self._unread = Unread(engine.limits.max_unread_tokens)
         self._open = {choice.key for choice in choices}
         self.choices = len(choices)
         self.generations = choices[0].generations
@@ -93,14 +98,18 @@ class ResponseStream:
     async def __anext__(self) -> OutputEvent:
         if not self._open:
             raise StopAsyncIteration
-        event = await self._queue.get()
+        event = await self._unread.get()
         if event.finish_reason is not None:
             self._open.discard(f"{event.request_id}/{event.index}")
         return event
 
+    def cancel(self) -> None:
+        """Cancel the choices that have not ended; their last events will say so."""
+        self._engine._cancel(self._open)
+
     async def aclose(self) -> None:
         """Cancel the choices that have not ended. Safe to call at any time, more than once."""
-        self._engine._cancel(self._open)
+        self.cancel()
         self._open = set()
 
     async def __aenter__(self) -> ResponseStream:
@@ -129,7 +138,7 @@ class AsyncEngine:
         self._cancelled: deque[str] = deque()
         self._errands: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._streams: dict[str, ResponseStream] = {}
-        self._unstarted: dict[str, int] = {}  # choices without a first event -> prompt tokens
+        self._admission = Admission(self.limits)
         self._stop = False
         self._over = False
         self._drained: asyncio.Event | None = None
@@ -182,8 +191,8 @@ class AsyncEngine:
     # Submitting ----------------------------------------------------------------------------------------------
 
     def submit(self, submissions: Sequence[Submission], lease: Lease) -> ResponseStream:
-        """Queue all submissions, made from the leased offer, or none; call it on the event loop that will read the
-        stream.
+        """Queue all submissions, made from the leased offer on behalf of one caller, or none; call it on the event loop
+        that will read the stream.
 
         Raises NotReady, QueueFull, and what `Engine.prepare` raises.
         """
@@ -207,13 +216,16 @@ class AsyncEngine:
     def _enqueue(self, choices: list[Choice], stream: ResponseStream) -> None:
         with self._wake:
             self._require_ready()
-            self._check_queue(choices)
             for choice in choices:
                 if choice.key in self._streams:
                     raise ValueError(f"request id {choice.key} is in use")
+            self._admission.admit(
+                stream._caller,
+                {choice.key: _prompt_tokens(choice) for choice in choices},
+                prompt_tokens=sum(_prompt_tokens(choice) for choice in choices if choice.index == 0),
+            )
             for choice in choices:
                 self._streams[choice.key] = stream
-                self._unstarted[choice.key] = _prompt_tokens(choice)
             self._arrived.append(choices)
             self._wake.notify()
 
@@ -221,21 +233,16 @@ class AsyncEngine:
         if self.state != "ready":
             raise NotReady(f"The server is {self.state}.")
 
-    def _check_queue(self, choices: Sequence[Choice]) -> None:
-        requests = len(self._unstarted) + len(choices)
-        tokens = sum(self._unstarted.values()) + sum(map(_prompt_tokens, choices))
-        if requests > self.limits.max_waiting_requests:
-            raise QueueFull(
-                f"{len(self._unstarted)} requests are waiting; the server takes {self.limits.max_waiting_requests}. "
-                "Try again later.",
-                retry_after=1.0,
-            )
-        if tokens > self.limits.max_waiting_tokens:
-            raise QueueFull(
-                f"The waiting requests have {tokens} prompt tokens together with this one; the server takes "
-                f"{self.limits.max_waiting_tokens}. Try again later.",
-                retry_after=1.0,
-            )
+    def check_room(self, caller: Caller) -> None:
+        """Raise NotReady or QueueFull if nothing that the caller could submit now would be taken."""
+        self._require_ready()
+        with self._wake:
+            self._admission.check(caller)
+
+    def rates(self, caller: Caller) -> Mapping[str, RateState]:
+        """Of a caller with limits per minute, of "requests" and "tokens"."""
+        with self._wake:
+            return self._admission.rates(caller)
 
     def _cancel(self, keys: set[str]) -> None:
         with self._wake:
@@ -255,12 +262,10 @@ class AsyncEngine:
         for stats in engine.residents.stats.values():
             tokens.update(stats.tokens.copy())
         running = len(engine.scheduler.running)
-        with self._wake:
-            waiting_tokens = sum(self._unstarted.values())
         return EngineStats(
             waiting=max(0, len(self._streams) - running),
             running=running,
-            waiting_tokens=waiting_tokens,
+            waiting_tokens=self._admission.waiting_tokens,
             steps=counters.steps,
             tokens_generated=counters.tokens_generated,
             prompt_tokens=counters.prompt_tokens,
@@ -338,7 +343,9 @@ class AsyncEngine:
             for event in events:
                 key = f"{event.request_id}/{event.index}"
                 stream = self._streams[key]
-                self._unstarted.pop(key, None)
+                self._admission.begun(key)
+                if event.token_ids:
+                    self._admission.generated(stream._caller, len(event.token_ids))
                 if event.finish_reason is not None:
                     del self._streams[key]
                 batches[stream._loop].append((stream, event))
@@ -370,7 +377,8 @@ def _run_errand(errand: Callable[[], None], future: Future[None]) -> None:
 
 def _deliver(batch: Sequence[tuple[ResponseStream, OutputEvent]]) -> None:
     for stream, event in batch:
-        stream._queue.put_nowait(event)
+        if not stream._unread.put(event):
+            stream.cancel()
 
 
 def _split(key: str) -> tuple[str, int]:

@@ -13,13 +13,16 @@ from proxyserve.engine.scoring import plan_scoring
 from proxyserve.engine.seen_tokens import SeenTokens
 from proxyserve.engine.submission import LanePrompts, Submission
 from proxyserve.engine.token_rules import TokenRules, conflict_message
-from proxyserve.errors import ExpertParked, InvalidRequest
+from proxyserve.errors import ExpertParked, Forbidden, InvalidRequest
 from proxyserve.fusion.binding import BoundProgram, LaneSpec, bind
 from proxyserve.fusion.catalog import Catalog
 from proxyserve.fusion.fusion import Fusion
+from proxyserve.fusion.permission import check_experts
 from proxyserve.fusion.program import BASE_LANE
 from proxyserve.fusion.remote_base import over_remote_base
 from proxyserve.kv.block_pool import BlockPool
+from proxyserve.models.loaded_model import LoadedModel
+from proxyserve.models.remote import AnyModel
 from proxyserve.scheduler.lane import Lane
 from proxyserve.scheduler.request import ScheduledRequest
 from proxyserve.text.detokenizer import Detokenizer
@@ -41,8 +44,11 @@ def prepare(
     """
     if submission.n < 1:
         raise InvalidRequest("n must be at least 1.", param="n")
-    fusion, catalog, policy = submission.fusion, offer.catalog, offer.policy
-    policy.check(fusion, fusion.compile(catalog), admin=submission.caller.admin, vetted=submission.vetted)
+    fusion, catalog, caller = submission.fusion, offer.catalog, submission.caller
+    _check_logprobs(submission)
+    compiled = fusion.compile(catalog)
+    check_experts(compiled, catalog, caller.experts, param="model" if submission.vetted else None)
+    offer.policy.check(fusion, compiled, admin=caller.admin, vetted=submission.vetted, explain=caller.explain)
     program = bind_fusion(fusion, catalog, submission.prompts)
     _check_length(
         submission, program, pools, block_size
@@ -77,6 +83,7 @@ def prepare(
                 output,
                 salt,
                 spec.model.trunk.key,
+                _cost(spec.model, catalog),
             )
             for spec in program.lanes
         )
@@ -87,6 +94,9 @@ def prepare(
             leader=choices[0].scheduled if choices else None,
             unscored=0 if choices else unscored - unrun,
             gated=samples and fusion.gate is not None and len(lanes) > 1,
+            caller=caller.name,
+            priority=submission.priority,
+            max_running=caller.limits.running,
         )
         choices.append(
             Choice(
@@ -150,6 +160,31 @@ def memory_room(program: BoundProgram, pools: Mapping[ModelKey, BlockPool], bloc
         pool.num_blocks // lanes_of[pool] * block_size - len(spec.prompt)
         for spec, pool in zip(program.lanes, pool_of, strict=True)
     )
+
+
+def _cost(model: AnyModel, catalog: Catalog) -> float:
+    """Of running a token through the model, beside one through the base: by their parameters, which is what a step
+    reads. A remote base costs this machine nothing that could be weighed; then all cost alike."""
+    base = catalog.models.base
+    if not (isinstance(model, LoadedModel) and isinstance(base, LoadedModel)):
+        return 1.0
+    return model.trunk.parameters / base.parameters
+
+
+def _check_logprobs(submission: Submission) -> None:
+    """What the caller may have listed per token; the server's own limit was checked before."""
+    most, sampling = submission.caller.limits.logprobs, submission.sampling
+    if most is None:
+        return
+    for param, asked in (
+        ("logprobs", sampling.logprobs or 0),
+        ("prompt_logprobs", sampling.prompt_logprobs or 0),
+        ("logprob_token_ids", len(sampling.logprob_token_ids)),
+    ):
+        if asked > most:
+            raise Forbidden(
+                f"{asked} log-probabilities per token are asked for; this key may have {most}.", param=param
+            )
 
 
 def _prompt_field(spec: LaneSpec, submission: Submission) -> str:

@@ -26,9 +26,18 @@ class FusionPolicy:
         if not self.min_weight <= 0.0 <= self.max_weight:
             raise ValueError("the allowed range of weights must contain 0")
 
-    def check(self, fusion: Fusion, program: Program, *, admin: bool, vetted: bool = False) -> None:
+    def check(
+        self,
+        fusion: Fusion,
+        program: Program,
+        *,
+        admin: bool,
+        vetted: bool = False,
+        explain: bool | None = None,
+    ) -> None:
         """Raise InvalidRequest if `fusion`, compiled to `program`, is outside this policy, and Forbidden if it takes an
-        administrator. `vetted`: one has decided on these weights already."""
+        administrator. `vetted`: one has decided on these weights already. `explain`: whether the caller has a right
+        of their own to explanations, None if this policy decides."""
         if len(program.terms) > self.max_experts:
             raise InvalidRequest(
                 f"The fusion has {len(program.terms)} terms; this server allows {self.max_experts} per request.",
@@ -47,7 +56,9 @@ class FusionPolicy:
                 f"{fusion.explain} tokens are to be explained; this server lists at most {self.max_explain}.",
                 param="fusion.explain",
             )
-        if fusion.explain and not (admin or self.explain_to_all):
+        if fusion.explain and explain is False:
+            raise Forbidden("This key may not ask for explanations.", param="fusion.explain")
+        if fusion.explain and not (explain or admin or self.explain_to_all):
             raise Forbidden("Explanations are for administrators on this server.", param="fusion.explain")
 
     def _check_term(self, term: Term, *, admin: bool) -> None:

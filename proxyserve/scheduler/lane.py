@@ -23,8 +23,8 @@ class Lane:
 
     Set by the owner of the request: `model`, `prompt`, `output` (the request's one list, appended to elsewhere),
     `salt` (keeps prefix-cache entries of different tenants apart) and `over`, the model whose weights run the lane
-    where that is not `model` itself (which is an adapter over it, or has the same weights). Set by the scheduler:
-    everything else.
+    where that is not `model` itself (which is an adapter over it, or has the same weights), and `cost`, what a token of
+    the lane costs beside one of the base. Set by the scheduler: everything else.
     """
 
     model: ModelKey
@@ -32,6 +32,7 @@ class Lane:
     output: list[int]
     salt: str = ""
     over: ModelKey | None = None
+    cost: float = 1.0
 
     blocks: list[int] = field(default_factory=list)
     computed: int = 0

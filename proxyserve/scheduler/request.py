@@ -29,7 +29,8 @@ class ScheduledRequest:
     """One choice of one submission: up to k lanes and one suffix of generated ids.
 
     `leader` is the first choice of the same prompt: a request waits for its leader's prompt so that it can share those
-    blocks instead of computing them again. `arrival` orders requests; the scheduler sets it.
+    blocks instead of computing them again. `arrival` orders requests; the scheduler sets it. `caller` is on whose
+    behalf it is, of whose requests at most `max_running` run at once, and `priority` its class (`queue` has the law).
 
     `unscored` is how many rows of logits are wanted beside the one to sample from: those of the tokens just before the
     last, to see how likely the end of the prompt is. The scheduler counts it down.
@@ -46,6 +47,9 @@ class ScheduledRequest:
     unscored: int = 0
     gated: bool = False
     awaiting: bool = False
+    caller: str = ""
+    priority: int = 0
+    max_running: int | None = None
     arrival: int = -1
     preemptions: int = 0
     state: RequestState = field(default=RequestState.WAITING)

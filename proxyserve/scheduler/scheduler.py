@@ -14,13 +14,13 @@ it whose logits are wanted too (to score a prompt): counted from the end, all la
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from proxyserve.kv.block_pool import BlockPool
 from proxyserve.scheduler.lane import Lane
+from proxyserve.scheduler.queue import FairQueue
 from proxyserve.scheduler.request import RequestState, ScheduledRequest
 from proxyserve.types import ModelKey
 
@@ -89,8 +89,7 @@ class Scheduler:
         self.max_batch_tokens = max_batch_tokens
         self.max_scored_rows = max_scored_rows
         self.running: list[ScheduledRequest] = []
-        self.waiting: deque[ScheduledRequest] = deque()
-        self._arrivals = 0
+        self.waiting = FairQueue()
 
     @property
     def has_work(self) -> bool:
@@ -98,19 +97,17 @@ class Scheduler:
 
     def add(self, request: ScheduledRequest) -> None:
         """Queue a request. The caller has checked that its lanes at their longest fit into the pools when nothing else
-        is there: this is what guarantees that the oldest request always gets on, whatever is preempted."""
-        request.arrival = self._arrivals
-        self._arrivals += 1
-        self.waiting.append(request)
+        is there: this is what guarantees that the oldest request of the first priority always gets on, whatever is
+        preempted."""
+        self.waiting.add(request)
 
     def finish(self, request: ScheduledRequest) -> None:
         """Take a request out, from whatever state, and return its blocks."""
         if request.state is RequestState.RUNNING:
             self.running.remove(request)
             self._release(request)
-        elif request.state is RequestState.WAITING:
-            self.waiting.remove(request)
         request.move(RequestState.FINISHED)
+        self.waiting.end(request)
 
     # One step ---------------------------------------------------------------------------------------------
 
@@ -121,7 +118,7 @@ class Scheduler:
         budget = _Budget(dict.fromkeys(self.pools, self.max_batch_tokens), self.max_scored_rows)
         # Requests that only need their next token come first: a long prompt never delays a running answer.
         granted: set[int] = set()
-        for request in sorted(self.running, key=lambda r: (_needs_prefill(r), r.arrival)):
+        for request in sorted(self.running, key=lambda r: (_needs_prefill(r), *_rank(r))):
             if request.state is RequestState.RUNNING:  # else preempted a moment ago
                 self._grant(request, budget, plan, granted)
         if not plan.preempted:
@@ -135,6 +132,9 @@ class Scheduler:
             pool = self.pools[trunk]
             for item in work:
                 item.lane.advance(item.count, pool, self.block_size)
+                self.waiting.charge(item.request, item.count * item.lane.cost)
+        for request in plan.sampling:
+            self.waiting.charge(request, 1.0)
         for request, rows in plan.rows.items():
             request.unscored = max(0, request.unscored - rows)
 
@@ -161,11 +161,11 @@ class Scheduler:
             (plan.probing if probe else plan.sampling).append(request)
 
     def _make_room(self, request: ScheduledRequest, counts: list[int], plan: Plan, granted: set[int]) -> bool:
-        """Give the lanes whose turn it is blocks for `counts` more tokens, preempting the youngest requests that have
-        no work in this step yet. False if the request itself was the one to go."""
+        """Give the lanes whose turn it is blocks for `counts` more tokens, preempting the last requests by
+        priority and arrival that have no work in this step yet. False if the request itself was the one to go."""
         lanes = request.turn
         while not self._reserve(lanes, [lane.computed + c for lane, c in zip(lanes, counts, strict=True)]):
-            victim = max((r for r in self.running if id(r) not in granted), key=lambda r: r.arrival)
+            victim = max((r for r in self.running if id(r) not in granted), key=_rank)
             self._preempt(victim)
             plan.preempted.append(victim)
             if victim is request:
@@ -188,18 +188,20 @@ class Scheduler:
         return True
 
     def _preempt(self, request: ScheduledRequest) -> None:
-        """Free all lanes of the request; it goes back to the head of the queue and recomputes."""
+        """Free all lanes of the request; it goes back to its place in the queue and recomputes."""
         self.running.remove(request)
         self._release(request)
         request.move(RequestState.WAITING)
         request.preemptions += 1
         request.awaiting = False  # the held logits go with the blocks
-        self.waiting.appendleft(request)
+        self.waiting.put_back(request)
 
     def _admit(self, budget: _Budget, plan: Plan, granted: set[int]) -> None:
-        """Start waiting requests, first come first served, while blocks and places last. A request whose leader is
-        still computing their common prompt is passed over, it is not yet its turn."""
-        for request in list(self.waiting):
+        """Start waiting requests by their turns while blocks and places last. A request whose leader is still computing
+        their common prompt is passed over, it is not yet its turn."""
+        if len(self.running) >= self.max_batch:
+            return
+        for request in self.waiting.turns():
             if len(self.running) >= self.max_batch or not any(budget.tokens.values()):
                 return
             leader = request.leader
@@ -211,7 +213,7 @@ class Scheduler:
                 continue
             if not self._start(request):
                 return
-            self.waiting.remove(request)
+            self.waiting.start(request)
             request.move(RequestState.RUNNING)
             self.running.append(request)
             plan.admitted.append(request)
@@ -251,6 +253,7 @@ class Scheduler:
                 pool = self.pools[lane.trunk]
                 for block in lane.blocks:
                     holders[pool, block] = holders.get((pool, block), 0) + 1
+        self.waiting.check()
         for request in self.waiting:
             assert request.state is RequestState.WAITING, (
                 f"{request.request_id} waits in state {request.state}"
@@ -274,6 +277,11 @@ def _rows_in_step(request: ScheduledRequest, counts: Sequence[int], budget: _Bud
     if scored < request.unscored or (scored and request.gated):
         return scored
     return min(most, scored + 1)
+
+
+def _rank(request: ScheduledRequest) -> tuple[int, int]:
+    """Who gets on when not all can: the first by priority, then by arrival."""
+    return request.priority, request.arrival
 
 
 def _needs_prefill(request: ScheduledRequest) -> bool:

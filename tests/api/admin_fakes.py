@@ -16,9 +16,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from proxyserve.api import admin
-from proxyserve.api.auth import AuthMiddleware, KeyRing
+from proxyserve.api.auth import AuthMiddleware
 from proxyserve.api.documentation import install_openapi
 from proxyserve.api.errors import install_error_handlers
+from proxyserve.api.key_ring import Keys
 from proxyserve.api.limits import BodyLimitMiddleware
 from proxyserve.api.metrics import Metrics
 from proxyserve.api.request_id import RequestIdMiddleware
@@ -273,11 +274,15 @@ def admin_app(manager: ExpertControl | None, *, keys: Path | None = None) -> Fas
     app.include_router(admin.router)
     install_error_handlers(app)
     install_openapi(app, chunks=(), keys=keys is not None)
-    app.add_middleware(BodyLimitMiddleware, max_bytes=config.limits.max_body_bytes, metrics=metrics)
+    app.add_middleware(
+        BodyLimitMiddleware,
+        max_bytes=config.limits.max_body_bytes,
+        seconds=config.limits.body_seconds,
+        metrics=metrics,
+    )
     app.add_middleware(
         AuthMiddleware,
-        keys=KeyRing.load(config.api_key_file),
-        admin_keys=KeyRing.load(config.admin_key_file),
+        keys=Keys.of(config),
         metrics=metrics,
     )
     app.add_middleware(RequestIdMiddleware)

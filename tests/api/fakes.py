@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from proxyserve.engine.admission import RateState
+from proxyserve.engine.caller import Caller
 from proxyserve.engine.loop import EngineStats
 from proxyserve.engine.offer import Lease, Offer, Offers
 from proxyserve.engine.submission import Submission
@@ -40,6 +42,12 @@ class FakeEngine:
         assert self.script is not None
         self.submitted.extend(submissions)
         return FakeStream(self, self.script(submissions))
+
+    def check_room(self, caller: Caller) -> None:
+        return None
+
+    def rates(self, caller: Caller) -> Mapping[str, RateState]:
+        return {}
 
     def drain(self) -> None:
         self.state = "draining"

@@ -59,7 +59,7 @@ def serve(
     config = config or ServerConfig()
     app = create_app(engine, config, experts)
     with listen("127.0.0.1", 0) as listener:
-        server = DrainingServer(app, config.drain_seconds)
+        server = DrainingServer(app)
         thread = threading.Thread(target=server.run, args=([listener],), name="test-server")
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         thread.start()

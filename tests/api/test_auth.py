@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ from fastapi import FastAPI
 from starlette.routing import BaseRoute, Route
 
 from proxyserve.api.app import create_app
-from proxyserve.api.auth import PUBLIC_PATHS, KeyRing
+from proxyserve.api.auth import PUBLIC_PATHS
 from proxyserve.api.errors import StartupError
+from proxyserve.api.key_ring import Keys
 from proxyserve.api.server import check_binding, listen, run_server
 from proxyserve.config import ServerConfig
 from proxyserve.engine.submission import Submission
 from proxyserve.models.model_set import ModelSet
 from proxyserve.types import OutputEvent
+from tests.api.admin_fakes import ADMIN_KEY, USER_KEY, FakeManager, with_keys
 from tests.api.fakes import FakeEngine, last
 
 PLAIN, HASHED = "sk-plain-key", "sk-hashed-key"
@@ -66,17 +69,29 @@ def routes_of(app: FastAPI) -> list[tuple[str, str]]:
     return found
 
 
-async def test_every_route_but_the_public_ones_needs_a_key(app: FastAPI) -> None:
+async def test_every_route_needs_the_right_key(engine: Any, tmp_path: Path) -> None:
+    """No key, a user's and an administrator's on each route that there is, the control plane's too: a new route that
+    nobody thought about fails here."""
+    app = create_app(engine, with_keys(tmp_path), FakeManager())  # type: ignore[arg-type]
     routes = routes_of(app)
     documented = {(m.upper(), path) for path, item in app.openapi()["paths"].items() for m in item}
-    assert {path for _, path in routes} >= {
-        path.replace("{model_id}", "{model_id:path}") for _, path in documented
-    }
-    assert {path for _, path in routes} >= {"/v1/chat/completions", "/metrics", "/docs", "/openapi.json"}
-    async with client_of(app) as client:
-        for method, path in [*routes, ("POST", "/nothing"), ("GET", "/health/"), ("GET", "//health")]:
-            status = (await client.request(method, path)).status_code
-            assert (status != 401) == (path in PUBLIC_PATHS), (method, path, status)
+    paths = {path for _, path in routes}
+    assert paths >= {path.replace("{model_id}", "{model_id:path}") for _, path in documented}
+    assert paths >= {"/v1/chat/completions", "/metrics", "/docs", "/openapi.json", "/load", "/admin/v1/drain"}
+    unknown = [("POST", "/nothing"), ("GET", "/health/"), ("GET", "//health"), ("GET", "/admin/v1/nothing")]
+    for method, path in [*routes, *unknown]:
+        statuses = []
+        for key in (None, "sk-other", USER_KEY, ADMIN_KEY):
+            async with client_of(app, key and f"Bearer {key}") as client:
+                answer = await client.request(method, re.sub(r"{\w+(:path)?}", "x", path))
+                statuses.append(answer.status_code if answer.status_code in (401, 403) else 0)
+        if path in PUBLIC_PATHS:
+            expected = [0, 0, 0, 0]
+        elif path.startswith("/admin/") and (method, path) not in unknown:
+            expected = [401, 401, 403, 0]
+        else:
+            expected = [401, 401, 0, 0]
+        assert statuses == expected, (method, path)
     assert sorted(PUBLIC_PATHS) == ["/health", "/ready", "/version"]
 
 
@@ -160,18 +175,19 @@ def test_unusable_key_files(tmp_path: Path, content: bytes, words: str) -> None:
     path = tmp_path / "keys"
     path.write_bytes(content)
     with pytest.raises(StartupError, match=words):
-        KeyRing.load(path)
+        Keys([(path, "user")])
 
 
 def test_missing_key_file(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="cannot be read"):
-        KeyRing.load(tmp_path / "none")
+        Keys([(tmp_path / "none", "user")])
 
 
 def test_ring_keeps_no_keys(key_file: Path) -> None:
-    ring = KeyRing.load(key_file)
-    assert len(ring) == 2
-    assert PLAIN.encode() not in repr(vars(ring)).encode()
+    keys = Keys([(key_file, "user")])
+    assert len(keys.ring) == 2
+    assert [file.plain for file in keys.plain] == [(3,)]
+    assert PLAIN not in repr((vars(keys), vars(keys.ring)))
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org", ""])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,10 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
-from proxyserve.config import Limits, ServerConfig
+from proxyserve.config import EngineConfig, Limits, ServerConfig
+from proxyserve.engine.engine import Engine
 from proxyserve.engine.loop import AsyncEngine
+from proxyserve.models.model_set import ModelSet
 from tests.api.live import Live, assert_idle, serve, wait_until
 
 MESSAGES: list[ChatCompletionMessageParam] = [
@@ -160,11 +165,14 @@ def test_errors(client: openai.OpenAI) -> None:
     assert fused.value.param == "fusion.experts.qa"
 
 
-def test_keys_and_full_queue(tiny_engine: AsyncEngine, tmp_path: Path) -> None:
+def test_keys_and_full_queue(tiny_models: ModelSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key_file = tmp_path / "keys"
     key_file.write_text("sk-right\n")
-    tiny_engine.limits = Limits(max_waiting_requests=1)
-    with serve(tiny_engine, ServerConfig(api_key_file=key_file)) as live:
+    engine = AsyncEngine(
+        Engine(tiny_models, EngineConfig(kv_memory=4 * 2**20)), Limits(max_waiting_requests=1)
+    )
+    engine.start()
+    with closing(engine), serve(engine, ServerConfig(api_key_file=key_file)) as live:
         url = f"{live.url}/v1"
         with (
             openai.OpenAI(base_url=url, api_key="sk-wrong") as wrong,
@@ -173,8 +181,18 @@ def test_keys_and_full_queue(tiny_engine: AsyncEngine, tmp_path: Path) -> None:
             wrong.models.list()
         with openai.OpenAI(base_url=url, api_key="sk-right", max_retries=0) as right:
             assert right.completions.create(model="atlas", prompt="Hi", max_tokens=1).choices
-            with pytest.raises(openai.RateLimitError) as full:
+            with pytest.raises(openai.BadRequestError, match="never more than 1 may wait"):
                 right.completions.create(model="atlas", prompt="Hi", max_tokens=1, n=2)
+            going_on, step = threading.Event(), engine.engine.step
+            monkeypatch.setattr(engine.engine, "step", lambda: (going_on.wait(20), step())[1])
+            with ThreadPoolExecutor() as pool:
+                first = pool.submit(right.completions.create, model="atlas", prompt="Hi", max_tokens=1)
+                wait_until(lambda: engine.snapshot().waiting_tokens > 0)
+                with pytest.raises(openai.RateLimitError) as full:
+                    right.completions.create(model="atlas", prompt="Hi", max_tokens=1)
+                going_on.set()
+                assert first.result().choices
+    assert full.value.code == "queue_full"
     assert int(full.value.response.headers["retry-after"]) >= 1
 
 

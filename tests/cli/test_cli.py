@@ -208,5 +208,5 @@ def test_serve(server: subprocess.Popen[str], free_port: int) -> None:
     server.send_signal(signal.SIGTERM)
     _, errors = server.communicate(timeout=30)
     assert server.returncode == 0
-    for shown in ("atlas", "qa.tuned", "small", "384 tokens shared", "no keys, loopback only"):
+    for shown in ("atlas", "qa.tuned", "small", "384 tokens shared", "no keys: whoever connects", "no TLS"):
         assert shown in errors

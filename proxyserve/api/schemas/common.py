@@ -97,8 +97,8 @@ class EngineRequest(RequestModel):
 
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = Field(
         None,
-        description="Of the waiting requests those with the lowest number go first; default 0. Below 0 takes an "
-        "administrator's key.",
+        description="Of the waiting requests those with the lowest number go first. Default, and the lowest that may be "
+        "asked for: the key's own, which is 0 unless its record says otherwise.",
     )
     user: Annotated[str, Field(max_length=MAX_NAME)] | None = Field(
         None,
@@ -118,6 +118,10 @@ class EngineRequest(RequestModel):
     metadata: Metadata | None = Field(
         None,
         description="Tags of your own for the server's log and traces: up to 16, keys of 64 characters, values of 512.",
+    )
+
+    timeout: Annotated[float, Field(gt=0.0, le=MAX_COUNT)] | None = Field(
+        None, description="Seconds from the request's arrival until it is given up, wherever it is then."
     )
 
     moderation: Annotated[Any, NotYet()] = None

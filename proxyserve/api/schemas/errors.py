@@ -12,6 +12,7 @@ ErrorType = Literal[
     "permission_error",
     "rate_limit_error",
     "service_unavailable_error",
+    "timeout_error",
     "server_error",
 ]
 

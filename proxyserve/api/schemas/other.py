@@ -73,6 +73,20 @@ class TokenizerInfo(BaseModel):
     max_model_len: int = Field(description="Tokens of prompt and answer together.")
 
 
+class Cancelled(BaseModel):
+    id: str
+    cancelled: int = Field(description="Requests with this id that were being answered.")
+
+
+class Load(BaseModel):
+    """Choices and their prompts' tokens; `n` choices of one request count `n` times."""
+
+    running: int = Field(description="Choices that hold KV blocks.")
+    waiting: int = Field(description="Choices that wait for a place.")
+    waiting_tokens: int = Field(description="Prompt tokens of choices that have no token yet.")
+    kv_use: float = Field(description="Share of the KV blocks in use, in the pool that is fullest; 0 to 1.")
+
+
 class Health(BaseModel):
     status: Literal["ok"] = "ok"
 

@@ -1,0 +1,84 @@
+"""`proxyserve keys`: making keys, and hashing those that there are."""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
+
+import typer
+import yaml
+from pydantic import ValidationError
+
+from proxyserve.api.keys import KeyRecord, digest_of, new_key
+
+keys_app = typer.Typer(
+    name="keys",
+    no_args_is_help=True,
+    help="Keys of a server: made here, kept as digests in the files of --api-key-file and --admin-key-file.",
+)
+
+_Limit = Annotated[
+    int | None, typer.Option(min=1, help="See docs/keys_and_limits.md; default: the server's.")
+]
+
+
+@keys_app.command("new")
+def new_command(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is; work is accounted to it.")],
+    admin: Annotated[bool, typer.Option("--admin", help="An administrator's key.")] = False,
+    expert: Annotated[
+        list[str] | None,
+        typer.Option("--expert", help="Expert that it may use; several times for several. Default: all."),
+    ] = None,
+    explain: Annotated[
+        bool | None, typer.Option("--explain/--no-explain", help="May ask for explanations, or may not.")
+    ] = None,
+    days: Annotated[int | None, typer.Option("--days", min=1, help="Days until it expires.")] = None,
+    max_logprobs: Annotated[
+        int | None,
+        typer.Option("--max-logprobs", min=0, help="Log-probabilities per token that it may have."),
+    ] = None,
+    max_running: _Limit = None,
+    max_waiting_requests: _Limit = None,
+    max_waiting_tokens: _Limit = None,
+    requests_per_minute: _Limit = None,
+    tokens_per_minute: _Limit = None,
+    priority: Annotated[int, typer.Option("--priority", help="Of its requests; lower goes first.")] = 0,
+) -> None:
+    """Make a key. It is shown once, on stderr; the record for the key file, on stdout, has its digest alone."""
+    key = new_key()
+    given: dict[str, Any] = {
+        "name": name,
+        "sha256": digest_of(key).hex(),
+        "role": "admin" if admin else "user",
+        "experts": expert or None,
+        "explain": explain,
+        "max_logprobs": max_logprobs,
+        "max_running": max_running,
+        "max_waiting_requests": max_waiting_requests,
+        "max_waiting_tokens": max_waiting_tokens,
+        "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute,
+        "priority": priority or None,
+        "expires": None
+        if days is None
+        else (datetime.now(UTC) + timedelta(days=days)).replace(microsecond=0).isoformat(),
+    }
+    record = {field: value for field, value in given.items() if value is not None}
+    try:
+        KeyRecord.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise typer.BadParameter(first["msg"], param_hint=str(first["loc"][0]).upper()) from None
+    typer.echo(f"The key, which is not shown again: {key}", err=True)
+    typer.echo(yaml.safe_dump([record], sort_keys=False).rstrip())
+
+
+@keys_app.command("hash")
+def hash_command() -> None:
+    """Read keys from stdin, one per line, and write what a key file needs of them: `sha256:HEX`."""
+    for line in sys.stdin:
+        key = line.strip()
+        if key:
+            typer.echo(f"sha256:{digest_of(key).hex()}")
