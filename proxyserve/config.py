@@ -63,16 +63,51 @@ class LogConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class GrammarLimits:
+    """Caps on structured output.
+
+    On one grammar: `max_length` in characters (of a schema: as JSON without spaces), `max_depth` of a schema's nesting,
+    and how many properties, values in `enum`, and choices it has. `max_regex_length` is also the longest choice.
+
+    On compiling it, in a process of its own: seconds, and bytes beside what the vocabulary takes. At most `max_waiting`
+    grammars wait for that; `max_cached` of those that passed are kept, of about `max_cached_bytes` together.
+
+    On each step of one choice, in the library's units: `step_fuel` for its lexer (about 14000 a millisecond),
+    `step_items` for its parser (20000 a millisecond); and on what a choice keeps, `lexer_states` (about 1 kB each).
+    """
+
+    max_length: int = 256 * 1024
+    max_depth: int = 64
+    max_properties: int = 5000
+    max_enum: int = 5000
+    max_regex_length: int = 4096
+    max_choices: int = 1024
+    compile_seconds: float = 4.0
+    compile_memory: int = 512 * 2**20
+    max_waiting: int = 64
+    max_cached: int = 256
+    max_cached_bytes: int = 256 * 2**20
+    step_fuel: int = 50_000
+    step_items: int = 20_000
+    lexer_states: int = 100_000
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
     """Caps on what one request, or all waiting requests together, may ask for. Each has its own error message.
-    `header_seconds` and `body_seconds` are how long a request's headers and its body may take to come,
+    `max_choices` are those of all prompts (or texts to score) together; `max_prompt_logprobs` are values in a whole
+    response. `header_seconds` and `body_seconds` are how long a request's headers and its body may take to come,
     `max_unread_tokens` how far the engine may be ahead of whoever reads a stream. All must be above 0."""
 
     max_n: int = 16
+    max_choices: int = 256
     max_stop: int = 16
     max_stop_length: int = 200
     max_logit_bias: int = 1024
+    max_bad_words: int = 128
     max_logprobs: int = 20
+    max_logprob_token_ids: int = 128
+    max_prompt_logprobs: int = 1_000_000
     max_batched_prompts: int = 256
     max_body_bytes: int = 8 * 2**20
     max_tools: int = 128
@@ -88,11 +123,13 @@ class Limits:
     header_seconds: float = 20.0
     body_seconds: float = 60.0
     max_unread_tokens: int = 16_384
+    grammar: GrammarLimits = field(default_factory=GrammarLimits)
 
     def __post_init__(self) -> None:
         for limit in fields(self):
-            if not getattr(self, limit.name) > 0:
-                raise ValueError(f"{limit.name} must be above 0, not {getattr(self, limit.name)}")
+            value = getattr(self, limit.name)
+            if isinstance(value, int | float) and not value > 0:
+                raise ValueError(f"{limit.name} must be above 0, not {value}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ RANKS = {
     "fusion": 3,
     "engine": 4,
     "experts": 4,
+    "grammar": 4,
     # Tools over the engine, for notebooks and GPU machines as well; the HTTP layer and these do not know each other.
     "api": 5,
     "demo": 5,
@@ -53,6 +54,7 @@ WITHOUT_HTTP = (
     "fusion",
     "engine",
     "experts",
+    "grammar",
 )
 
 

@@ -25,7 +25,8 @@ class Adjustments:
     multiplied. Presence and frequency (OpenAI): `presence` is subtracted once and `frequency` per generated occurrence.
 
     Grammar: `masks` int32 [M, words], bit `i % 32` of word `i // 32` is 1 where id i is allowed; ids beyond the words
-    are not. `mask_of` int64 [B]: which mask a row has, -1 for none.
+    are not. `mask_of` int64 [B]: which mask a row has, -1 for none. `removed_by` int64 [B]: the mask for which
+    `Picks.removed` is wanted, -1 for none; it need not be the one that is applied.
     """
 
     bias_rows: Tensor
@@ -39,10 +40,13 @@ class Adjustments:
     frequency: Tensor
     masks: Tensor | None = None
     mask_of: Tensor | None = None
+    removed_by: Tensor | None = None
 
     def __post_init__(self) -> None:
         if (self.masks is None) != (self.mask_of is None):
             raise ValueError("masks and mask_of go together")
+        if self.masks is None and self.removed_by is not None:
+            raise ValueError("removed_by names masks, and there are none")
         if self.masks is not None and (self.masks.dtype != torch.int32 or self.masks.dim() != 2):
             raise ValueError(
                 f"masks must be int32 [M, words], not {self.masks.dtype} {tuple(self.masks.shape)}"
@@ -69,7 +73,8 @@ class PickControls:
     processed law; at temperature 0 it is all on the best token, whatever the filters.
 
     `raw` and `processed` ask for log-probs: one entry per row, None for no, else how many of the likeliest tokens to
-    list. `forced` int64 gives the token to report on instead of the drawn one (-1: the drawn one).
+    list. `forced` int64 gives the token to report on instead of the drawn one (-1: the drawn one). `listed` int64
+    [B, m] names tokens whose raw log-probs are wanted as well (-1: none), in rows that ask for raw ones at all.
     `compare` False leaves out KL and flips, which are then 0 and False.
     """
 
@@ -83,6 +88,7 @@ class PickControls:
     processed: Sequence[int | None] | None = None
     adjustments: Adjustments | None = None
     forced: Tensor | None = None
+    listed: Tensor | None = None
     compare: bool = True
 
     @property
@@ -111,12 +117,15 @@ class Logprobs:
     `chosen` float32 [B]: of the reported token. `ranks` int64 [B]: how many tokens come before it, best first, ties by
     id (0: it is the best; -1: the law rules it out). `ids` int64 [B, n] and `values` float32 [B, n]: the likeliest
     tokens, n the most that any row asked for; where a law has fewer possible tokens the rest is id -1, value -inf.
+    `listed` float32 [B, m]: of the tokens in `PickControls.listed`, -inf where that is -1 or beyond the row's width;
+    None for the processed law, or where no list was given. A token has the identical float wherever it appears.
     """
 
     chosen: Tensor
     ranks: Tensor
     ids: Tensor
     values: Tensor
+    listed: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,7 +135,9 @@ class Picks:
     `tokens` int64: the drawn token, -1 where `valid` bool is False (the row held a NaN, +inf, or no token at all).
     `kl` float32 is KL(fused || reference) and `flips` bool whether the two have different best tokens, both of the raw
     law. `raw` is the fused law before adjustments, temperature and filters, `processed` the one the token is drawn
-    from; each is None if no row asked.
+    from; each is None if no row asked. `removed` float32: the probability, under the raw law, of the tokens that the
+    mask of `Adjustments.removed_by` rules out, 0 for rows without; None if there is no `removed_by`. It is the mass of
+    those tokens, not 1 less that of the others, so small ones are exact as well.
     """
 
     tokens: Tensor
@@ -135,3 +146,4 @@ class Picks:
     flips: Tensor
     raw: Logprobs | None
     processed: Logprobs | None
+    removed: Tensor | None = None

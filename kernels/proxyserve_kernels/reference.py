@@ -236,12 +236,24 @@ def adjusted(scores: Tensor, adjustments: Adjustments | None, row: int) -> Tenso
     if adjustments.masks is not None and adjustments.mask_of is not None:
         mask = int(adjustments.mask_of[row])
         if mask >= 0:
-            words = adjustments.masks[mask].tolist()
             for token in range(len(scores)):
-                word = words[token // 32] if token // 32 < len(words) else 0
-                if not (word >> (token % 32)) & 1:
+                if not allows(adjustments.masks[mask].tolist(), token):
                     scores[token] = -math.inf
     return scores
+
+
+def allows(words: list[int], token: int) -> bool:
+    """Whether a mask, given as its 32-bit words, allows `token`."""
+    return token // 32 < len(words) and bool((words[token // 32] >> (token % 32)) & 1)
+
+
+def removed_mass(batch: RowBatch, adjustments: Adjustments, row: int) -> float:
+    """Probability, under the row's raw law, of the tokens that its `removed_by` mask rules out; 0 without one."""
+    if adjustments.masks is None or adjustments.removed_by is None or int(adjustments.removed_by[row]) < 0:
+        return 0.0
+    words = adjustments.masks[int(adjustments.removed_by[row])].tolist()
+    law = raw_law(batch, row).exp().tolist()
+    return math.fsum(p for token, p in enumerate(law) if not allows(words, token))
 
 
 def ordered_ids(scores: Tensor) -> list[int]:
@@ -337,6 +349,11 @@ def _best(values: Tensor) -> tuple[int, float]:
     best = max(range(len(entries)), key=lambda place: entries[place])
     others = [entry for place, entry in enumerate(entries) if place != best and entry > -math.inf]
     return best, entries[best] - max(others, default=-math.inf)
+
+
+def listed(law: Tensor, tokens: list[int]) -> list[float]:
+    """Log-probs of `tokens` under `law` [V]; -inf for a token that is -1 or beyond the law."""
+    return [float(law[token]) if 0 <= token < len(law) else -math.inf for token in tokens]
 
 
 def rank(law: Tensor, token: int) -> int:

@@ -8,7 +8,18 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from proxyserve import __version__
-from proxyserve.api import admin, chat, completions, health, metrics, models, requests, tokenize
+from proxyserve.api import (
+    admin,
+    chat,
+    completions,
+    health,
+    metrics,
+    models,
+    requests,
+    score,
+    tokenize,
+    tokenizer_info,
+)
 from proxyserve.api.auth import AuthMiddleware
 from proxyserve.api.documentation import install_openapi
 from proxyserve.api.errors import install_error_handlers
@@ -22,6 +33,7 @@ from proxyserve.api.schemas.chat import ChatChunk
 from proxyserve.api.state import ServerState
 from proxyserve.api.telemetry import Tracing
 from proxyserve.config import ServerConfig
+from proxyserve.grammar.compiler import GrammarCompiler
 
 if TYPE_CHECKING:
     from proxyserve.engine.loop import AsyncEngine
@@ -45,7 +57,9 @@ def create_app(
     Raises StartupError if a key file is unusable. Does not check which address it is served at; `run_server` does.
     """
     keys = Keys.of(config)
-    state = ServerState(engine, config, Metrics(engine.snapshot, experts), keys, experts)
+    base = engine.engine.models.base
+    grammars = GrammarCompiler(base.tokenizer, base.eos_ids, config.limits.grammar)
+    state = ServerState(engine, config, Metrics(engine.snapshot, experts), keys, grammars, experts)
     app = FastAPI(
         title="proxyserve",
         version=__version__,
@@ -55,7 +69,7 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.proxyserve = state
-    for module in (chat, completions, models, tokenize, requests, health, metrics):
+    for module in (chat, completions, score, models, tokenize, tokenizer_info, requests, health, metrics):
         app.include_router(module.router)
     if experts is not None:
         app.include_router(admin.router)

@@ -16,8 +16,10 @@ from proxyserve.api.generate import Generation
 from proxyserve.api.generation_route import GenerationRoute
 from proxyserve.api.prepare import (
     cache_salt,
+    check_prompt_logprobs,
     check_shape,
     prepared,
+    priority_of,
     resolve_fusion,
     room_for_answer,
     sampling_params,
@@ -27,6 +29,7 @@ from proxyserve.api.respond import respond
 from proxyserve.api.schemas.chat import ChatCompletion, ChatRequest
 from proxyserve.api.schemas.message import rendered
 from proxyserve.api.state import ServerState, server_state
+from proxyserve.api.structured import compiled, constraints_of
 from proxyserve.api.tools import tool_use
 from proxyserve.config import Limits
 from proxyserve.engine.caller import Caller
@@ -52,14 +55,18 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
     """The base continues the conversation, fused with the experts that `model` or `fusion` name."""
     state = server_state(request)
     shape = ChatShape(body, state.models.base.tokenizer)
-    salt = cache_salt(request.state.salt, body.user)
+    salt = cache_salt(request.state.salt, body)
     caller: Caller = request.state.caller
+    constraints = await compiled(
+        state, constraints_of(body, state.config.limits.grammar), body.stop_token_ids
+    )
 
     async def begin(lease: Lease) -> Generation:
         submission, form = await prepared(
             request, lambda: _submission(state, lease.catalog, body, shape.id, salt, caller)
         )
-        shape.form = form
+        shape.form, shape.prompt = form, submission.prompts.default
+        submission = replace(submission, constraints=(*submission.constraints, *constraints))
         return Generation(request, [submission], lease)
 
     with _chat_field_names(body):
@@ -86,13 +93,14 @@ def _submission(
     tokenizer = catalog.models.base.tokenizer
     prompts = chat_prompts(catalog, fusion, rendered(body.messages), chat_options(asked, chat, limits))
     form = answer_format(prompts, asked.tools, chat, tokenizer)
+    wanted = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     sampling = sampling_params(
         body,
         limits,
         catalog.models,
-        max_tokens=body.max_tokens
-        or body.max_completion_tokens
-        or room_for_answer(state.engine.engine, fusion, prompts.lanes, catalog),
+        max_tokens=room_for_answer(state.engine.engine, fusion, prompts.lanes, catalog)
+        if wanted is None
+        else wanted,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     if form.special_marks:
@@ -106,8 +114,10 @@ def _submission(
         salt=salt,
         caller=caller,
         vetted=vetted,
+        priority=priority_of(body, caller),
         constraints=chat_constraints(form, asked, tokenizer),
     )
+    check_prompt_logprobs([submission], limits, "messages")
     return submission, form
 
 

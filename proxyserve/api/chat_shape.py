@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from proxyserve.api.choice_extras import prompt_extras, token_extras
 from proxyserve.api.explanations import explained, wants_explanations
 from proxyserve.api.generate import Answer
 from proxyserve.api.logprobs import chat_logprobs
@@ -25,9 +26,10 @@ from proxyserve.api.schemas.chat import (
     ToolCallDelta,
 )
 from proxyserve.api.schemas.responses import CompletionTokensDetails, UsageBody, finish_name
+from proxyserve.api.structured import grammar_report
 from proxyserve.text.answer import AnswerFormat, AnswerReader
 from proxyserve.text.pieces import CallArguments, CallBegun, Content, Piece, Reasoning, joined
-from proxyserve.types import FinishReason, OutputEvent, TokenExplanation, TokenLogprob
+from proxyserve.types import FinishReason, OutputEvent, TokenLogprob
 
 if TYPE_CHECKING:
     from proxyserve.text.tokenizer import Tokenizer
@@ -35,12 +37,15 @@ if TYPE_CHECKING:
 
 class ChatShape:
     """Chat's `ResponseShape`. The first chunk of a choice has its role and nothing else, the last its finish reason and
-    nothing else. `form` says how the answer is to be read; it is set before anything is written."""
+    nothing else. `form` says how the answer is to be read, `prompt` has the base's ids; they are set before anything is
+    written."""
 
     form: AnswerFormat
+    prompt: Sequence[int]
 
     def __init__(self, body: ChatRequest, tokenizer: Tokenizer) -> None:
         self._head = response_head("chatcmpl", body.model)
+        self._body = body
         self.id: str = self._head["id"]
         if body.service_tier is not None:
             self._head["service_tier"] = "default"
@@ -53,6 +58,7 @@ class ChatShape:
 
     def chunks(self, number: int, event: OutputEvent, *, each: Fields, last: Fields) -> list[ChatChunk]:
         choices: list[ChatChunkChoice] = []
+        of_prompt = {} if self._streams else self._of_prompt(event)
         reading = self._streams.get(number)
         if reading is None:
             reading = self._streams[number] = _Reading(self.form)
@@ -63,18 +69,25 @@ class ChatShape:
         if event.finish_reason is not None:
             pieces = joined([*pieces, *reading.finish()])
         deltas = [reading.delta(piece) for piece in pieces]
-        if event.logprobs or event.explanations:
+        if event.logprobs or event.explanations or (self._body.return_token_ids and event.token_ids):
             first, *deltas = deltas or [ChatDelta()]
             logprobs = self._logprobs(event.logprobs or ())
-            beside = self._explain(event.explanations or ())
+            beside = self._beside(event)
             choices.append(self._choice(number, first, logprobs=logprobs, **beside))
         choices += [self._choice(number, delta) for delta in deltas]
         if event.finish_reason is not None:
             self._reasoning_tokens += reading.reasoning_tokens
             reason = self._finish(event.finish_reason, reading)
-            choices.append(self._choice(number, ChatDelta(), finish_reason=reason))
+            ended = {"finish_reason": reason, "stop_reason": event.stop_reason}
+            report = grammar_report(event.removed_mass)
+            choices.append(self._choice(number, ChatDelta(), **ended, **report))
         return [
-            self._chunk([choice], **each, **(last if position == len(choices) else {}))
+            self._chunk(
+                [choice],
+                **each,
+                **(of_prompt if position == 1 else {}),
+                **(last if position == len(choices) else {}),
+            )
             for position, choice in enumerate(choices, start=1)
         ]
 
@@ -96,16 +109,23 @@ class ChatShape:
                     message=reading.message(pieces),
                     logprobs=self._logprobs(answer.logprobs),
                     finish_reason=self._finish(answer.finish_reason, reading),
-                    **self._explain(answer.explanations),
+                    stop_reason=answer.stop_reason,
+                    **self._beside(answer),
+                    **grammar_report(answer.removed_mass),
                 )
             )
-        return ChatCompletion(**self._head, object="chat.completion", choices=choices, **self._counted(more))
+        more = self._counted(more) | self._of_prompt(answers[0])
+        return ChatCompletion(**self._head, object="chat.completion", choices=choices, **more)
 
     def _chunk(self, choices: list[ChatChunkChoice], **more: Any) -> ChatChunk:
         return ChatChunk(**self._head, object="chat.completion.chunk", choices=choices, **more)
 
     def _choice(self, number: int, delta: ChatDelta, **more: Any) -> ChatChunkChoice:
-        empty = {"logprobs": self._logprobs(()), "finish_reason": None, **self._explain(())}
+        empty = {
+            "logprobs": self._logprobs(()),
+            "finish_reason": None,
+            **self._beside(OutputEvent("", number)),
+        }
         return ChatChunkChoice(index=number, delta=delta, **{**empty, **more})
 
     def _finish(self, reason: FinishReason | None, reading: _Reading) -> Any:
@@ -123,9 +143,15 @@ class ChatShape:
     def _logprobs(self, entries: Sequence[TokenLogprob]) -> ChatLogprobs | None:
         return chat_logprobs(entries, self._tokenizer) if self._wants_logprobs else None
 
-    def _explain(self, entries: Sequence[TokenExplanation]) -> dict[str, Any]:
-        """Nothing at all for a request that did not ask."""
-        return {"explain": explained(entries, self._tokenizer)} if self._wants_explanations else {}
+    def _beside(self, part: OutputEvent | Answer) -> dict[str, Any]:
+        """What a choice has for each token beside log-probabilities; nothing at all for a request that did not ask."""
+        fields = token_extras(self._body, part)
+        if self._wants_explanations:
+            fields["explain"] = explained(part.explanations or (), self._tokenizer)
+        return fields
+
+    def _of_prompt(self, part: OutputEvent | Answer) -> dict[str, Any]:
+        return prompt_extras(self._body, self.prompt, part, self._tokenizer)
 
 
 class _Reading:

@@ -221,8 +221,13 @@ def validation_problem(errors: Sequence[Mapping[str, Any]]) -> Problem:
     """The first of the validator's findings; values that the client sent are never repeated."""
     first = errors[0]
     where = tuple(first["loc"])[1:]  # drops "body", "path" or "query"
-    if where[:1] == ("fusion",):
-        where = (*where[:1], *where[2:])  # and the rule, by which the validator chose how to read the object
+    if where[:1] in (("fusion",), ("response_format",)):
+        where = (
+            *where[:1],
+            *where[2:],
+        )  # and the rule or type, by which the validator chose how to read the object
+    if where[-1:] == ("[key]",):
+        where = where[:-2]  # a name in the object, which may be anything
     param = field_path(where) or None
     if param is None:
         return Problem.of(400, "The body must be a JSON object.", code="invalid_body")

@@ -20,20 +20,28 @@ def wants_explanations(fusion: FusionObject | None) -> bool:
 
 def explained(entries: Iterable[TokenExplanation], tokenizer: Tokenizer) -> list[ExplainedToken]:
     """An entry per generated token, also for those that did not become text (a stop token)."""
-    return [
-        ExplainedToken(
-            token=_text(entry.token_id, tokenizer),
-            token_id=entry.token_id,
-            fused=_law(entry.fused, tokenizer),
-            lanes={name: _law(view, tokenizer) for name, view in entry.lanes.items()},
-            weights=dict(entry.weights),
-            push={expert: finite(push) for expert, push in entry.push.items()},
-            kl=entry.kl,
-            flip=entry.flip,
-            gated=entry.gated,
-        )
-        for entry in entries
-    ]
+    return [_token(entry, tokenizer) for entry in entries]
+
+
+def explained_prompt(
+    entries: Iterable[TokenExplanation | None], tokenizer: Tokenizer
+) -> list[ExplainedToken | None]:
+    """An entry per prompt token of the base, None where nothing comes before."""
+    return [None if entry is None else _token(entry, tokenizer) for entry in entries]
+
+
+def _token(entry: TokenExplanation, tokenizer: Tokenizer) -> ExplainedToken:
+    return ExplainedToken(
+        token=_text(entry.token_id, tokenizer),
+        token_id=entry.token_id,
+        fused=_law(entry.fused, tokenizer),
+        lanes={name: _law(view, tokenizer) for name, view in entry.lanes.items()},
+        weights=dict(entry.weights),
+        push={expert: finite(push) for expert, push in entry.push.items()},
+        kl=entry.kl,
+        flip=entry.flip,
+        gated=entry.gated,
+    )
 
 
 def _law(view: LaneView, tokenizer: Tokenizer) -> LawOfToken:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from fastapi import Request
@@ -42,15 +42,20 @@ class Generation:
     closed; closing them early cancels what still runs. `work` is what log and traces say of it.
     """
 
-    def __init__(self, request: Request, submissions: Sequence[Submission], lease: Lease) -> None:
+    def __init__(
+        self, request: Request, submissions: Sequence[Submission], lease: Lease, work: Work | None = None
+    ) -> None:
         """Raises what `AsyncEngine.submit` raises, and DeadlineExceeded; then nothing is queued. The submissions were
-        made from what `lease` offers. At the request's deadline, or when it is cancelled by id, the work ends early."""
+        made from what `lease` offers. `work` is that of the request so far, where these submissions are more of it. At
+        the request's deadline, or when it is cancelled by id, the work ends early."""
         state = server_state(request)
         left = seconds_left(request)
         self._n = submissions[0].n
         self._order = {submission.request_id: number for number, submission in enumerate(submissions)}
-        self._stream: ResponseStream = state.engine.submit(submissions, lease)
+        self._stream: ResponseStream = state.engine.submit(submissions, lease, more=work is not None)
         self.work = Work.of(submissions, self._stream.generations)
+        if work is not None:
+            self.work = work.with_more(self.work)
         self._metrics = state.metrics
         self._arrived: float = request.state.arrived
         self._begun: set[int] = set()
@@ -63,6 +68,7 @@ class Generation:
         self.known_as(request.state.request_id)
         loop = asyncio.get_running_loop()
         self._timer = None if left is None else loop.call_later(left, self._end_early, DeadlineExceeded())
+        self._prompts_first = _PromptsFirst(submissions)
 
     @property
     def choices(self) -> int:
@@ -83,8 +89,9 @@ class Generation:
         self._stream.cancel()
 
     async def events(self) -> AsyncGenerator[tuple[int, OutputEvent], None]:
-        """Each event with the number of its choice. Raises GenerationFailed, ServerStopping, DeadlineExceeded or
-        RequestCancelled if a choice could not be finished, and cancels the others."""
+        """Each event with the number of its choice. Where log-probabilities of the prompt were asked for, the first
+        event of each choice has them. Raises GenerationFailed, ServerStopping, DeadlineExceeded or RequestCancelled if
+        a choice could not be finished, and cancels the others."""
         try:
             async for event in self._stream:
                 number = self._order[event.request_id] * self._n + event.index
@@ -96,7 +103,8 @@ class Generation:
                 if event.finish_reason is FinishReason.CANCELLED:  # not by the client, who closes `events`
                     raise ServerStopping
                 self._record(number, event)
-                yield number, event
+                for each in self._prompts_first.take(event):
+                    yield self._order[each.request_id] * self._n + each.index, each
         finally:
             if self._timer is not None:
                 self._timer.cancel()
@@ -145,13 +153,17 @@ class Generation:
         if not self._reports:
             return None
         report = self._reports[0][1]
+        generated = any(tokens for tokens, _ in self._reports)  # or a prompt alone was scored
+        compared = generated and report.mean_kl is not None
         summary = FusionSummary(
             rule=report.rule,
             sum_of_weights=report.sum_of_weights,
             generations=dict(report.generations),
-            mean_kl=None if report.mean_kl is None else self._mean(lambda report: report.mean_kl or 0.0),
-            flips=None if report.flips is None else sum(report.flips or 0 for _, report in self._reports),
+            mean_kl=self._mean(lambda report: report.mean_kl or 0.0) if compared else None,
+            flips=sum(report.flips or 0 for _, report in self._reports) if compared else None,
         )
+        if not generated:
+            return summary
         if report.mean_weights is not None:
             summary.mean_weights = {
                 expert: self._mean(lambda report, expert=expert: (report.mean_weights or {}).get(expert, 0.0))  # type: ignore[misc]
@@ -168,6 +180,43 @@ class Generation:
         return sum(tokens * value(report) for tokens, report in self._reports) / max(1, positions)
 
 
+class _PromptsFirst:
+    """The engine finds a prompt's log-probabilities once and reports them with the prompt's first choice. Here each
+    choice gets them with its first event; those that are earlier wait."""
+
+    def __init__(self, submissions: Sequence[Submission]) -> None:
+        self._wanted = {
+            submission.request_id
+            for submission in submissions
+            if submission.sampling.prompt_logprobs is not None
+        }
+        self._found: dict[str, OutputEvent] = {}
+        self._begun: set[tuple[str, int]] = set()
+        self._waiting: dict[str, list[OutputEvent]] = {}
+
+    def take(self, event: OutputEvent) -> list[OutputEvent]:
+        """The events that may go on now."""
+        prompt = event.request_id
+        if prompt not in self._wanted:
+            return [event]
+        if event.prompt_logprobs is not None:
+            self._found[prompt] = event
+        if prompt not in self._found:
+            self._waiting.setdefault(prompt, []).append(event)
+            return []
+        return [self._begin(each) for each in (event, *self._waiting.pop(prompt, ()))]
+
+    def _begin(self, event: OutputEvent) -> OutputEvent:
+        choice = (event.request_id, event.index)
+        if choice in self._begun:
+            return event
+        self._begun.add(choice)
+        found = self._found[event.request_id]
+        return replace(
+            event, prompt_logprobs=found.prompt_logprobs, prompt_explanations=found.prompt_explanations
+        )
+
+
 def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     total: dict[str, int] = {}
     for entry in counts:
@@ -182,9 +231,14 @@ class Answer:
 
     pieces: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     explanations: list[TokenExplanation] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    prompt_explanations: tuple[TokenExplanation | None, ...] | None = None
     finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    removed_mass: float | None = None
 
     @property
     def text(self) -> str:
@@ -199,7 +253,11 @@ async def collect(generation: Generation) -> Sequence[Answer]:
             answer = answers[number]
             answer.pieces.append(event.text)
             answer.lengths.append(len(event.token_ids))
+            answer.token_ids.extend(event.token_ids)
             answer.logprobs.extend(event.logprobs or ())
             answer.explanations.extend(event.explanations or ())
-            answer.finish_reason = event.finish_reason
+            answer.prompt_logprobs = event.prompt_logprobs or answer.prompt_logprobs
+            answer.prompt_explanations = event.prompt_explanations or answer.prompt_explanations
+            answer.finish_reason, answer.stop_reason = event.finish_reason, event.stop_reason
+            answer.removed_mass = event.removed_mass
     return answers

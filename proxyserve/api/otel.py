@@ -1,6 +1,7 @@
-"""Traces of requests by OpenTelemetry: one server span for each request that asks for text, with our own attributes
-and those of the semantic conventions for generative AI (github.com/open-telemetry/semantic-conventions-genai, as of
-November 2026). Never text of prompts or answers, nor stop strings, which are the client's text too.
+"""Traces of requests by OpenTelemetry: one server span for each request that puts the engine to work, with our own
+attributes and those of the semantic conventions for generative AI, as of November 2026
+(github.com/open-telemetry/semantic-conventions-genai). Never text of prompts or answers, nor stop strings, which are
+the client's text too.
 
 The SDK's environment variables hold, such as OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER and OTEL_EXPORTER_OTLP_HEADERS.
 """
@@ -29,6 +30,7 @@ _OPERATIONS: Mapping[str, str] = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "text_completion",
     "/v1/responses": "chat",
+    "/v1/score": "score",
 }
 
 #: Sampling fields whose names are the conventions' as well.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable
+import json
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,12 +14,12 @@ from starlette.concurrency import run_in_threadpool
 
 from proxyserve.api.deadline import seconds_left, set_deadline
 from proxyserve.api.presence import while_present
-from proxyserve.api.schemas.common import GenerationRequest
+from proxyserve.api.schemas.common import EngineRequest, GenerationRequest
 from proxyserve.api.schemas.fusion import FusionObject
 from proxyserve.api.state import server_state
 from proxyserve.config import Limits
 from proxyserve.engine.caller import Caller
-from proxyserve.engine.submission import LanePrompts
+from proxyserve.engine.submission import LanePrompts, Submission
 from proxyserve.errors import ExpertParked, Forbidden, InvalidRequest, NotReady
 from proxyserve.fusion.catalog import Catalog
 from proxyserve.fusion.fusion import Fusion
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from proxyserve.engine.engine import Engine
     from proxyserve.engine.offer import Lease
     from proxyserve.models.model_set import ModelSet
+    from proxyserve.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
@@ -44,7 +46,9 @@ _SAMPLING_FIELDS = (
     "frequency_penalty",
     "repetition_penalty",
     "logit_bias",
+    "min_tokens",
     "ignore_eos",
+    "skip_special_tokens",
 )
 
 #: Bodies above this are prepared on another thread: encoding so much text would hold up everybody's streams.
@@ -129,33 +133,124 @@ def _with_preset(name: str, preset: Fusion, given: FusionObject) -> Fusion:
 
 
 def sampling_params(
-    body: GenerationRequest, limits: Limits, models: ModelSet, *, max_tokens: int, logprobs: int | None
+    body: GenerationRequest,
+    limits: Limits,
+    models: ModelSet,
+    *,
+    max_tokens: int,
+    logprobs: int | None,
+    echoed: int | None = None,
 ) -> SamplingParams:
-    """Raises InvalidRequest for what is above `limits`."""
+    """`logprobs` and, for a prompt that is echoed with them, `echoed` are the route's own wishes for the answer's and
+    the prompt's tokens. Raises InvalidRequest for what is above `limits`."""
     stop, stop_ids = body.stop or [], body.stop_token_ids or []
-    _cap("stop", len(stop), limits.max_stop, "stop strings")
-    _cap("stop", max(map(len, stop), default=0), limits.max_stop_length, "characters in a stop string")
-    _cap("stop_token_ids", len(stop_ids), limits.max_stop, "stop token ids")
-    _cap("logit_bias", len(body.logit_bias or {}), limits.max_logit_bias, "entries in logit_bias")
-    for token in stop_ids:
-        if token not in models.base.vocabulary:
-            raise InvalidRequest(
-                f"Token id {token} is not in the vocabulary of '{models.base.name}'.", param="stop_token_ids"
-            )
+    allowed, listed = body.allowed_token_ids, body.logprob_token_ids or []
+    cap("stop", len(stop), limits.max_stop, "stop strings")
+    cap("stop", max(map(len, stop), default=0), limits.max_stop_length, "characters in a stop string")
+    cap("stop_token_ids", len(stop_ids), limits.max_stop, "stop token ids")
+    cap("logit_bias", len(body.logit_bias or {}), limits.max_logit_bias, "entries in logit_bias")
+    cap("bad_words", len(body.bad_words or []), limits.max_bad_words, "bad words")
+    longest = max(map(len, body.bad_words or []), default=0)
+    cap("bad_words", longest, limits.max_stop_length, "characters in a bad word")
+    check_listed(listed, limits, "logprob_token_ids")
+    for param, ids in (
+        ("stop_token_ids", stop_ids),
+        ("allowed_token_ids", allowed or []),
+        ("logprob_token_ids", listed),
+    ):
+        check_ids(ids, models, param)
+    if listed and logprobs is None:
+        logprobs = 0
+    wished = [count for count in (body.prompt_logprobs, echoed) if count is not None]
     given: dict[str, Any] = {
         name: value for name in _SAMPLING_FIELDS if (value := getattr(body, name)) is not None
     }
     return SamplingParams(
-        max_tokens=max_tokens, stop=tuple(stop), stop_token_ids=tuple(stop_ids), logprobs=logprobs, **given
+        max_tokens=max_tokens,
+        stop=tuple(stop),
+        stop_token_ids=tuple(stop_ids),
+        logprobs=logprobs,
+        logprob_token_ids=tuple(listed),
+        prompt_logprobs=max(wished, default=None),
+        bad_words=bad_word_ids(body.bad_words or (), models.base.tokenizer),
+        allowed_token_ids=None if allowed is None else tuple(dict.fromkeys(allowed)),
+        **given,
     )
 
 
-def check_shape(body: GenerationRequest, limits: Limits, *, top_logprobs: int | None, param: str) -> None:
+def bad_word_ids(words: Iterable[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """The sequences of ids that must not come: each word as it is written at the beginning of a text, and after a space
+    where that is not the same ids after others. Raises InvalidRequest for a word that no ids are written for."""
+    found: dict[tuple[int, ...], None] = {}
+    for number, word in enumerate(words):
+        bare = word.lstrip(" ") or word
+        first = tuple(tokenizer.encode(bare, add_special_tokens=False))
+        later = tuple(tokenizer.encode(f" {bare}", add_special_tokens=False))
+        if not first:
+            raise InvalidRequest(
+                f"The tokenizer writes bad_words[{number}] with no token; leave it out.", param="bad_words"
+            )
+        found[first] = None
+        if later[-len(first) :] != first:
+            found[later] = None
+    return tuple(found)
+
+
+def check_ids(ids: Iterable[int], models: ModelSet, param: str) -> None:
+    """Raises InvalidRequest for an id that the base does not have."""
+    for token in ids:
+        if token not in models.base.vocabulary:
+            raise InvalidRequest(
+                f"Token id {token} is not in the vocabulary of '{models.base.name}'.", param=param
+            )
+
+
+def check_listed(ids: Sequence[int], limits: Limits, param: str) -> None:
+    """Raises InvalidRequest for more ids than may be listed at each position, and for one that is there twice."""
+    cap(param, len(ids), limits.max_logprob_token_ids, "listed token ids")
+    if len(set(ids)) < len(ids):
+        raise InvalidRequest("It names a token twice; name each once.", param=param)
+
+
+def check_prompt_logprobs(submissions: Sequence[Submission], limits: Limits, param: str = "prompt") -> None:
+    """Raises InvalidRequest if the prompts' log-probabilities would be more than a response may have."""
+    values = 0
+    for submission in submissions:
+        sampling = submission.sampling
+        if sampling.prompt_logprobs is not None:
+            tokens = len(submission.prompts.default) - sampling.prompt_logprobs_from
+            values += submission.n * tokens * (1 + sampling.prompt_logprobs + len(sampling.logprob_token_ids))
+    if values > limits.max_prompt_logprobs:
+        raise InvalidRequest(
+            f"The response would have {values} log-probabilities of prompt tokens; this server allows "
+            f"{limits.max_prompt_logprobs}. Send fewer prompts at a time, or ask for fewer tokens per position.",
+            param=param,
+        )
+
+
+def check_shape(
+    body: GenerationRequest, limits: Limits, *, top_logprobs: int | None, param: str, prompts: int = 1
+) -> None:
     """What concerns the whole response. `param` is the route's name for the number of top log-probabilities."""
-    _cap("n", body.n or 1, limits.max_n, "choices")
-    _cap(param, top_logprobs or 0, limits.max_logprobs, "log-probabilities per token")
+    cap("n", body.n or 1, limits.max_n, "choices")
+    cap("n", (body.n or 1) * prompts, limits.max_choices, "choices, over all prompts,")
+    cap(param, top_logprobs or 0, limits.max_logprobs, "log-probabilities per token")
+    cap("prompt_logprobs", body.prompt_logprobs or 0, limits.max_logprobs, "log-probabilities per token")
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("'stream_options' needs 'stream': true.", param="stream_options")
+
+
+def priority_of(body: EngineRequest, caller: Caller) -> int:
+    """The key's, for a request that does not say. Raises Forbidden for a lower one, which only administrators may
+    take."""
+    if body.priority is None:
+        return caller.priority
+    if body.priority < caller.priority and not caller.admin:
+        raise Forbidden(
+            f"A priority below {caller.priority} is not for this key; use {caller.priority} or more.",
+            param="priority",
+        )
+    return body.priority
 
 
 def room_for_answer(engine: Engine, fusion: Fusion, prompts: LanePrompts, catalog: Catalog) -> int:
@@ -164,11 +259,16 @@ def room_for_answer(engine: Engine, fusion: Fusion, prompts: LanePrompts, catalo
     return max(1, engine.room_for_output(fusion, prompts, catalog))
 
 
-def cache_salt(of_key: str, user: str | None) -> str:
-    """Separates the prefix-cache entries of different keys and, under one key, of different users."""
-    return f"{of_key}/{hashlib.sha256(user.encode()).hexdigest()}" if user else of_key
+def cache_salt(of_key: str, body: EngineRequest) -> str:
+    """Separates the prefix-cache entries of different keys and, under one key, of requests that differ in a field by
+    which a client keeps them apart."""
+    apart = [body.user, body.safety_identifier, body.prompt_cache_key, body.cache_salt]
+    if not any(apart):
+        return of_key
+    return f"{of_key}/{hashlib.sha256(json.dumps(apart).encode()).hexdigest()}"
 
 
-def _cap(param: str, value: int, most: int, what: str) -> None:
+def cap(param: str, value: int, most: int, what: str) -> None:
+    """Raises InvalidRequest if `value` is above `most`."""
     if value > most:
         raise InvalidRequest(f"{value} {what} are asked for; this server allows {most}.", param=param)

@@ -51,6 +51,12 @@ class Work:
             prompt_tokens=sum(len(submission.prompts.of(_BASE_LANE)) for submission in submissions),
         )
 
+    def with_more(self, work: Work) -> Work:
+        """Both together, of which `work` has only been queued; events of either are added to this one."""
+        self.choices += work.choices
+        self.prompt_tokens += work.prompt_tokens
+        return self
+
     def add(self, event: OutputEvent, *, counts_prompt: bool) -> None:
         """An event of one of the choices has come. `counts_prompt`: of those that continue its prompt, it is the one
         whose cached tokens count."""
@@ -93,15 +99,14 @@ class Work:
 
     @property
     def mean_kl(self) -> float | None:
-        """Over generated positions; None where nothing was fused, or not with the base."""
+        """Over generated positions; None where none was fused, or not with the base."""
         compared = [(tokens, report.mean_kl) for tokens, report in self.reports if report.mean_kl is not None]
-        if not compared:
-            return None
-        return sum(tokens * kl for tokens, kl in compared) / max(1, sum(tokens for tokens, _ in compared))
+        positions = sum(tokens for tokens, _ in compared)
+        return sum(tokens * kl for tokens, kl in compared) / positions if positions else None
 
     @property
     def flips(self) -> int | None:
-        flips = [report.flips for _, report in self.reports if report.flips is not None]
+        flips = [report.flips for tokens, report in self.reports if tokens and report.flips is not None]
         return sum(flips) if flips else None
 
 

@@ -153,6 +153,7 @@ class DrainingServer(uvicorn.Server):
         hurried.cancel()
         self._state.stopping.set()
         await asyncio.wait({answered}, timeout=_FAREWELL_SECONDS)
+        self._state.grammars.close()
 
     async def _all_answered(self) -> None:
         """Return once the engine is idle and what it made has been sent, which can take longer."""

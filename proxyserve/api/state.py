@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from proxyserve.engine.loop import AsyncEngine
     from proxyserve.experts.manager import ExpertManager
     from proxyserve.fusion.catalog import Catalog
+    from proxyserve.grammar.compiler import GrammarCompiler
     from proxyserve.models.model_set import ModelSet
 
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 class ServerState:
     """Made once by `create_app`, found again with `server_state`.
 
+    `grammars` compiles the forms that requests ask for; the server closes it.
     `experts` changes the experts while the server runs, None where they are fixed. `stopping` is set once, when the
     time to drain is over: every answer still in the making then ends in an error.
     """
@@ -32,6 +34,7 @@ class ServerState:
     config: ServerConfig
     metrics: Metrics
     keys: Keys
+    grammars: GrammarCompiler
     experts: ExpertManager | None = None
     running: RunningRequests = field(default_factory=RunningRequests)
     stopping: asyncio.Event = field(default_factory=asyncio.Event)

@@ -59,7 +59,9 @@ class FusedRow:
     def logprobs(self) -> int | None:
         """How many of the likeliest tokens the request wants to see here; None if it wants no log-probs."""
         sampling = self.choice.submission.sampling
-        return sampling.logprobs if self.target is None else sampling.prompt_logprobs
+        if self.target is not None:
+            return sampling.prompt_logprobs
+        return 0 if sampling.logprobs is None and sampling.logprob_token_ids else sampling.logprobs
 
 
 class LogitRows:
@@ -288,7 +290,9 @@ def target_entropies(rows: Sequence[FusedRow]) -> Tensor | None:
     return _floats([math.nan if target is None else target for target in targets])
 
 
-def build_controls(rows: Sequence[FusedRow], temperatures: Tensor | None) -> PickControls:
+def build_controls(
+    rows: Sequence[FusedRow], temperatures: Tensor | None, adjustments: Adjustments | None
+) -> PickControls:
     """How each row's token is chosen. `temperatures` float32 [rows] replace those of the requests where not NaN."""
     choices = [row.choice for row in rows]
     sampling = [choice.submission.sampling for choice in choices]
@@ -303,7 +307,8 @@ def build_controls(rows: Sequence[FusedRow], temperatures: Tensor | None) -> Pic
         seeds=_ints([choice.seed for choice in choices]),
         positions=_ints([choice.position for choice in choices]),
         raw=[_listed(row) for row in rows],
-        adjustments=adjustments(choices),
+        adjustments=adjustments,
+        listed=listed_tokens(rows),
     )
 
 
@@ -313,6 +318,7 @@ def build_scoring(rows: Sequence[FusedRow]) -> PickControls:
         PickControls.greedy(len(rows)),
         raw=[_listed(row) for row in rows],
         forced=_ints([row.target for row in rows]),
+        listed=listed_tokens(rows),
         compare=any(row.choice.submission.fusion.explain for row in rows),
     )
 
@@ -327,48 +333,34 @@ def _listed(row: FusedRow) -> int | None:
     return max((wish for wish in wishes if wish is not None), default=None)
 
 
-def adjustments(choices: Sequence[Choice]) -> Adjustments | None:
-    """Bias and penalties of the rows that have any. Ids that the models do not share are removed by a bias of -inf."""
-    bias: list[tuple[int, int, float]] = []
-    seen: list[tuple[int, int, int, float, float, float]] = []
-    for row, choice in enumerate(choices):
-        params = choice.submission.sampling
-        bias.extend((row, token, value) for token, value in params.logit_bias.items())
-        bias.extend((row, hole, float("-inf")) for hole in choice.vocabulary.holes)
-        if params.penalised:
-            prompt = choice.scheduled.lanes[0].prompt if params.repetition_penalty != 1.0 else ()
-            for token in {*choice.generated, *prompt}:
-                if token in choice.vocabulary:
-                    count = choice.generated.get(token, 0)
-                    penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
-                    seen.append((row, token, count, *penalties))
-    if not bias and not seen:
+def listed_tokens(rows: Sequence[FusedRow]) -> Tensor | None:
+    """Ids that requests name, int64 [rows, most], -1 where there is none; None if no row has any."""
+    named = [row.choice.submission.sampling.logprob_token_ids for row in rows]
+    most = max(map(len, named))
+    if most == 0:
         return None
-    bias_rows, bias_ids, bias_values = zip(*bias, strict=True) if bias else ((), (), ())
-    rows, ids, counts, repetition, presence, frequency = zip(*seen, strict=True) if seen else ((),) * 6
-    return Adjustments(
-        bias_rows=_ints(bias_rows),
-        bias_ids=_ints(bias_ids),
-        bias_values=_floats(bias_values),
-        seen_rows=_ints(rows),
-        seen_ids=_ints(ids),
-        counts=_floats(counts),
-        repetition=_floats(repetition),
-        presence=_floats(presence),
-        frequency=_floats(frequency),
-    )
+    return _ints([(*ids, *(-1,) * (most - len(ids))) for ids in named])
 
 
-def token_logprobs(tokens: Sequence[int], logprobs: Logprobs | None) -> list[TokenLogprob | None]:
-    """The kernels' report in the API's type, as long as any row wanted it. Ids that cannot be are left out."""
+def token_logprobs(
+    tokens: Sequence[int], logprobs: Logprobs | None, listed: Tensor | None = None
+) -> list[TokenLogprob | None]:
+    """The kernels' report in the API's type, as long as any row wanted it. Ids that cannot be are left out of the
+    likeliest. `listed` int64 [rows, m], as in the controls."""
     if logprobs is None:
         return [None] * len(tokens)
     entries: list[TokenLogprob | None] = []
     chosen, all_ids, all_values = logprobs.chosen.tolist(), logprobs.ids.tolist(), logprobs.values.tolist()
     for token, value, ids, values in zip(tokens, chosen, all_ids, all_values, strict=True):
-        listed = tuple(pair for pair in zip(ids, values, strict=True) if pair[0] >= 0)
-        entries.append(TokenLogprob(token, value, listed))
-    return entries
+        entries.append(TokenLogprob(token, value, _pairs(ids, values)))
+    if listed is None or logprobs.listed is None:
+        return entries
+    named = zip(entries, listed.tolist(), logprobs.listed.tolist(), strict=True)
+    return [entry and replace(entry, listed=_pairs(ids, values)) for entry, ids, values in named]
+
+
+def _pairs(ids: Sequence[int], values: Sequence[float]) -> tuple[tuple[int, float], ...]:
+    return tuple(pair for pair in zip(ids, values, strict=True) if pair[0] >= 0)
 
 
 def wanted(row: FusedRow, law: TokenLogprob | None) -> TokenLogprob | None:

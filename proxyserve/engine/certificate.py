@@ -6,7 +6,8 @@ its score is exact and no other token can beat it:
 
     max over K of s(x) >= max over the others of (b + sum of w (l_tuned - l_untuned))   =>   certified
 
-The same after logit bias and penalties, which raise no score above another by its base. A lane of the base that counts
+The same after logit bias and penalties, which raise no score above another by its base, and among the tokens that may
+come at all. A lane of the base that counts
 negatively (a negative prompt) has no such bound: what it did not return may be arbitrarily unlikely, so nothing is
 certified then.
 """
@@ -16,12 +17,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from proxyserve.engine.batch import FusedRow, LogitRows, adjustments, build_batch
+from proxyserve.engine.adjustments import Adjuster
+from proxyserve.engine.batch import FusedRow, LogitRows, build_batch
 from proxyserve.engine.choice import Certificate
 from proxyserve_kernels import Backend, PickControls
 
 
-def certify(backend: Backend, rows: Sequence[FusedRow], logits: LogitRows) -> list[Certificate | None]:
+def certify(
+    backend: Backend, rows: Sequence[FusedRow], logits: LogitRows, adjuster: Adjuster
+) -> list[Certificate | None]:
     """An entry per row, None for those that no remote law takes part in. One more call of the kernels over the others;
     none if there are none."""
     found: list[Certificate | None] = [None] * len(rows)
@@ -30,9 +34,8 @@ def certify(backend: Backend, rows: Sequence[FusedRow], logits: LogitRows) -> li
         return found
     own = [rows[place] for place in places]
     batch = build_batch(own, logits, highest=True)
-    controls = replace(
-        PickControls.greedy(len(own)), adjustments=adjustments([row.choice for row in own]), compare=False
-    )
+    adjustments = adjuster.adjustments([row.choice.adjustments for row in own])
+    controls = replace(PickControls.greedy(len(own)), adjustments=adjustments, compare=False)
     best = backend.pick(batch, controls).tokens.tolist()
     for place, row, token in zip(places, own, best, strict=True):
         found[place] = _certificate(row, logits, token)

@@ -8,6 +8,7 @@ from time import perf_counter
 
 from torch import Tensor
 
+from proxyserve.engine.adjustments import ChoiceAdjustments
 from proxyserve.engine.clock import Clock
 from proxyserve.engine.scoring import Scoring
 from proxyserve.engine.submission import Submission
@@ -42,7 +43,8 @@ class Certificate:
 @dataclass(frozen=True, slots=True)
 class Sampled:
     """A token and what is known about how it was chosen. `weights` are those of the program's terms at this position;
-    `gated`: the base alone decided. `certificate` is None where no remote law took part."""
+    `removed` is the probability that constraints took from the fused law; `gated`: the base alone decided.
+    `certificate` is None where no remote law took part."""
 
     token: int
     logprob: TokenLogprob | None = None
@@ -50,6 +52,7 @@ class Sampled:
     kl: float = 0.0
     flip: bool = False
     weights: tuple[float, ...] = ()
+    removed: float = 0.0
     gated: bool = False
     certificate: Certificate | None = None
 
@@ -69,12 +72,13 @@ class Choice:
     generations: dict[str, int]
     detokenizer: Detokenizer
     seed: int
+    adjustments: ChoiceAdjustments
     clock: Clock = field(default_factory=Clock)
     held: Tensor | None = None
     scoring: Scoring | None = None
     differences: list[tuple[Lane, Lane]] | None = None  # see `batch.shared_heads`, which finds them once
-    generated: dict[int, int] = field(default_factory=dict)  # id -> occurrences, kept for penalties
     kl_total: float = 0.0
+    removed_total: float = 0.0
     flips: int = 0
     gated_tokens: int = 0
     certified: int = 0
@@ -112,19 +116,24 @@ class Choice:
         """Append a sampled token and report it; the event carries a finish reason if it is the last."""
         sampling, token = self.submission.sampling, sampled.token
         self.output.append(token)
-        self.generated[token] = self.generated.get(token, 0) + 1
+        self.adjustments.add(token)
         self._add_up(sampled)
         reason: FinishReason | None = None
         stop_reason: str | int | None = None
+        error: str | None = None
         text = ""
         if token in sampling.stop_token_ids:
             reason, stop_reason = FinishReason.STOP, token
         elif token in self.stop_ids and not sampling.ignore_eos:
             reason = FinishReason.STOP
         else:
-            text = self.detokenizer.push(token)
+            text = self.detokenizer.push(token, may_stop=len(self.output) >= sampling.min_tokens)
             if self.detokenizer.stopped_by is not None:
                 reason, stop_reason = FinishReason.STOP, self.detokenizer.stopped_by
+        if reason is None:
+            halt = self.adjustments.advance(token)
+            if halt is not None:
+                reason, error = halt
         if reason is None and len(self.output) >= self.max_output:
             reason = FinishReason.LENGTH
         logprobs = None if sampled.logprob is None else (sampled.logprob,)
@@ -133,13 +142,14 @@ class Choice:
         if reason is None:
             return event
         text += self.detokenizer.finish()
-        if self.detokenizer.stopped_by is not None:
+        if self.detokenizer.stopped_by is not None and error is None:
             reason, stop_reason = FinishReason.STOP, self.detokenizer.stopped_by
-        return self._last(replace(event, text=text), reason, stop_reason=stop_reason)
+        return self._last(replace(event, text=text), reason, stop_reason=stop_reason, error=error)
 
     def _add_up(self, sampled: Sampled) -> None:
         self.kl_total += sampled.kl
         self.flips += sampled.flip
+        self.removed_total += sampled.removed
         self.gated_tokens += sampled.gated
         if sampled.certificate is not None:
             self.certified += sampled.certificate.certified
@@ -170,9 +180,15 @@ class Choice:
             stop_reason=stop_reason,
             usage=self._usage(),
             fusion=self._fusion(),
+            removed_mass=self._removed_mass(),
             timing=self.clock.timing(perf_counter()),
             error=error,
         )
+
+    def _removed_mass(self) -> float | None:
+        if not self.adjustments.constraints or not self.output:
+            return None
+        return self.removed_total / len(self.output)
 
     def _usage(self) -> Usage:
         lanes, prompt_tokens = self.scheduled.lanes, len(self.program.lanes[0].prompt)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, Self
 
 from torch import Tensor
 
@@ -22,6 +23,19 @@ class Constraint(Protocol):
     @property
     def complete(self) -> bool:
         """Whether the text is whole and nothing may follow: the choice ends, as if it had met a stop string."""
+
+
+class FillsTogether(Constraint, Protocol):
+    """A Constraint that can write the masks of many choices in one call. Where its class has `fill`, the engine calls
+    that once per step instead of `mask` once per choice."""
+
+    @classmethod
+    def fill(cls, constraints: Sequence[Self], masks: Tensor, rows: Sequence[int]) -> None:
+        """Write the mask of each of `constraints` to its row of `masks` int32 [n, words], on the host, whole: 0 in
+        words beyond its own, -1 (all ones) where every token may come. Other rows are others'.
+
+        If it raises anything, each of the constraints is asked for its own `mask`, so that one that fails fails
+        alone."""
 
 
 class Constrains(Protocol):

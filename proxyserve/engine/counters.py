@@ -13,7 +13,7 @@ from proxyserve.engine.histogram import Histogram, HistogramStats
 from proxyserve.engine.residents import AnyRunner
 from proxyserve.scheduler.request import ScheduledRequest
 from proxyserve.scheduler.scheduler import Plan
-from proxyserve.types import FinishReason, ModelKey, OutputEvent
+from proxyserve.types import FinishReason, ModelKey, OutputEvent, Timing, Usage
 
 _STEP_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
@@ -161,25 +161,18 @@ class EngineCounters:
     def sampled(self, results: Sequence[tuple[Choice, Sampled]]) -> None:
         """One step's tokens, before their choices accept them."""
         now = perf_counter()
-        gaps: list[float] = []
-        kls: list[float] = []
-        weights: list[float] = []
-        for choice, sampled in results:
-            gap = choice.clock.token(now)
-            if gap is not None:
-                gaps.append(gap)
-            self.gated_tokens += sampled.gated
-            if not choice.submission.fusion.is_base:
-                self.fused_tokens += 1
-                if choice.program.base is not None:
-                    self.flips += sampled.flip
-                    kls.append(sampled.kl)
-            if choice.program.law is not None:
-                weights.extend(sampled.weights)
+        gaps = [choice.clock.token(now) for choice, _ in results]
+        fused = [pair for pair in results if not pair[0].submission.fusion.is_base]
+        compared = [sampled for choice, sampled in fused if choice.program.base is not None]
         self.tokens_generated += len(results)
-        self.histograms.inter_token_latency_seconds.observe_all(gaps)
-        self.histograms.kl_nats.observe_all(kls)
-        self.histograms.solved_weight.observe_all(weights)
+        self.fused_tokens += len(fused)
+        self.gated_tokens += sum(sampled.gated for _, sampled in results)
+        self.flips += sum(sampled.flip for sampled in compared)
+        self.histograms.inter_token_latency_seconds.observe_all([gap for gap in gaps if gap is not None])
+        self.histograms.kl_nats.observe_all([sampled.kl for sampled in compared])
+        self.histograms.solved_weight.observe_all(
+            [w for choice, sampled in fused if choice.program.law is not None for w in sampled.weights]
+        )
 
     def ended(self, choice: Choice, event: OutputEvent) -> None:
         """A choice's last event has been made."""
@@ -198,13 +191,11 @@ class EngineCounters:
                 counts.generation_tokens += event.usage.completion_tokens
         if event.removed_mass is not None:
             self.histograms.constraint_removed_mass.observe(event.removed_mass)
-        if reason in _SUCCESSES:
-            self._succeeded(choice, event)
+        if reason in _SUCCESSES and event.usage is not None and event.timing is not None:
+            self._succeeded(choice, event.usage, event.timing)
 
-    def _succeeded(self, choice: Choice, event: OutputEvent) -> None:
-        histograms, usage, timing = self.histograms, event.usage, event.timing
-        if usage is None or timing is None:
-            raise ValueError("a choice's last event says what it cost")
+    def _succeeded(self, choice: Choice, usage: Usage, timing: Timing) -> None:
+        histograms = self.histograms
         histograms.request_prompt_tokens.observe(usage.prompt_tokens)
         histograms.request_generation_tokens.observe(usage.completion_tokens)
         if timing.prefill_seconds is not None:
@@ -219,15 +210,14 @@ class EngineCounters:
 
 
 def held_up(plan: Plan, running: Sequence[ScheduledRequest]) -> list[ScheduledRequest]:
-    """The requests that do not get their next token from this step although one of their lanes had caught up before it:
-    another one has still more to compute. To be asked before the step, which moves the lanes on."""
-    ready = {id(request) for request in (*plan.sampling, *plan.probing)}
-    if len(ready) == len(running):  # as while everybody decodes
+    """The requests of which no logits come from this step although one of their lanes had caught up before it: another
+    one has still more to compute. To be asked before the step, which moves the lanes on."""
+    if len(plan.rows) == len(running):  # as while everybody decodes
         return []
-    return [request for request in running if id(request) not in ready and _waits_for_itself(request)]
+    return [request for request in running if request not in plan.rows and _waits_for_itself(request)]
 
 
 def _waits_for_itself(request: ScheduledRequest) -> bool:
     missing = [lane.missing for lane in request.turn]
-    # A request that is awaiting its other lanes has the logits of the first one already.
-    return max(missing) > 1 and (request.awaiting or min(missing) == 1)
+    # The last rows are computed in step; and a request that is awaiting its other lanes has the logits of the first.
+    return max(missing) > request.rows and (request.awaiting or min(missing) == request.rows)

@@ -16,6 +16,7 @@ from time import perf_counter
 import torch
 
 from proxyserve.config import EngineConfig, Limits
+from proxyserve.engine.adjustments import Adjuster, Halt
 from proxyserve.engine.arena import Arena, Layout
 from proxyserve.engine.batch import (
     FusedRow,
@@ -65,7 +66,7 @@ from proxyserve.models.remote import RemoteModel
 from proxyserve.scheduler.request import RequestState
 from proxyserve.scheduler.scheduler import Plan, Scheduler
 from proxyserve.types import FinishReason, ModelKey, OutputEvent
-from proxyserve_kernels import Needs, backend_for
+from proxyserve_kernels import Needs, PickControls, RowBatch, backend_for
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +127,7 @@ class Engine:
             max_scored_rows=self.config.max_scored_rows,
         )
         self._choices: dict[str, Choice] = {}
+        self._adjuster = Adjuster()
 
     def _settle(self, models: ModelSet, prepared: Mapping[ModelKey, Runner]) -> Residents:
         """Give the models their runners and share the KV memory out."""
@@ -303,8 +305,10 @@ class Engine:
             forward = run_models(self.runners, plan.work, shared_heads([*to_score, *rows], self.runners))
             failures = forward.failures
             rows = [row for row in rows if row.choice.key not in failures]
-            logits = LogitRows(rows, plan.work, forward)
             computed = perf_counter()
+            halted = self._adjuster.rule({row.choice.key: row.choice.adjustments for row in rows})
+            rows = [row for row in rows if row.choice.key not in halted]
+            logits = LogitRows(rows, plan.work, forward)
             scores = score(self.backend, to_score, logits, fused_at_once(self.config))
             sampled = self._sample(rows, logits) if rows else []
             self.counters.sampling_seconds += perf_counter() - computed
@@ -313,9 +317,11 @@ class Engine:
             return self._fail(plan, f"The step that computed this request failed: {type(error).__name__}.")
         self.scheduler.commit(plan)
         events = [*self._accept_scores(counts, scores), *self._accept(rows, sampled)]
-        for key, reason in failures.items():
-            choice = self._choices[key]
-            events.append(self._finish(choice, choice.end(FinishReason.ERROR, reason)))
+        halted |= {key: Halt(FinishReason.ERROR, message) for key, message in failures.items()}
+        # Not where the prompt could not be scored: that has ended the choice already.
+        events.extend(
+            self._halt(self._choices[key], halt) for key, halt in halted.items() if key in self._choices
+        )
         if not self.config.prefix_cache:
             for arena in self.residents.arenas.values():
                 arena.pool.drop_cache()
@@ -331,16 +337,19 @@ class Engine:
             *(FusedRow(choice, counts[choice] - 1, alone=True) for choice in probing),
         ]
 
-    def _sample(self, rows: Sequence[FusedRow], logits: LogitRows) -> list[Sampled | None]:
+    def _sample(self, rows: Sequence[FusedRow], logits: LogitRows) -> list[Sampled | Halt | None]:
         """Fuse, solve, pick and explain. None for a row that has no law (NaN, infinite or empty), and for one that
-        needs its other lanes first."""
+        needs its other lanes first; why it ends for one whose law is ruled out as a whole."""
         batch = with_solved_weights(self.backend, rows, build_batch(rows, logits))
         entropies = target_entropies(rows)
         temperatures = None if entropies is None else self.backend.temperatures(batch, entropies).cpu()
-        picks = self.backend.pick(batch, build_controls(rows, temperatures))
+        adjustments = self._adjuster.adjustments([row.choice.adjustments for row in rows])
+        controls = build_controls(rows, temperatures, adjustments)
+        picks = self.backend.pick(batch, controls)
         tokens, valid = picks.tokens.tolist(), picks.valid.tolist()
         kl, flips, weights = picks.kl.tolist(), picks.flips.tolist(), batch.weights.tolist()
-        laws = token_logprobs(tokens, picks.raw)
+        removed = [0.0] * len(rows) if picks.removed is None else picks.removed.tolist()
+        laws = token_logprobs(tokens, picks.raw, controls.listed)
         sampled = [
             Sampled(
                 tokens[number],
@@ -348,17 +357,19 @@ class Engine:
                 kl=kl[number],
                 flip=flips[number],
                 weights=weights_used(row, weights[number]),
+                removed=removed[number],
                 gated=row.alone,
             )
             for number, row in enumerate(rows)
         ]
         reasons = explain(self.backend, rows, logits, sampled, laws)
-        certificates = certify(self.backend, rows, logits)
-        results: list[Sampled | None] = []
+        certificates = certify(self.backend, rows, logits, self._adjuster)
+        halts = self._ruled_out(rows, batch, valid)
+        results: list[Sampled | Halt | None] = []
         for number, row in enumerate(rows):
             row.choice.scheduled.awaiting = False
             if not valid[number]:
-                results.append(None)
+                results.append(halts[number])
             elif row.alone and not is_sure(row.choice, laws[number]):
                 row.choice.held = logits.row(row.choice.scheduled.lanes[0])
                 row.choice.scheduled.awaiting = True
@@ -368,6 +379,20 @@ class Engine:
                     replace(sampled[number], explanation=reasons[number], certificate=certificates[number])
                 )
         return results
+
+    def _ruled_out(
+        self, rows: Sequence[FusedRow], batch: RowBatch, valid: Sequence[bool]
+    ) -> list[Halt | None]:
+        """Why rows end that do have a law, but no token, because of their masks. One more call of the kernels where any
+        row is without a token and any has a mask."""
+        adjusted = [row.choice.adjustments for row in rows]
+        if all(valid) or max(choice.mask for choice in adjusted) < 0:
+            return [None] * len(rows)
+        lawful = self.backend.pick(batch, PickControls.greedy(len(rows))).valid.tolist()
+        return [
+            choice.lawless() if law and not token else None
+            for choice, law, token in zip(adjusted, lawful, valid, strict=True)
+        ]
 
     def _accept_scores(
         self, counts: Mapping[Choice, int], scores: Mapping[Choice, Sequence[Score | None]]
@@ -385,16 +410,19 @@ class Engine:
                     events.append(self._finish(choice, scoring.tell(choice.end(FinishReason.LENGTH))))
         return events
 
-    def _accept(self, rows: Sequence[FusedRow], sampled: Sequence[Sampled | None]) -> list[OutputEvent]:
+    def _accept(
+        self, rows: Sequence[FusedRow], sampled: Sequence[Sampled | Halt | None]
+    ) -> list[OutputEvent]:
         events = []
-        self.counters.sampled(
-            [(row.choice, token) for row, token in zip(rows, sampled, strict=True) if token is not None]
-        )
+        results = zip(rows, sampled, strict=True)
+        self.counters.sampled([(row.choice, token) for row, token in results if isinstance(token, Sampled)])
         for row, result in zip(rows, sampled, strict=True):
             choice = row.choice
             if choice.key not in self._choices:  # its prompt could not be scored
                 continue
-            if result is not None:
+            if isinstance(result, Halt):
+                events.append(self._halt(choice, result))
+            elif result is not None:
                 event = choice.accept(result)
                 if choice.scoring is not None:
                     event = choice.scoring.tell(event)
@@ -420,6 +448,12 @@ class Engine:
                 storage.clear(alone)
         message = "The models gave no finite score for the next token; try smaller weights or other experts."
         return self._finish(choice, choice.end(FinishReason.ERROR, message))
+
+    def _halt(self, choice: Choice, halt: Halt) -> OutputEvent:
+        event = choice.end(halt.reason, halt.message)
+        if choice.scoring is not None and halt.reason is FinishReason.STOP:
+            event = choice.scoring.tell(event)
+        return self._finish(choice, event)
 
     def _finish(self, choice: Choice, event: OutputEvent) -> OutputEvent:
         del self._choices[choice.key]

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
+from proxyserve.engine.adjustments import ChoiceAdjustments
 from proxyserve.engine.choice import Choice, choice_seed
+from proxyserve.engine.constraint import Constraint, ConstraintFailed
 from proxyserve.engine.offer import Offer
 from proxyserve.engine.scoring import plan_scoring
+from proxyserve.engine.seen_tokens import SeenTokens
 from proxyserve.engine.submission import LanePrompts, Submission
+from proxyserve.engine.token_rules import TokenRules, conflict_message
 from proxyserve.errors import ExpertParked, Forbidden, InvalidRequest
 from proxyserve.fusion.binding import BoundProgram, LaneSpec, bind
 from proxyserve.fusion.catalog import Catalog
@@ -51,7 +55,7 @@ def prepare(
     )  # first, so that no overlong prompt is walked through
     for spec in program.lanes:
         _check_prompt(spec, submission)
-    _check_bias(submission, program)
+    _check_ids(submission, program)
     _check_entropy(submission)
     scoring = plan_scoring(submission, program)
     samples = submission.sampling.max_tokens > 0
@@ -61,6 +65,7 @@ def prepare(
     # Nobody asks what comes after the last token if nothing is sampled: the row before it is the last one then.
     unrun = 1 if unscored and not samples else 0
     stop_ids = frozenset().union(*(spec.model.eos_ids for spec in program.lanes))
+    rules = _token_rules(submission, program, stop_ids)
     names = (name.partition("@")[0] for spec in program.lanes for name in spec.names)
     experts = dict.fromkeys(
         name.rpartition(".")[0] for name in names if name.endswith((".tuned", ".untuned"))
@@ -102,8 +107,19 @@ def prepare(
                 stop_ids=stop_ids,
                 max_output=submission.sampling.max_tokens,
                 generations=generations,
-                detokenizer=Detokenizer(catalog.models.base.tokenizer, submission.sampling.stop),
+                detokenizer=Detokenizer(
+                    catalog.models.base.tokenizer,
+                    submission.sampling.stop,
+                    skip_special_tokens=submission.sampling.skip_special_tokens,
+                ),
                 seed=choice_seed(submission.sampling.seed, index),
+                adjustments=ChoiceAdjustments(
+                    params=submission.sampling,
+                    output=output,
+                    rules=rules,
+                    seen=_seen_tokens(submission, program),
+                    constraints=_constraints(submission),
+                ),
                 scoring=None if choices else scoring,
             )
         )
@@ -193,14 +209,46 @@ def _check_prompt(spec: LaneSpec, submission: Submission) -> None:
             )
 
 
-def _check_bias(submission: Submission, program: BoundProgram) -> None:
-    for token in submission.sampling.logit_bias:
+def _check_ids(submission: Submission, program: BoundProgram) -> None:
+    sampling = submission.sampling
+    named = [
+        *((token, f"logit_bias.{token}") for token in sampling.logit_bias),
+        *((token, "allowed_token_ids") for token in sampling.allowed_token_ids or ()),
+        *((token, "bad_words") for word in sampling.bad_words for token in word),
+        *((token, "logprob_token_ids") for token in sampling.logprob_token_ids),
+    ]
+    for token, where in named:
         if token not in program.vocabulary:
             raise InvalidRequest(
                 f"Token id {token} is not in the vocabulary that the request's models share "
                 f"(ids 0 to {program.vocabulary.size - 1}).",
-                param=f"logit_bias.{token}",
+                param=where,
             )
+
+
+def _token_rules(submission: Submission, program: BoundProgram, stop_ids: frozenset[int]) -> TokenRules:
+    """Refuses what leaves no token to begin with."""
+    rules = TokenRules.of(submission.sampling, program.vocabulary, stop_ids)
+    fields = rules.conflict(())
+    if fields:
+        raise InvalidRequest(conflict_message(fields), param=fields[0])
+    return rules
+
+
+def _seen_tokens(submission: Submission, program: BoundProgram) -> SeenTokens | None:
+    """What penalties go by. Only repetition looks at the prompt, the base's."""
+    sampling = submission.sampling
+    if not sampling.penalised:
+        return None
+    prompt = program.lanes[0].prompt if sampling.repetition_penalty != 1.0 else ()
+    return SeenTokens(prompt, program.vocabulary)
+
+
+def _constraints(submission: Submission) -> tuple[Constraint, ...]:
+    try:
+        return tuple(constrains.start() for constrains in submission.constraints)
+    except ConstraintFailed as error:
+        raise InvalidRequest(str(error)) from error
 
 
 def _check_entropy(submission: Submission) -> None:

@@ -58,7 +58,7 @@ def _scores(backend: Backend, rows: Sequence[FusedRow], logits: LogitRows) -> li
     controls = build_scoring(rows)
     picks = backend.pick(batch, controls)
     targets = [row.target for row in rows if row.target is not None]
-    laws = token_logprobs(targets, picks.raw)
+    laws = token_logprobs(targets, picks.raw, controls.listed)
     valid, kl, flips = picks.valid.tolist(), picks.kl.tolist(), picks.flips.tolist()
     weights = batch.weights.tolist()
     sampled = [

@@ -24,6 +24,9 @@ class Tokenizer:
         self.token_to_id: dict[str, int] = tokenizer.get_vocab()
         self.vocabulary_size = max(self.token_to_id.values()) + 1
         self._special_ids = frozenset(tokenizer.all_special_ids)
+        self._skipped_ids = frozenset(
+            token for token, added in tokenizer.added_tokens_decoder.items() if added.special
+        )
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -49,9 +52,17 @@ class Tokenizer:
         return self._tokenizer.eos_token
 
     @property
+    def pad_token(self) -> str | None:
+        return self._tokenizer.pad_token
+
+    @property
     def eos_ids(self) -> frozenset[int]:
         eos = self._tokenizer.eos_token_id
         return frozenset() if eos is None else frozenset({int(eos)})
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether `decode` leaves the token out unless told otherwise."""
+        return token_id in self._skipped_ids
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)

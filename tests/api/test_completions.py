@@ -26,7 +26,7 @@ def texts(answer: dict[str, Any]) -> list[str]:
 def test_answer_has_openai_shape(live: Live) -> None:
     answer = ask(live)
     assert answer["object"] == "text_completion"
-    assert answer["choices"][0].keys() == {"index", "text", "logprobs", "finish_reason"}
+    assert answer["choices"][0].keys() == {"index", "text", "logprobs", "finish_reason", "stop_reason"}
     assert answer["fusion"]["generations"] == {"qa": 1}
 
 

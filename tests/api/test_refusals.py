@@ -36,29 +36,19 @@ def refusal(live: Live, body: dict[str, Any], status: int = 400) -> dict[str, An
 
 
 UNSUPPORTED = [
-    (CHAT, "tools", [{"type": "function", "function": {"name": "f"}}]),
-    (CHAT, "tool_choice", "auto"),
-    (CHAT, "parallel_tool_calls", "yes"),
     (CHAT, "functions", [{"name": "f"}]),
     (CHAT, "function_call", "auto"),
-    (CHAT, "response_format", {"type": "json_object"}),
     (CHAT, "modalities", ["text", "audio"]),
     (CHAT, "audio", {"voice": "x"}),
     (CHAT, "prediction", {"type": "content", "content": "x"}),
-    (CHAT, "reasoning_effort", "high"),
     (CHAT, "store", True),
     (CHAT, "verbosity", "low"),
     (CHAT, "web_search_options", {}),
-    (CHAT, "metadata", {"a": "b"}),
     (CHAT, "service_tier", "flex"),
-    (CHAT, "prompt_cache_key", "x"),
-    (CHAT, "safety_identifier", "x"),
-    (TEXT, "echo", True),
-    (TEXT, "echo", 1),
+    (CHAT, "moderation", {}),
+    (CHAT, "prompt_cache_options", {}),
+    (CHAT, "prompt_cache_retention", "24h"),
     (TEXT, "suffix", "end"),
-    (TEXT, "best_of", 2),
-    (TEXT, "best_of", True),
-    (TEXT, "metadata", {"a": "b"}),
 ]
 
 
@@ -246,6 +236,29 @@ VALUES: list[tuple[dict[str, Any], str, Any, str]] = [
     (TEXT, "frequency_penalty", -2.1, "frequency_penalty"),
     (TEXT, "repetition_penalty", 0, "repetition_penalty"),
     (TEXT, "max_tokens", 0, "max_tokens"),
+    (TEXT, "max_tokens", -1, "max_tokens"),
+    (CHAT, "max_tokens", 0, "max_tokens"),
+    (TEXT, "metadata", {"a": 1}, "metadata.a"),
+    (TEXT, "metadata", {"": "b"}, "metadata"),
+    (TEXT, "metadata", {"k" * 65: "b"}, "metadata"),
+    (TEXT, "metadata", {"a": "v" * 513}, "metadata.a"),
+    (CHAT, "metadata", {str(number): "v" for number in range(17)}, "metadata"),
+    (TEXT, "safety_identifier", "u" * 513, "safety_identifier"),
+    (TEXT, "prompt_cache_key", 5, "prompt_cache_key"),
+    (TEXT, "cache_salt", "", "cache_salt"),
+    (TEXT, "cache_salt", "s" * 1025, "cache_salt"),
+    (TEXT, "priority", 1001, "priority"),
+    (TEXT, "priority", 0.5, "priority"),
+    (TEXT, "echo", 1, "echo"),
+    (TEXT, "best_of", True, "best_of"),
+    (TEXT, "min_tokens", -1, "min_tokens"),
+    (TEXT, "min_tokens", 3, "min_tokens"),
+    (TEXT, "skip_special_tokens", "no", "skip_special_tokens"),
+    (TEXT, "return_token_ids", 1, "return_token_ids"),
+    (TEXT, "prompt_logprobs", True, "prompt_logprobs"),
+    (TEXT, "bad_words", "x", "bad_words"),
+    (TEXT, "allowed_token_ids", [-1], "allowed_token_ids[0]"),
+    (TEXT, "logprob_token_ids", ["5"], "logprob_token_ids[0]"),
     (TEXT, "max_tokens", 10**30, "max_tokens"),
     (TEXT, "max_tokens", 100_000, "max_tokens"),
     (TEXT, "n", 0, "n"),
@@ -297,20 +310,38 @@ VALUES: list[tuple[dict[str, Any], str, Any, str]] = [
     (CHAT, "messages", [], "messages"),
     (CHAT, "messages", "hi", "messages"),
     (CHAT, "messages", [{"role": "user"}], "messages[0].content"),
-    (CHAT, "messages", [{"role": "tool", "content": "x"}], "messages[0].role"),
+    (CHAT, "messages", [{"role": "critic", "content": "x"}], "messages[0].role"),
+    (CHAT, "tools", [{}], "tools[0].type"),
+    (CHAT, "tool_choice", "auto", "tool_choice"),
+    (CHAT, "parallel_tool_calls", "yes", "parallel_tool_calls"),
+    (CHAT, "reasoning_effort", "high", "reasoning_effort"),
+    (CHAT, "thinking_budget", 1.5, "thinking_budget"),
+    (CHAT, "chat_template_kwargs", [], "chat_template_kwargs"),
+    (CHAT, "add_generation_prompt", "no", "add_generation_prompt"),
+    (CHAT, "continue_final_message", True, "continue_final_message"),
     (CHAT, "messages", [{"role": "user", "content": None}], "messages[0].content"),
     (CHAT, "messages", [{"role": "user", "content": 5}], "messages[0].content"),
     (CHAT, "messages", [{"role": "user", "content": ["x"]}], "messages[0].content"),
     (CHAT, "messages", [{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content"),
     (CHAT, "messages", [{"role": "user", "content": [{"type": "text"}]}], "messages[0].content"),
-    (CHAT, "messages", [{"role": "user", "content": "a", "name": "Ann"}], "messages[0].name"),
-    (CHAT, "messages", [{"role": "assistant", "content": "a", "tool_calls": [{}]}], "messages[0].tool_calls"),
+    (CHAT, "messages", [{"role": "user", "content": "a", "name": ""}], "messages[0].name"),
+    (
+        CHAT,
+        "messages",
+        [{"role": "assistant", "content": "a", "tool_calls": [{}]}],
+        "messages[0].tool_calls[0].id",
+    ),
     (CHAT, "messages", [{"role": "user", "content": "word " * 2000}], "messages"),
     (CHAT, "logprobs", 3, "logprobs"),
     (CHAT, "top_logprobs", 3, "top_logprobs"),
     (CHAT | {"logprobs": True}, "top_logprobs", 21, "top_logprobs"),
     (CHAT, "max_completion_tokens", 5, "max_completion_tokens"),
     (CHAT | {"max_tokens": None}, "max_completion_tokens", 100_000, "max_completion_tokens"),
+    (CHAT, "response_format", {"type": "xml"}, "response_format"),
+    (CHAT, "response_format", {"type": "json_schema"}, "response_format.json_schema"),
+    (TEXT, "structured_outputs", {}, "structured_outputs"),
+    (TEXT, "structured_outputs", {"regex": "a", "choice": ["a"]}, "structured_outputs"),
+    (TEXT, "structured_outputs", {"regex": 1}, "structured_outputs.regex"),
 ]
 
 
@@ -390,7 +421,8 @@ def test_every_field_was_looked_at() -> None:
         *("prompts", "support", "explain", "on_expert_failure", "target_entropy", "gate")
     }
     assert set(Message.model_fields) == {
-        *("role", "content", "annotations", "audio", "function_call", "name", "refusal", "tool_calls")
+        *("role", "content", "name", "tool_calls", "tool_call_id", "reasoning", "reasoning_content"),
+        *("annotations", "audio", "function_call", "parsed", "refusal"),
     }
 
 
@@ -416,6 +448,11 @@ def test_random_mutations_are_never_a_500(live: Live) -> None:
     chance = random.Random(7)
     plain = [
         CHAT | {"logprobs": True, "fusion": {"prompts": {}}},
+        CHAT
+        | {
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+            "tool_choice": "auto",
+        },
         TEXT | {"logit_bias": {"1": 1}, "stop": ["x"]},
         TEXT | {"fusion": {"rule": "dynamic", "mode": "budget", "kl": 0.1, "explain": 1}},
         BASE | {"fusion": {"rule": "mixture", "models": {"base": 0.5, "qa.tuned": 0.5}, "r": 0}},

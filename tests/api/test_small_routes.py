@@ -72,7 +72,6 @@ def test_messages_are_rendered_as_for_chat(live: Live) -> None:
         ("/tokenize", {"prompt": "a", "add_special_tokens": 1}, "add_special_tokens", 400),
         ("/tokenize", {"prompt": "a", "model": "gpt-5"}, "model", 404),
         ("/tokenize", {"messages": [{"role": "user", "content": "a"}]}, "messages", 400),
-        ("/tokenize", {"prompt": "a", "return_token_strs": True}, "return_token_strs", 400),
         ("/detokenize", {}, "tokens", 400),
         ("/detokenize", {"tokens": "a"}, "tokens", 400),
         ("/detokenize", {"tokens": [True]}, "tokens[0]", 400),
@@ -180,4 +179,4 @@ def test_openapi_is_complete(live: Live) -> None:
     assert set(chat["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
     assert "ChatChunk" in document["components"]["schemas"]
     assert document["components"]["schemas"]["ChatRequest"]["additionalProperties"] is False
-    assert document["components"]["schemas"]["ChatRequest"]["properties"]["tools"]["enum"] == [None, []]
+    assert document["components"]["schemas"]["ChatRequest"]["properties"]["functions"]["enum"] == [None, []]

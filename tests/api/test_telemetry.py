@@ -144,6 +144,22 @@ async def test_a_bad_parent_is_none(traced: Traced, given: str) -> None:
     assert traced.one().parent is None
 
 
+async def test_scores(traced: Traced) -> None:
+    response = await traced.post("/v1/score", model="atlas+qa", prompt=CANARY, continuations=[" a", " b"])
+    assert response.status_code == 200, response.text
+    span = traced.one()
+    assert span.name == "score atlas+qa"
+    attributes = dict(span.attributes or {})
+    assert attributes["gen_ai.usage.output_tokens"] == 0
+    assert attributes["gen_ai.usage.input_tokens"] > 0
+    assert attributes["proxyserve.prefill_seconds"] > 0
+    assert "proxyserve.decode_seconds" not in attributes
+    assert "proxyserve.mean_kl" not in attributes and "proxyserve.flips" not in attributes, (
+        "nothing was drawn"
+    )
+    assert CANARY not in span.to_json()
+
+
 async def test_refusals(traced: Traced) -> None:
     await traced.post("/v1/completions", model=CANARY, prompt="a")
     span = traced.one()
@@ -154,7 +170,7 @@ async def test_refusals(traced: Traced) -> None:
     assert CANARY not in span.to_json()
     response = await traced.post("/tokenize", prompt="a")
     assert "traceresponse" not in response.headers
-    assert traced.exporter.get_finished_spans() == (), "only what asks for text is traced"
+    assert traced.exporter.get_finished_spans() == (), "only what puts the engine to work is traced"
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from proxyserve.errors import InvalidRequest
 from proxyserve.fusion.weights import ExpertWeight
 from proxyserve.models.model_set import ModelSet
 from proxyserve.types import FinishReason
+from tests.engine.constraints import among
 from tests.engine.driver import Collected, run, submission
 
 PROMPT = [5, 17, 200, 33, 9, 120, 64, 88, 301, 2, 45]
@@ -246,7 +248,7 @@ def test_triton_kernels_give_the_same_answers(tiny_models: ModelSet) -> None:
     pytest.importorskip("triton")
     wishes: list[dict[str, object]] = [
         {"logprobs": 3},
-        {"temperature": 1.0, "seed": 5, "logprobs": 0},
+        {"temperature": 1.0, "seed": 5, "logprob_token_ids": (7, 8)},
         {"temperature": 0.8, "seed": 6, "top_p": 0.9, "top_k": 40, "min_p": 0.01},
         {
             "temperature": 1.0,
@@ -254,6 +256,8 @@ def test_triton_kernels_give_the_same_answers(tiny_models: ModelSet) -> None:
             "repetition_penalty": 1.3,
             "presence_penalty": 0.5,
             "logit_bias": {7: 2.0},
+            "bad_words": ((7,),),
+            "allowed_token_ids": tuple(range(0, 300, 7)),
         },
     ]
     weights = [{"qa": 0.8, "record": -0.4}, {"qa": 1.5}, {}, {"record": 1.0}]
@@ -264,6 +268,7 @@ def test_triton_kernels_give_the_same_answers(tiny_models: ModelSet) -> None:
             submission(f"r{number}", PROMPT[number:], weights[number], max_tokens=4, **wish)
             for number, wish in enumerate(wishes)
         ]
+        asked[2] = replace(asked[2], constraints=(among(*range(0, 300, 2)),))
         engine = Engine(tiny_models, config)
         assert engine.backend.name == kernels
         return run(engine, asked)
@@ -274,7 +279,11 @@ def test_triton_kernels_give_the_same_answers(tiny_models: ModelSet) -> None:
         for one, other in zip(got[key].logprobs, answer.logprobs, strict=True):
             assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
             assert [token for token, _ in one.top] == [token for token, _ in other.top]
+            assert [value for _, value in one.listed] == pytest.approx(
+                [value for _, value in other.listed], abs=1e-5
+            )
         assert got[key].last is not None and answer.last is not None
+        assert got[key].last.removed_mass == pytest.approx(answer.last.removed_mass)
         mine, theirs = got[key].last.fusion, answer.last.fusion
         assert (mine is None) == (theirs is None)
         if mine is not None and theirs is not None:

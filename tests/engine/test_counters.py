@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from proxyserve.config import EngineConfig
 from proxyserve.engine.caller import Caller
 from proxyserve.engine.choice import Choice
-from proxyserve.engine.counters import OLDER, EngineCounters, GenerationCounts
+from proxyserve.engine.counters import OLDER, EngineCounters, GenerationCounts, held_up
 from proxyserve.engine.engine import Engine
 from proxyserve.engine.histogram import Histogram
 from proxyserve.engine.submission import Submission
 from proxyserve.fusion.fusion import Gate, proxy
 from proxyserve.models.model_set import ModelSet
 from proxyserve.scheduler.lane import Lane
+from proxyserve.scheduler.request import ScheduledRequest
 from proxyserve.scheduler.scheduler import LaneWork, Plan
 from proxyserve.types import FinishReason, ModelKey, OutputEvent, Timing, Usage
 from tests.engine.driver import run, submission
@@ -112,6 +113,20 @@ def test_a_choice_that_never_ran_has_waited_only(tiny_models: ModelSet) -> None:
     assert engine.counters.finished == {"cancelled": 1}
 
 
+def test_a_choice_that_comes_back_from_preemption_was_admitted_once(tiny_models: ModelSet) -> None:
+    engine = small_engine(tiny_models)
+    (choice,) = engine.prepare(submission("a", [5, 6]), engine.offers.lease())
+    engine.counters.scheduled(Plan(admitted=[choice.scheduled]), {choice.key: choice})
+    first = choice.clock.admitted
+    engine.counters.scheduled(
+        Plan(admitted=[choice.scheduled], preempted=[choice.scheduled]), {choice.key: choice}
+    )
+    assert choice.clock.admitted == first
+    assert engine.counters.histograms.request_queue_time_seconds.stats().count == 1
+    assert engine.counters.prefix_queries == {"atlas": 2}
+    assert engine.counters.preemptions == 1
+
+
 # Barriers -------------------------------------------------------------------------------------------------------
 
 
@@ -165,6 +180,32 @@ def waits_for_itself(choice: Choice) -> bool:
     return bool(others) and min(base, *others) == 1 and max(base, *others) > 1
 
 
+@pytest.mark.parametrize(
+    ("missing", "unscored", "gated", "awaiting", "held"),
+    [
+        ([1, 5], 0, False, False, True),
+        ([5, 1, 5], 0, False, False, True),
+        ([1, 1], 0, False, False, False),  # held up by others, whose tokens filled the step
+        ([5, 5], 0, False, False, False),
+        ([1], 0, False, False, False),
+        ([1, 5], 0, True, False, False),  # the base goes first
+        ([1, 5], 0, True, True, True),
+        ([1, 1], 0, True, True, False),
+        ([4, 6], 3, False, False, True),  # a prompt is scored: four tokens of each lane run in step
+        ([5, 6], 3, False, False, False),
+        ([4, 4], 3, False, False, False),
+    ],
+)
+def test_what_holds_a_request_up(
+    missing: list[int], unscored: int, gated: bool, awaiting: bool, held: bool
+) -> None:
+    output: list[int] = []
+    lanes = tuple(Lane(ModelKey("a"), tuple(range(count)), output) for count in missing)
+    request = ScheduledRequest("id", lanes, output, unscored=unscored, gated=gated, awaiting=awaiting)
+    assert held_up(Plan(), [request]) == ([request] if held else [])
+    assert held_up(Plan(rows={request: 1}), [request]) == [], "it gets on in this step"
+
+
 def test_barrier_wait_of_steps() -> None:
     """From the first model that has its logits to the last; one that nothing was asked of does not count."""
     counters = EngineCounters()
@@ -176,7 +217,7 @@ def test_barrier_wait_of_steps() -> None:
 
     def step(*models: int) -> float:
         lane = Lane(keys[0], (1,), [])
-        work = {keys[model]: [LaneWork(cast(Any, None), lane, 0, 4, last=True)] for model in models}
+        work = {keys[model]: [LaneWork(cast(Any, None), lane, 0, 4, rows=1)] for model in models}
         before = counters.histograms.step_barrier_wait_seconds.stats()
         counters.stepped(Plan(work=work), runners, (), started=10.0)
         after = counters.histograms.step_barrier_wait_seconds.stats()

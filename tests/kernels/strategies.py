@@ -250,14 +250,20 @@ def picks(draw: st.DrawFn, batch: RowBatch, adjust: bool = True) -> PickControls
         raw=asked,
         processed=widths,
         adjustments=adjustments(generator, widths) if adjust and draw(st.booleans()) else None,
+        listed=ints(
+            [[draw(st.sampled_from((-1, 0, w - 1, w, w // 2, 2**33))) for _ in range(3)] for w in widths]
+        )
+        if draw(st.booleans())
+        else None,
     )
 
 
 def adjustments(generator: torch.Generator, widths: Sequence[int]) -> Adjustments:
-    """Some bias, penalties and a grammar mask for about half the rows; each leaves some token possible."""
+    """Some bias, penalties and a grammar mask for about half the rows; each leaves some token possible. The removed
+    mass is that of the mask that is applied, of another one or of none."""
     bias: list[tuple[int, int, float]] = []
     seen: list[tuple[int, int, float, float, float, float]] = []
-    mask_of, masks = [], []
+    mask_of, removed_by, masks = [], [], []
     words = -(-max(widths) // 32)
     for row, width in enumerate(widths):
         coins = torch.rand(4, generator=generator).tolist()
@@ -274,6 +280,9 @@ def adjustments(generator: torch.Generator, widths: Sequence[int]) -> Adjustment
             mask_of[-1] = len(masks)
             # Signed 32-bit words, the sign bit included.
             masks.append(torch.randint(-(2**31), 2**31, (words,), generator=generator))
+        removed_by.append(-1)
+        if masks and coins[3] < 0.7:
+            removed_by[-1] = mask_of[-1] if coins[3] < 0.4 else len(masks) - 1
     columns = list(zip(*bias, strict=True)) or [(), (), ()]
     seen_columns = list(zip(*seen, strict=True)) or [()] * 6
     made = replace(
@@ -290,7 +299,12 @@ def adjustments(generator: torch.Generator, widths: Sequence[int]) -> Adjustment
     )
     if not masks:
         return made
-    return replace(made, masks=torch.stack(masks).to(torch.int32), mask_of=ints(mask_of))
+    return replace(
+        made,
+        masks=torch.stack(masks).to(torch.int32),
+        mask_of=ints(mask_of),
+        removed_by=ints(removed_by),
+    )
 
 
 def rounding(batch: RowBatch, row: int) -> float:

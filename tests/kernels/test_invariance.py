@@ -13,6 +13,7 @@ from torch import Tensor
 
 from proxyserve_kernels import (
     FUSED,
+    Adjustments,
     Backend,
     Logprobs,
     Match,
@@ -79,6 +80,9 @@ def assert_same_logprobs(one: Logprobs, row: int, other: Logprobs, place: int, c
     assert_same_bits(one.ranks[row], other.ranks[place])
     assert_same_bits(one.ids[row, :count], other.ids[place, :count])
     assert_same_bits(one.values[row, :count], other.values[place, :count])
+    assert (one.listed is None) == (other.listed is None)
+    if one.listed is not None and other.listed is not None:
+        assert_same_bits(one.listed[row], other.listed[place])
 
 
 @st.composite
@@ -158,6 +162,26 @@ def test_a_wider_neighbour_changes_no_bit(backend: Backend) -> None:
         one = take_rows(asked, [1])
         alone = backend.pick(RowBatch.of([held], [row]), one)
         assert_same_picks(alone, 0, backend.pick(together, asked), 1, one)
+
+
+def test_a_removed_mass_alone_is_that_in_the_batch(backend: Backend) -> None:
+    """Beside a wider neighbour, and whatever mask that has."""
+    generator = torch.Generator().manual_seed(6)
+    held = spread([3 * torch.randn(4099, generator=generator) for _ in range(3)], torch.float32, 0, 0, 0.0)
+    row = Row(Ref(0, 1), 3000, (Term(Ref(0, 2)),))
+    masks = torch.randint(-(2**31), 2**31, (2, 100), generator=generator).to(torch.int32)
+
+    def removed(rows: list[Row], mask_of: list[int]) -> Tensor:
+        own = replace(Adjustments.none(), masks=masks, mask_of=ints(mask_of), removed_by=ints(mask_of))
+        asked = replace(PickControls.greedy(len(rows)), adjustments=own)
+        found = backend.pick(RowBatch.of([held], rows), asked).removed
+        assert found is not None
+        return found
+
+    alone = removed([row], [1])
+    assert 0.2 < float(alone[0]) < 0.8
+    for neighbour in (-1, 0):
+        assert_same_bits(removed([Row(Ref(0, 0), 4099), row], [neighbour, 1])[1], alone[0])
 
 
 def test_solutions_and_statistics_alone_are_those_in_the_batch(backend: Backend) -> None:

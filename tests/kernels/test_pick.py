@@ -134,6 +134,10 @@ def assert_picks(backend: Backend, case: Case) -> None:
         divergence = slow.kl(raw, compared)
         if float(raw.max()) > -INF and divergence < INF:
             assert float(got.kl[row]) == pytest.approx(divergence, abs=1e-4 + 8 * error, rel=1e-4)
+        if asked.adjustments is not None and asked.adjustments.removed_by is not None:
+            assert got.removed is not None
+            removed = slow.removed_mass(batch, asked.adjustments, row)
+            assert float(got.removed[row]) == pytest.approx(removed, rel=1e-4 + 8 * error, abs=1e-30)
         if _lead(raw) > 2 * error and _lead(compared) > 1e-6:
             assert bool(got.flips[row]) == (int(raw.argmax()) != int(compared.argmax()))
         scores = slow.processed_scores(batch, asked, row)
@@ -146,6 +150,14 @@ def assert_picks(backend: Backend, case: Case) -> None:
         if wish is not None:
             assert got.raw is not None
             assert_reports(got.raw, row, raw, token, wish, 2 * error)
+            if asked.listed is not None:
+                assert got.raw.listed is not None
+                values, tokens = got.raw.listed[row].tolist(), asked.listed[row].tolist()
+                assert values == pytest.approx(slow.listed(raw, tokens), abs=2 * error)
+                alike = {**listed(got.raw, row), token: float(got.raw.chosen[row])}
+                assert all(alike.get(t, v) == v for t, v in zip(tokens, values, strict=True)), (
+                    "one float each"
+                )
         kept = list(listed(got.processed, row))
         if temperature == 0:
             assert float(scores[token]) >= float(scores.max()) - 4 * error
@@ -434,6 +446,57 @@ def test_bias_penalties_and_masks(backend: Backend) -> None:
         assert entries == pytest.approx({t: float(law[t]) for t in range(4) if law[t] > -INF}, abs=1e-5)
         plain_law = torch.log_softmax(torch.tensor(row), dim=0)
         assert listed(got.raw, number) == pytest.approx(dict(enumerate(plain_law.tolist())), abs=1e-5)
+
+
+def test_the_mass_that_a_mask_removes(backend: Backend) -> None:
+    """Of the raw law, whatever else changes the scores; tiny masses too, and of a mask that is not applied."""
+    row = [2.0, -1.0, 0.5, -60.0]
+    law = torch.softmax(torch.tensor(row, dtype=torch.float64), dim=0).tolist()
+    adjustments = replace(
+        Adjustments.none(),
+        bias_rows=ints([0, 1]),
+        bias_ids=ints([0, 3]),
+        bias_values=floats([-9.0, 100.0]),
+        masks=torch.tensor([[0b1001], [0b0111], [0], [-1]], dtype=torch.int32),
+        mask_of=ints([0, 1, 2, 3, -1, -1]),
+        removed_by=ints([0, 1, 2, 3, -1, 1]),
+    )
+    asked = controls(6, temperature=[0.3, 1.0, 1.0, 0.0, 1.0, 1.0], top_k=[1] * 6)
+    got = backend.pick(plain(*[row] * 6), replace(asked, adjustments=adjustments))
+    assert got.removed is not None
+    expected = [law[1] + law[2], law[3], 1.0, 0.0, 0.0, law[3]]
+    assert 1e-28 < law[3] < 1e-26, "no difference from 1 could show it"
+    assert got.removed.tolist() == pytest.approx(expected, rel=1e-5)
+    assert got.removed[2] == 1.0 and not got.valid[2]
+    assert backend.pick(plain(row), controls(1)).removed is None
+
+
+def test_masks_of_other_widths_than_the_row(backend: Backend) -> None:
+    """Ids beyond the words are not allowed; words beyond the row mean nothing."""
+    row = [0.0] * 40
+    for words, kept in (([-1], 32), ([-1, -1, -1], 40), ([1] + [-1] * 19, 9)):
+        masks = torch.tensor([words], dtype=torch.int32)
+        masked = replace(Adjustments.none(), masks=masks, mask_of=ints([0]), removed_by=ints([0]))
+        asked = replace(controls(1, temperature=[1.0]), adjustments=masked, processed=(40,))
+        got = backend.pick(plain(row), asked)
+        assert got.processed is not None and len(listed(got.processed, 0)) == kept
+        assert got.removed is not None and float(got.removed[0]) == pytest.approx(1 - kept / 40, rel=1e-6)
+
+
+def test_log_probs_of_named_tokens(backend: Backend) -> None:
+    """One float wherever a token appears, in as many tokens as more than one program tells."""
+    generator = torch.Generator().manual_seed(2)
+    scores = 3 * torch.randn(2, 300, generator=generator)
+    scores[:, 7] = -INF
+    named = [[*range(-1, 40), 299, 300, 7, 7], [5] * 45]
+    asked = replace(controls(2, forced=[39, 5]), raw=(300, 0), listed=ints(named))
+    got = backend.pick(plain(*scores.tolist()), asked).raw
+    assert got is not None and got.listed is not None and got.listed.shape == (2, 45)
+    known = {-1: -INF, 300: -INF, 7: -INF, **listed(got, 0)}
+    assert got.listed[0].tolist() == [known[token] for token in named[0]]
+    assert got.listed[0, 40] == got.chosen[0] and set(got.listed[1].tolist()) == {float(got.chosen[1])}
+    unnamed = backend.pick(plain(*scores.tolist()), replace(asked, listed=None)).raw
+    assert unnamed is not None and unnamed.listed is None
 
 
 def test_adjustments_leave_the_logits_alone(backend: Backend) -> None:

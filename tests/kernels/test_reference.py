@@ -159,6 +159,22 @@ def test_adjustments_come_in_order() -> None:
     assert slow.adjusted(scores, adjustments, 1)[:3].tolist() == [2.0, 8.0, 0.5]
 
 
+def test_what_a_mask_removes_and_named_tokens() -> None:
+    lanes = source(logs(0.2, 0.5, 0.2, 0.1), logs(0.5, 0.25, 0.0, 0.25))
+    batch = RowBatch.of([lanes], [Row(Ref(0, 0), 4), Row(Ref(0, 1), 4)])
+    masked = replace(
+        Adjustments.none(),
+        masks=torch.tensor([[0b0110], [0]], dtype=torch.int32),
+        mask_of=ints([-1, 1]),
+        removed_by=ints([0, -1]),
+    )
+    assert slow.removed_mass(batch, masked, 0) == pytest.approx(0.3)
+    assert slow.removed_mass(batch, masked, 1) == 0.0
+    assert slow.removed_mass(batch, replace(masked, removed_by=ints([1, 1])), 1) == pytest.approx(1.0)
+    law = slow.raw_law(batch, 0)
+    assert slow.listed(law, [1, -1, 4]) == [pytest.approx(math.log(0.5)), -INF, -INF]
+
+
 def test_laws_ranks_and_divergences() -> None:
     batch = batch_of([logs(0.2, 0.5, 0.2, 0.1)])
     controls = replace(PickControls.greedy(1), temperature=floats([1.0]), top_k=ints([2]))

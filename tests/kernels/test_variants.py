@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -161,7 +162,28 @@ def some_controls(generator: random.Random, rows: int) -> PickControls:
         processed=generator.choice((wishes, None)),
         adjustments=generator.choice((None, Adjustments.none())),
         compare=generator.random() < 0.7,
+        listed=generator.choice((None, torch.zeros(rows, generator.randint(1, 70), dtype=torch.int64))),
     )
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_what_is_not_asked_for_launches_nothing(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two kernels for a plain pick; a removed mass is told by the same two, named tokens by one more."""
+    names: list[str] = []
+
+    def note(self: InterpretedFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        names.append(self.fn.__name__)
+
+    monkeypatch.setattr(InterpretedFunction, "run", note)
+    controls = PickControls.greedy(1)
+    if asked:
+        index, masks = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int32)
+        masked = replace(Adjustments.none(), masks=masks, mask_of=index, removed_by=index)
+        controls = replace(
+            controls, adjustments=masked, listed=torch.zeros(1, 3, dtype=torch.int64), raw=(0,)
+        )
+    TritonBackend(CPU).pick(RowBatch.of([torch.zeros(1, 512)], [Row(Ref(0, 0), 500)]), controls)
+    assert names == ["fuse_stats", "pick", *(["count_before", "listed_logprobs"] if asked else [])]
 
 
 def test_every_tile_is_launched_by_some_batch_size() -> None:

@@ -59,6 +59,33 @@ def test_stop_strings(text: str, stop: list[str]) -> None:
         assert not any(entry in produced for entry in stop)
 
 
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.text("ab", max_size=12), st.text("ab", min_size=1, max_size=3), st.integers(0, 12))
+def test_before_a_least_length_a_stop_string_is_text(text: str, stop: str, least: int) -> None:
+    """One letter a token: the text ends at the first place where a stop string ends, `least` letters in or later."""
+    detokenizer = Detokenizer(TOKENIZER, (stop,))
+    produced = ""
+    for count, letter in enumerate(text, start=1):
+        produced += detokenizer.push(TOKENIZER.encode(letter)[0], may_stop=count >= least)
+        if detokenizer.stopped_by:
+            break
+    produced += detokenizer.finish()
+    ends = [end for end in range(max(1, least), len(text) + 1) if text[:end].endswith(stop)]
+    assert produced == (text[: ends[0] - len(stop)] if ends else text)
+    assert (detokenizer.stopped_by == stop) == bool(ends)
+
+
+def test_text_of_special_tokens() -> None:
+    """Left out, or text like any other, that a stop string may begin in."""
+    ids = [*TOKENIZER.encode("a"), *TOKENIZER.encode(EOS), *TOKENIZER.encode("é b")]
+    assert "".join(stream(ids)[0]) == "aé b"
+    kept = Detokenizer(TOKENIZER, skip_special_tokens=False)
+    pieces = [kept.push(token) for token in ids]
+    assert "".join(pieces) + kept.finish() == f"a{EOS}é b" and EOS in pieces
+    stopped = Detokenizer(TOKENIZER, ("text|>é",), skip_special_tokens=False)
+    assert "".join(stopped.push(token) for token in ids[:-1]) == "a<|endof" and stopped.stopped_by
+
+
 def test_a_possible_beginning_is_held_back_and_then_released() -> None:
     detokenizer = Detokenizer(TOKENIZER, ("xyz",))
     pieces = [detokenizer.push(TOKENIZER.encode(letter)[0]) for letter in "axya"]

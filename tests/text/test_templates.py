@@ -148,7 +148,7 @@ ATTACKS = {
     # Escape
     "class": ("{{ ''.__class__.__mro__ }}", "no template may do"),
     "globals": ("{{ cycler.__init__.__globals__ }}", "no template may do"),
-    "attribute filter": ("{{ ''|attr('__class__')|attr('__mro__') }}", "no template may do"),
+    "attribute filter": ("{{ (''|attr('__class__')).__mro__ }}", "no template may do"),
     "format attribute": ("{{ '{0.__class__.__mro__}'.format(messages) }}", "no template may do"),
     "change": ("{{ messages.append(1) }}", "no template may do"),
     "namespace": ("{{ namespace(__class__=1) }}", "no template may do"),

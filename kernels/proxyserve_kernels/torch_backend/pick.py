@@ -10,7 +10,7 @@ from torch import Tensor
 
 from proxyserve_kernels.controls import MIN_TEMPERATURE, Logprobs, PickControls, Picks
 from proxyserve_kernels.rows import RowBatch
-from proxyserve_kernels.torch_backend.adjust import adjust
+from proxyserve_kernels.torch_backend.adjust import adjust, removed
 from proxyserve_kernels.torch_backend.blocks import log_partition, row_sum
 from proxyserve_kernels.torch_backend.draw import draw
 from proxyserve_kernels.torch_backend.filters import Last, before, filtered, top
@@ -24,7 +24,9 @@ def pick(batch: RowBatch, controls: PickControls) -> Picks:
     asked = wanted(controls.raw)
     unadjusted = fused.scores[asked.to(batch.device)] if asked.numel() else None
     scores = fused.scores
+    lost = None
     if controls.adjustments is not None:
+        lost = removed(scores, controls.adjustments)
         adjust(scores, controls.adjustments)
     best = scores.argmax(dim=1)
     peak = scores.gather(1, best[:, None])[:, 0]
@@ -38,10 +40,10 @@ def pick(batch: RowBatch, controls: PickControls) -> Picks:
         subject = torch.where(forced >= 0, forced, tokens)
     raw = processed = None
     if unadjusted is not None:
-        raw = logprobs(unadjusted, asked, subject, most(controls.raw))
+        raw = logprobs(unadjusted, asked, subject, most(controls.raw), controls.listed)
     if processed_scores is not None:
         processed = logprobs(processed_scores, told, subject, most(controls.processed))
-    return Picks(tokens, valid, kl, flips, raw, processed)
+    return Picks(tokens, valid, kl, flips, raw, processed, lost)
 
 
 def processed(batch: RowBatch, controls: PickControls, rows: Tensor) -> Tensor:
@@ -132,17 +134,19 @@ def most(wishes: Sequence[int | None] | None) -> int:
     return max((wish for wish in wishes or () if wish is not None), default=0)
 
 
-def logprobs(scores: Tensor, rows: Tensor, tokens: Tensor, count: int) -> Logprobs:
-    """Report on `tokens` int64 [B] under softmax(scores), float32 [m, V] belonging to `rows` int64 [m]; list `count`.
+def logprobs(
+    scores: Tensor, rows: Tensor, tokens: Tensor, count: int, listed: Tensor | None = None
+) -> Logprobs:
+    """Report on `tokens` int64 [B] under softmax(scores), float32 [m, V] belonging to `rows` int64 [m]; list the best
+    `count`, and the ids of `listed` int64 [B, k].
 
-    The chosen value and the listed ones are the same subtraction, so that a chosen token that is also listed has the
-    identical float in both places."""
+    The chosen value and the listed ones are the same subtraction, so that a token that is in several has the identical
+    float in all places."""
     B, device = tokens.shape[0], scores.device
     at = rows.to(device)
     own = tokens[at].clamp(min=0)
     total = log_partition(scores)[:, None]
-    score = scores.gather(1, own.clamp(max=scores.shape[1] - 1)[:, None])
-    score = torch.where(own[:, None] < scores.shape[1], score, -math.inf)
+    score = _at(scores, own[:, None])
     chosen = torch.full((B,), math.nan, device=device)
     chosen[at] = (score - total)[:, 0]
     ranks = torch.full((B,), -1, dtype=torch.int64, device=device)
@@ -155,4 +159,15 @@ def logprobs(scores: Tensor, rows: Tensor, tokens: Tensor, count: int) -> Logpro
         possible = best > -math.inf
         ids[at, : best.shape[1]] = torch.where(possible, best_ids, -1)
         values[at, : best.shape[1]] = best - total
-    return Logprobs(chosen, ranks, ids, values)
+    named = None
+    if listed is not None:
+        named = torch.full(listed.shape, -math.inf, device=device)
+        named[at] = _at(scores, listed[rows].to(device)) - total
+    return Logprobs(chosen, ranks, ids, values, named)
+
+
+def _at(scores: Tensor, tokens: Tensor) -> Tensor:
+    """Scores [m, k] of `tokens` int64 [m, k]; -inf where there is no such column."""
+    width = scores.shape[1]
+    found = scores.gather(1, tokens.clamp(0, width - 1))
+    return torch.where((tokens >= 0) & (tokens < width), found, -math.inf)

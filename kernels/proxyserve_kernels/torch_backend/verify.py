@@ -21,7 +21,7 @@ def verify(
     batch: RowBatch, controls: PickControls, drafts: Drafts, rule: VerifyRule = "rejection"
 ) -> Verdicts:
     """See `Backend.verify`."""
-    silent = replace(controls, raw=(None,) * batch.size, processed=None, forced=None)
+    silent = replace(controls, raw=(None,) * batch.size, processed=None, forced=None, listed=None)
     picks = pick(batch, silent)
     rows = drafts.rows.to(batch.device)
     tokens = drafts.tokens.to(batch.device)

@@ -33,11 +33,11 @@ POINTERS = {
     "*i1": "valid flips",
     "*i32": "unsure counts",
     "*i64": (
-        "ints p_ints q_ints orders buffers lasts list_ids tokens subjects matches target_rows draft_rows"
+        "ints p_ints q_ints orders buffers lasts list_ids tokens subjects matches target_rows draft_rows listed"
     ),
     "*fp32": (
         "floats p_floats q_floats stats out planes thresholds list_values scores kl raw_scores raw_logprobs "
-        "processed_scores processed_logprobs raw_partitions processed_partitions masses forward reverse"
+        "processed_scores processed_logprobs raw_partitions processed_partitions removed masses forward reverse"
     ),
     "*fp64": (
         "multipliers centres done partitions state limits forward_targets reverse_targets p_values q_values"

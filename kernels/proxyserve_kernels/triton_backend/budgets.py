@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from proxyserve_kernels.triton_backend.aot import Budget, Case
 from proxyserve_kernels.triton_backend.device import layout, pick, residual, select, stats, tilt
-from proxyserve_kernels.triton_backend.tuning import GROUP, ROOM, ROW_WARPS, SEARCH_GROUP, TILES
+from proxyserve_kernels.triton_backend.tuning import GROUP, ROOM, ROW_WARPS, SEARCH_GROUP, TILES, TOGETHER
 
 KINDS = {
     "fp32": layout.FP32.value,
@@ -90,6 +90,9 @@ def pick_cases() -> Iterator[Case]:
     yield Case("count_before tile2", stats.count_before, {"TILE": 2, "LAW": 0, **PLAIN}, 1, Budget(80, 40))
     values = {"TILE": 2, **variant("bf16", 1)}
     yield Case("write_scores tile2", stats.write_scores, values, 1, Budget(72, 40))
+    for name, lanes in (("", variant("bf16", 1)), (" general", variant("bf16", 2, 2, True))):
+        values = {"TOGETHER": TOGETHER, **lanes}
+        yield Case(f"listed_logprobs{name}", stats.listed_logprobs, values, 1, Budget(56, narrow=12))
     for compare in (False, True):
         values = {**ROW, "COMPARE": compare, **PLAIN}
         yield Case(f"pick compare{int(compare)}", pick.pick, values, ROW_WARPS, Budget(80, narrow=12))

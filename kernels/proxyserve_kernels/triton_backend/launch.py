@@ -2,7 +2,7 @@
 
 fuse_stats -> pick                                                           without filters and reports
     fuse_stats -> best_tokens -> search_last -> filter_blocks -> pick            with filters
-    and best_tokens -> search_list, count_before for each law that is reported on
+    and best_tokens -> search_list, count_before for each law that is reported on; listed_logprobs after pick
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from torch import Tensor
 
 from proxyserve_kernels.triton_backend.device import layout, pick, select, stats
 from proxyserve_kernels.triton_backend.table import RowTable
-from proxyserve_kernels.triton_backend.tuning import GROUP, ROOM, ROW_OPTIONS, SEARCH_GROUP, Tile, tile_for
+from proxyserve_kernels.triton_backend.tuning import (
+    GROUP,
+    LIST_OPTIONS,
+    ROOM,
+    ROW_OPTIONS,
+    SEARCH_GROUP,
+    TOGETHER,
+    Tile,
+    tile_for,
+)
 
 #: Lengths that lists of best tokens are rounded up to.
 LISTS = (32, ROOM)
@@ -25,7 +34,8 @@ LISTS = (32, ROOM)
 class Wishes:
     """What a batch needs beside tokens, fixed for a captured graph. `filters`: some row filters; `adjusts`: some row
     has bias, penalties or a mask; `scales`: some row has a temperature other than 1; `compares`: KL and flips are
-    wanted; `raw`, `processed`: how many best tokens to list, None if no row asks at all."""
+    wanted; `raw`, `processed`: how many best tokens to list, None if no row asks at all. What the table's `listed` asks
+    for follows from the table."""
 
     filters: bool = False
     adjusts: bool = False
@@ -51,6 +61,7 @@ class Buffers:
     valid: Tensor
     flips: Tensor
     kl: Tensor
+    removed: Tensor
     reports: Tensor
     raw_ids: Tensor
     raw_values: Tensor
@@ -58,13 +69,21 @@ class Buffers:
     processed_values: Tensor
     raw_counts: Tensor
     processed_counts: Tensor
+    listed: Tensor
 
     @classmethod
     def allocate(
-        cls, bucket: int, blocks: int, wishes: Wishes, device: torch.device, room: int = ROOM
+        cls,
+        bucket: int,
+        blocks: int,
+        wishes: Wishes,
+        device: torch.device,
+        room: int = ROOM,
+        named: int = 0,
     ) -> Buffers:
-        """Uninitialised: every kernel writes what a later one reads. `room`: places for best tokens, a power of two.
-        Raises ValueError if a longer list is wished for."""
+        """Uninitialised: every kernel writes what a later one reads. `room`: places for best tokens, a power of two;
+        `named`: how many tokens of each row the table lists. Raises ValueError if more of the likeliest are wished for
+        than there is room."""
         if max(wishes.raw or 0, wishes.processed or 0) > room:
             raise ValueError(f"at most {room} of the likeliest tokens can be listed")
 
@@ -86,6 +105,7 @@ class Buffers:
             valid=empty(bucket, dtype=torch.bool),
             flips=empty(bucket, dtype=torch.bool),
             kl=empty(bucket),
+            removed=empty(bucket),
             # Whole multiples of 16 bytes, so that every row of it is aligned alike in every bucket.
             reports=empty(6, max(4, bucket))[:, :bucket],
             raw_ids=empty(bucket, listed_raw, dtype=int64),
@@ -94,6 +114,7 @@ class Buffers:
             processed_values=empty(bucket, listed),
             raw_counts=empty(bucket if wishes.raw is not None else 0, blocks, dtype=int32),
             processed_counts=empty(bucket if wishes.processed is not None else 0, blocks, dtype=int32),
+            listed=empty(bucket, named),
         )
 
 
@@ -140,8 +161,8 @@ def launch_pick(table: RowTable, buffers: Buffers, wishes: Wishes, tile: Tile | 
         )  # fmt: skip
     pick.pick[(table.bucket,)](
         table.ints, table.floats, buffers.stats, buffers.thresholds, buffers.lasts, buffers.tokens,
-        buffers.valid, buffers.kl, buffers.flips, buffers.subjects, *buffers.reports.unbind(0), *strides,
-        table.blocks, plane, BLOCKS=padded(table.blocks), COMPARE=wishes.compares,
+        buffers.valid, buffers.kl, buffers.flips, buffers.subjects, *buffers.reports.unbind(0), buffers.removed,
+        *strides, table.blocks, plane, BLOCKS=padded(table.blocks), COMPARE=wishes.compares,
         **ROW_OPTIONS, **constants,
     )  # fmt: skip
     for law, wanted, scores, counts in (
@@ -153,6 +174,12 @@ def launch_pick(table: RowTable, buffers: Buffers, wishes: Wishes, tile: Tile | 
                 table.ints, table.floats, buffers.subjects, scores, counts, *strides, table.blocks,
                 LAW=law, TILE=tile.blocks, **tile.options, **constants,
             )  # fmt: skip
+    if table.listed is not None:
+        count = table.listed.shape[1]
+        stats.listed_logprobs[(table.bucket, -(-count // TOGETHER))](
+            table.ints, table.floats, buffers.reports[4], table.listed, buffers.listed, *strides, count,
+            TOGETHER=TOGETHER, **LIST_OPTIONS, **table.variant.constants(),
+        )  # fmt: skip
 
 
 def _select(

@@ -18,15 +18,22 @@ def read_picks(table: RowTable, buffers: Buffers, controls: PickControls, wishes
     raw = processed = None
     if wishes.raw is not None:
         counts = buffers.raw_counts[:B].sum(dim=1)
-        listed = buffers.raw_values[:B, : wishes.raw] - buffers.reports[4, :B, None]
-        raw = _logprobs(buffers.reports[1, :B], counts, buffers.raw_ids[:B, : wishes.raw], listed)
+        best = buffers.raw_values[:B, : wishes.raw] - buffers.reports[4, :B, None]
+        listed = None if controls.listed is None else buffers.listed[:B]
+        raw = _logprobs(buffers.reports[1, :B], counts, buffers.raw_ids[:B, : wishes.raw], best, listed)
     if wishes.processed is not None:
         processed = _processed(table, buffers, controls, wishes.processed)
-    return Picks(buffers.tokens[:B], buffers.valid[:B], buffers.kl[:B], buffers.flips[:B], raw, processed)
+    weighed = controls.adjustments is not None and controls.adjustments.removed_by is not None
+    removed = buffers.removed[:B] if weighed else None
+    return Picks(
+        buffers.tokens[:B], buffers.valid[:B], buffers.kl[:B], buffers.flips[:B], raw, processed, removed
+    )
 
 
-def _logprobs(chosen: Tensor, counts: Tensor, ids: Tensor, values: Tensor) -> Logprobs:
-    return Logprobs(chosen, torch.where(torch.isneginf(chosen), -1, counts), ids, values)
+def _logprobs(
+    chosen: Tensor, counts: Tensor, ids: Tensor, values: Tensor, listed: Tensor | None = None
+) -> Logprobs:
+    return Logprobs(chosen, torch.where(torch.isneginf(chosen), -1, counts), ids, values, listed)
 
 
 def _processed(table: RowTable, buffers: Buffers, controls: PickControls, wanted: int) -> Logprobs:

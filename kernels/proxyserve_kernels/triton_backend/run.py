@@ -25,7 +25,8 @@ def run(
     if always_filter:
         wishes = replace(wishes, filters=True)
     table = prepared_table(batch, controls)
-    buffers = Buffers.allocate(table.bucket, table.blocks, wishes, batch.device, room)
+    named = 0 if table.listed is None else table.listed.shape[1]
+    buffers = Buffers.allocate(table.bucket, table.blocks, wishes, batch.device, room, named)
     launch_pick(table, buffers, wishes)
     return table, buffers, wishes
 

@@ -41,7 +41,8 @@ LAW_COUNTS = (0, 1, 2, 4)
 @dataclass(frozen=True, slots=True, eq=False)
 class RowTable:
     """`ints` int64 and `floats` float32 [bucket, columns] on the device, see `layout`; rows from `rows` on are unused.
-    `keep` holds what the pointers in it point to."""
+    `keep` holds what the pointers in it point to. `listed` int64 [bucket, m] on the device: the tokens whose raw
+    log-probs are wanted, -1 for none; None if no row wants any."""
 
     ints: Tensor
     floats: Tensor
@@ -49,6 +50,7 @@ class RowTable:
     width: int
     variant: Variant
     keep: tuple[Tensor, ...]
+    listed: Tensor | None = None
 
     @property
     def bucket(self) -> int:
@@ -189,13 +191,25 @@ def build_table(batch: RowBatch, controls: PickControls | None = None) -> RowTab
         flags |= layout.SUPPORTED.value * (supports.of[..., 0] != ABSENT).any(dim=1).numpy()
         flags |= layout.REMOVES.value * supports.removes.numpy()
     keep: tuple[Tensor, ...] = (*pointers.sources,)
+    listed = None
     if controls is not None:
         flags |= _write_controls(ints[:B], floats[:B], controls)
         if controls.adjustments is not None:
             keep += _write_adjustments(ints[:B], floats[:B], controls.adjustments, batch)
+        if controls.listed is not None and controls.listed.shape[1]:
+            listed = np.full((bucket, controls.listed.shape[1]), -1, dtype=np.int64)
+            listed[:B] = controls.listed.numpy()
     ints[:B, layout.FLAGS.value] = flags
 
-    table = RowTable(_send(ints, batch.device), _send(floats, batch.device), B, batch.width, variant, keep)
+    table = RowTable(
+        _send(ints, batch.device),
+        _send(floats, batch.device),
+        B,
+        batch.width,
+        variant,
+        keep,
+        None if listed is None else _send(listed, batch.device),
+    )
     if not on_host:
         present = torch.from_numpy(positive != 0).to(batch.device, non_blocking=True)
         table.weight_columns()[:B, : batch.terms] = torch.where(present, batch.weights, 0.0)
@@ -255,9 +269,14 @@ def _write_adjustments(
     floats[rows, layout.FREQUENCY.value] = adjustments.frequency.numpy()
     if adjustments.masks is not None and adjustments.mask_of is not None:
         masks = adjustments.masks.contiguous().to(batch.device, non_blocking=True)
-        of = adjustments.mask_of.numpy()
-        address = masks.data_ptr() + np.maximum(of, 0) * masks.stride(0) * masks.element_size()
-        ints[:, layout.MASK.value] = np.where(of >= 0, address, 0)
+        for of, column in (
+            (adjustments.mask_of, layout.MASK.value),
+            (adjustments.removed_by, layout.REMOVED_BY.value),
+        ):
+            if of is not None:
+                number = of.numpy()
+                address = masks.data_ptr() + np.maximum(number, 0) * masks.stride(0) * masks.element_size()
+                ints[:, column] = np.where(number >= 0, address, 0)
         ints[:, layout.MASK_WORDS.value] = masks.shape[1]
         kept.append(masks)
     return tuple(kept)

@@ -48,5 +48,9 @@ GROUP = 8
 #: Blocks that the searches open at once: with 8 the compiler spills a register or two.
 SEARCH_GROUP = 4
 
+#: Named tokens of which one program of one warp tells the log-probs: one for each of its threads.
+TOGETHER = 32
+LIST_OPTIONS: dict[str, int | bool] = {"num_warps": 1, **EXACT}
+
 #: Places in the buffer of best tokens of a row, and so the longest list.
 ROOM = 1024

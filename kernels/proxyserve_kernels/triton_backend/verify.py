@@ -28,7 +28,7 @@ def judge(
     drafted = tokens >= 0
     forced = torch.full((batch.size,), -1, dtype=torch.int64)
     forced[drafts.rows[:, :-1][drafts.tokens >= 0]] = drafts.tokens[drafts.tokens >= 0]
-    silent = replace(controls, raw=(None,) * batch.size, processed=None, forced=forced)
+    silent = replace(controls, raw=(None,) * batch.size, processed=None, forced=forced, listed=None)
     table, buffers, wishes = run(batch, silent)
     drawn = buffers.tokens[rows.clamp(min=0)]
     picks = read_picks(table, buffers, silent, wishes)
@@ -39,7 +39,12 @@ def judge(
     proposed = torch.full((drafts.laws.size,), -1, dtype=torch.int64)
     proposed[drafts.law_rows[drafts.tokens >= 0]] = drafts.tokens[drafts.tokens >= 0]
     quiet = replace(
-        drafts.law_controls, raw=(None,) * drafts.laws.size, processed=None, compare=False, forced=proposed
+        drafts.law_controls,
+        raw=(None,) * drafts.laws.size,
+        processed=None,
+        compare=False,
+        forced=proposed,
+        listed=None,
     )
     draft_table, draft_buffers, draft_wishes = run(drafts.laws, quiet)
     draft_rows = drafts.law_rows.to(device)

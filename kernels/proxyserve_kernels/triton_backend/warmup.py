@@ -81,7 +81,7 @@ def _row(sources: int, vocabulary: int, terms: int) -> Row:
 
 def controls(rows: int, listed: int) -> Iterator[PickControls]:
     """Controls that between them need every variant of the pick's kernels: with and without adjustments, temperature,
-    filters, and lists of each size up to that of `listed` tokens."""
+    filters, lists of each size up to that of `listed` tokens, and log-probs of named ones."""
     sizes = [size for size in LISTS if size <= list_size(listed)]
     lists: list[tuple[int | None, int | None]] = [(None, None), (0, 0), *((size, size) for size in sizes)]
     for adjustments in (None, Adjustments.none()):
@@ -95,6 +95,7 @@ def controls(rows: int, listed: int) -> Iterator[PickControls]:
                         raw=(raw,) * rows,
                         processed=(processed,) * rows,
                         adjustments=adjustments,
+                        listed=None if raw is None else torch.zeros(rows, 1, dtype=torch.int64),
                     )
 
 

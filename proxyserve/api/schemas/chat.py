@@ -12,7 +12,8 @@ from proxyserve.api.schemas.common import MAX_COUNT, Count, GenerationRequest
 from proxyserve.api.schemas.explain import ExplainedToken
 from proxyserve.api.schemas.fusion import FusionSummary
 from proxyserve.api.schemas.message import Message
-from proxyserve.api.schemas.responses import FinishReasonName, UsageBody
+from proxyserve.api.schemas.responses import ChoiceExtras, FinishReasonName, PromptExtras, UsageBody
+from proxyserve.api.schemas.structured import GrammarReport, ResponseFormat
 from proxyserve.api.schemas.tools import ToolBody, ToolChoice
 
 
@@ -36,9 +37,11 @@ TemplateVariables = Annotated[
 class ChatRequest(GenerationRequest):
     """`max_tokens` (or its newer name `max_completion_tokens`) defaults to what is left of the context."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Count | None = None
-    logprobs: bool | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] = Field(description="The conversation so far.")
+    max_completion_tokens: Count | None = Field(None, description="The newer name of `max_tokens`.")
+    logprobs: bool | None = Field(
+        None, description="Give the log-probability of each generated token. Default false."
+    )
     top_logprobs: Annotated[int, Field(ge=0)] | None = Field(
         None, description="How many of the most likely tokens to give at each position; needs `logprobs`."
     )
@@ -72,12 +75,13 @@ class ChatRequest(GenerationRequest):
         None, description="The answer continues the last message, an assistant's. Default false."
     )
 
+    response_format: ResponseFormat | None = None
+
     audio: Annotated[Any, NotYet()] = None
     function_call: Annotated[Any, NotYet("none", instead="tool_choice")] = None
     functions: Annotated[Any, NotYet([], instead="tools")] = None
     modalities: Annotated[Any, NotYet(["text"])] = None
     prediction: Annotated[Any, NotYet()] = None
-    response_format: Annotated[Any, NotYet({"type": "text"})] = None
     store: Annotated[Any, NotYet(False)] = None
     verbosity: Annotated[Any, NotYet("medium")] = None
     web_search_options: Annotated[Any, NotYet()] = None
@@ -126,17 +130,17 @@ class AssistantMessage(BaseModel):
     reasoning_content: str | None = Field(None, description="The same, under the older name.")
 
 
-class ChatChoice(BaseModel):
-    index: int
+class ChatChoice(ChoiceExtras):
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReasonName
     explain: list[ExplainedToken] | None = Field(
         None, description="With `fusion.explain`: an entry per token."
     )
+    grammar: GrammarReport | None = Field(None, description="With a required form: what it changed.")
 
 
-class ChatCompletion(BaseModel):
+class ChatCompletion(PromptExtras):
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -172,17 +176,19 @@ class ChatDelta(BaseModel):
     reasoning_content: str | None = None
 
 
-class ChatChunkChoice(BaseModel):
-    index: int
+class ChatChunkChoice(ChoiceExtras):
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: FinishReasonName | None
     explain: list[ExplainedToken] | None = Field(
         None, description="With `fusion.explain`: an entry per token."
     )
+    grammar: GrammarReport | None = Field(
+        None, description="With a required form: what it changed, on the choice's last chunk."
+    )
 
 
-class ChatChunk(BaseModel):
+class ChatChunk(PromptExtras):
     """One server-sent event. With `include_usage`, `usage` is null on all but the last, which has no choices."""
 
     id: str

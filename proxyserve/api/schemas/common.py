@@ -1,4 +1,4 @@
-"""What the bodies of both generating routes have in common."""
+"""What the bodies of the routes that use the engine have in common."""
 
 from __future__ import annotations
 
@@ -10,10 +10,17 @@ from pydantic_core import PydanticCustomError
 
 from proxyserve.api.schemas.base import NotYet, RequestModel
 from proxyserve.api.schemas.rule_models import AnyFusion
+from proxyserve.api.schemas.structured import StructuredOutputs
 from proxyserve.types import MAX_SEED
 
-#: Longest name of a model and longest `user`, in characters.
+#: Longest name of a model and longest tag of an end user, in characters.
 MAX_NAME = 512
+#: Longest secret that keeps prefix-cache entries apart, in characters.
+MAX_SALT = 1024
+#: OpenAI's bounds of `metadata`.
+MAX_METADATA = 16
+MAX_METADATA_KEY = 64
+MAX_METADATA_VALUE = 512
 
 #: Counts above this are refused as typing errors; tensors of ids could not hold them either.
 MAX_COUNT = 2**31 - 1
@@ -65,6 +72,13 @@ LogitBias = Annotated[
         }
     ),
 ]
+Metadata = Annotated[
+    dict[
+        Annotated[str, Field(min_length=1, max_length=MAX_METADATA_KEY)],
+        Annotated[str, Field(max_length=MAX_METADATA_VALUE)],
+    ],
+    Field(max_length=MAX_METADATA),
+]
 
 
 class StreamOptions(RequestModel):
@@ -72,46 +86,131 @@ class StreamOptions(RequestModel):
     include_obfuscation: Annotated[Any, NotYet(False)] = None
 
 
-class GenerationRequest(RequestModel):
-    """Fields of `/v1/chat/completions` and `/v1/completions` alike. `proxyserve.types.SamplingParams` says what the
-    sampling fields do and in which order."""
+class EngineRequest(RequestModel):
+    """Fields of every request that puts the engine to work: which law, and on whose behalf."""
 
     model: ModelName
-    fusion: AnyFusion | None = None
+    fusion: AnyFusion | None = Field(
+        None,
+        description="Rule, experts, weights and what goes with them (docs/rules.md), beside or instead of `model`.",
+    )
 
-    temperature: Annotated[float, Field(ge=0.0, le=100.0)] | None = None
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = None
-    min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
-    seed: Annotated[int, Field(ge=-(MAX_SEED // 2), lt=MAX_SEED)] | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(gt=0.0, le=10.0)] | None = None
-    logit_bias: LogitBias | None = None
-
-    max_tokens: Count | None = None
-    stop: Stop | None = None
-    stop_token_ids: list[TokenId] | None = None
-    ignore_eos: bool | None = None
-
-    n: Count | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    priority: Annotated[int, Field(ge=-1000, le=1000)] | None = Field(
+        None,
+        description="Of the waiting requests those with the lowest number go first. Default, and lowest for all but "
+        "administrators: the key's, which is 0 unless its record says otherwise.",
+    )
     user: Annotated[str, Field(max_length=MAX_NAME)] | None = Field(
         None,
         description="Tag of the end user. Prompts of different users do not share entries of the prefix cache.",
+    )
+    safety_identifier: Annotated[str, Field(max_length=MAX_NAME)] | None = Field(
+        None,
+        description="OpenAI's newer name for a tag of the end user; separates the prefix cache like `user`.",
+    )
+    prompt_cache_key: Annotated[str, Field(max_length=MAX_NAME)] | None = Field(
+        None, description="Prompts share entries of the prefix cache only with prompts of an equal key."
+    )
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT)] | None = Field(
+        None,
+        description="A secret that does the same: nobody who does not know it can learn what is in the cache.",
+    )
+    metadata: Metadata | None = Field(
+        None,
+        description="Tags of your own for the server's log and traces: up to 16, keys of 64 characters, values of 512.",
     )
 
     timeout: Annotated[float, Field(gt=0.0, le=MAX_COUNT)] | None = Field(
         None, description="Seconds from the request's arrival until it is given up, wherever it is then."
     )
-    metadata: Annotated[Any, NotYet({})] = None
     moderation: Annotated[Any, NotYet()] = None
-    prompt_cache_key: Annotated[Any, NotYet()] = None
     prompt_cache_options: Annotated[Any, NotYet()] = None
     prompt_cache_retention: Annotated[Any, NotYet()] = None
-    safety_identifier: Annotated[Any, NotYet()] = None
     service_tier: Annotated[Any, NotYet("auto", "default")] = None
+
+
+class GenerationRequest(EngineRequest):
+    """Fields of `/v1/chat/completions` and `/v1/completions` alike. `proxyserve.types.SamplingParams` says what the
+    sampling fields do and in which order."""
+
+    structured_outputs: StructuredOutputs | None = Field(
+        None, description="A form that the whole text must have; vLLM's way of asking."
+    )
+
+    temperature: Annotated[float, Field(ge=0.0, le=100.0)] | None = Field(
+        None, description="Divides the log-probabilities before the draw; 0 is greedy. Default 1."
+    )
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        None,
+        description="Draw from the fewest likeliest tokens that have this much probability together. Default 1, off.",
+    )
+    top_k: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = Field(
+        None, description="Draw from this many likeliest tokens. Default 0, off."
+    )
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(
+        None,
+        description="Draw from tokens with at least this share of the likeliest one's probability. Default 0, off.",
+    )
+    seed: Annotated[int, Field(ge=-(MAX_SEED // 2), lt=MAX_SEED)] | None = Field(
+        None, description="The same seed draws the same answer; without one each answer is drawn anew."
+    )
+    presence_penalty: Penalty | None = Field(
+        None, description="Subtracted from the score of each token that the answer already has. Default 0."
+    )
+    frequency_penalty: Penalty | None = Field(
+        None, description="Subtracted once per time that the answer already has the token. Default 0."
+    )
+    repetition_penalty: Annotated[float, Field(gt=0.0, le=10.0)] | None = Field(
+        None,
+        description="Divides positive and multiplies negative scores of tokens that prompt or answer already have. "
+        "Default 1, off.",
+    )
+    logit_bias: LogitBias | None = Field(
+        None, description='Added to the scores of tokens, by id: `{"50256": -100}`.'
+    )
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = Field(
+        None, description="No other token comes."
+    )
+    bad_words: list[Annotated[str, Field(min_length=1)]] | None = Field(
+        None,
+        description="Texts that never come, as the tokenizer writes them with and without a leading space. Other "
+        "spellings of the same text in tokens are not ruled out.",
+    )
+
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = Field(
+        None,
+        description="Most tokens of the answer. 0, to score the prompt alone, needs `prompt_logprobs` or `echo`.",
+    )
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = Field(
+        None, description="Before this many tokens no token comes that would end the answer. Default 0."
+    )
+    stop: Stop | None = Field(None, description="Strings that end the answer; they are not part of it.")
+    stop_token_ids: list[TokenId] | None = Field(
+        None, description="Tokens that end the answer, beside the models' own; they are not part of its text."
+    )
+    ignore_eos: bool | None = Field(
+        None, description="Go on after the models' own end-of-text tokens. Default false."
+    )
+    skip_special_tokens: bool | None = Field(
+        None, description="Leave special tokens out of the answer's text. Default true."
+    )
+
+    prompt_logprobs: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="Give the log-probability of each token of the base's prompt, and this many likeliest tokens.",
+    )
+    logprob_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = Field(
+        None, description="Give the log-probabilities of these tokens at each position, in `listed_logprobs`."
+    )
+    return_token_ids: bool | None = Field(
+        None, description="Give the ids of the base's prompt and of the answer. Default false."
+    )
+
+    n: Count | None = Field(None, description="Answers per prompt. Default 1.")
+    stream: bool | None = Field(
+        None, description="Send the answer in pieces, as server-sent events. Default false."
+    )
+    stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
 
     @property
     def include_usage(self) -> bool:

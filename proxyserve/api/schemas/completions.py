@@ -8,15 +8,25 @@ from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from proxyserve.api.schemas.base import NotYet
-from proxyserve.api.schemas.common import MAX_COUNT, GenerationRequest
+from proxyserve.api.schemas.common import MAX_COUNT, Count, GenerationRequest
 from proxyserve.api.schemas.explain import ExplainedToken
 from proxyserve.api.schemas.fusion import FusionSummary
-from proxyserve.api.schemas.responses import FinishReasonName, UsageBody
+from proxyserve.api.schemas.responses import ChoiceExtras, FinishReasonName, PromptExtras, UsageBody
+from proxyserve.api.schemas.structured import GrammarReport
 
 #: What OpenAI gives a completion that names no `max_tokens`.
 DEFAULT_MAX_TOKENS = 16
 
 Prompt = str | tuple[int, ...]
+
+
+def parse_prompt(value: Any) -> Prompt:
+    """One prompt, as text or as token ids."""
+    if isinstance(value, str):
+        return _require_text(value)
+    if isinstance(value, list):
+        return _require_ids(value)
+    raise PydanticCustomError("prompt_type", "It must be a string or a list of token ids")
 
 
 def _parse_prompts(value: Any) -> tuple[Prompt, ...]:
@@ -31,7 +41,7 @@ def _parse_prompts(value: Any) -> tuple[Prompt, ...]:
         if not any(isinstance(entry, str | list) for entry in value):
             return (_require_ids(value),)
     if value == []:
-        raise PydanticCustomError("empty", "A prompt must not be empty")
+        raise PydanticCustomError("empty", "It must not be empty")
     raise PydanticCustomError(
         "prompt_type",
         "It must be a string, a list of strings, a list of token ids, or a list of lists of token ids",
@@ -40,13 +50,13 @@ def _parse_prompts(value: Any) -> tuple[Prompt, ...]:
 
 def _require_text(text: str) -> str:
     if not text:
-        raise PydanticCustomError("empty", "A prompt must not be empty")
+        raise PydanticCustomError("empty", "It must not be empty")
     return text
 
 
 def _require_ids(ids: list[Any]) -> tuple[int, ...]:
     if not ids:
-        raise PydanticCustomError("empty", "A prompt must not be empty")
+        raise PydanticCustomError("empty", "It must not be empty")
     if not all(type(token) is int and 0 <= token <= MAX_COUNT for token in ids):
         raise PydanticCustomError("token_id", "Token ids must be whole numbers, 0 or more")
     return tuple(ids)
@@ -54,6 +64,9 @@ def _require_ids(ids: list[Any]) -> tuple[int, ...]:
 
 _IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": MAX_COUNT}}
 _TEXT = {"type": "string", "minLength": 1}
+
+#: What `parse_prompt` takes.
+PROMPT_SCHEMA = {"anyOf": [_TEXT, _IDS]}
 
 Prompts = Annotated[
     tuple[Prompt, ...],
@@ -75,7 +88,13 @@ Prompts = Annotated[
 class CompletionRequest(GenerationRequest):
     """With several prompts, choice `prompt * n + i` is the i-th answer to a prompt. `max_tokens` defaults to 16."""
 
-    prompt: Prompts
+    prompt: Prompts = Field(
+        description="A text, a list of token ids, a list of texts, or a list of lists of token ids."
+    )
+    echo: bool | None = Field(
+        None,
+        description="Begin each choice with its prompt, in its text and in its log-probabilities. Default false.",
+    )
     logprobs: Annotated[int, Field(ge=0)] | None = Field(
         None,
         description="How many of the most likely tokens to give at each position, beside the chosen one.",
@@ -83,29 +102,39 @@ class CompletionRequest(GenerationRequest):
     return_tokens_as_token_ids: bool | None = Field(
         None, description="Name tokens in `logprobs` by id, `token_id:123`, so that no two have one name."
     )
+    best_of: Count | None = Field(
+        None, description="Only the value of `n` is accepted: all answers are returned."
+    )
 
-    best_of: Annotated[Any, NotYet(1)] = None
-    echo: Annotated[Any, NotYet(False)] = None
     suffix: Annotated[Any, NotYet("")] = None
 
 
 class CompletionLogprobs(BaseModel):
-    """Of the fused law before bias, penalties, temperature and truncation. -9999.0 stands for minus infinity.
-    `text_offset` counts characters from the beginning of the choice's text."""
+    """Of the fused law before bias, penalties, temperature and truncation. -9999.0 stands for minus infinity. With
+    `echo` the prompt's tokens come first; the first of them, which nothing comes before, has null. `text_offset`
+    counts characters from the beginning of the choice's text."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
-class CompletionChoice(BaseModel):
-    index: int
+class CompletionChoice(PromptExtras, ChoiceExtras):
+    """In a stream, what belongs to the prompt comes with the choice's first chunk."""
+
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReasonName | None
     explain: list[ExplainedToken] | None = Field(
-        None, description="With `fusion.explain`: an entry per token."
+        None, description="With `fusion.explain`: an entry per generated token."
+    )
+    prompt_explain: list[ExplainedToken | None] | None = Field(
+        None,
+        description="With `fusion.explain`, where the prompt's log-probabilities are found: an entry per prompt token.",
+    )
+    grammar: GrammarReport | None = Field(
+        None, description="With a required form: what it changed. In a stream on the choice's last event."
     )
 
 

@@ -163,8 +163,9 @@ class FusionSummary(BaseModel):
     """What fusion did to a response, over all of its choices.
 
     `mean_kl` is the mean over generated positions of KL(fused || base) in nats; `flips` counts the positions where the
-    fused argmax differs from the base's; both are null for rules that do not run the base. `generations` says which
-    version of each expert answered. `mean_weights`, for rules that solve weights, is their mean per expert.
+    fused argmax differs from the base's; both are null for rules that do not run the base, and where nothing was
+    generated. `generations` says which version of each expert answered. `mean_weights`, for rules that solve weights,
+    is their mean per expert.
 
     Where the base is on another server, which returns its likeliest tokens only, `certified` counts generated tokens
     whose greedy choice is sure to be the one over the base's whole law, `mean_unseen_mass` is the mean of the base's

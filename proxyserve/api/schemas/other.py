@@ -28,21 +28,27 @@ class TokenizeRequest(RequestModel):
     """Give `prompt` or `messages`. Messages are rendered with the chat template of the base, or the one that the base
     borrows from an expert named in `model`; they hold their own special tokens."""
 
-    model: ModelName | None = None
-    prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    model: ModelName | None = Field(None, description="Default: the base.")
+    prompt: str | None = Field(None, description="A text.")
+    messages: Annotated[list[Message], Field(min_length=1)] | None = Field(
+        None, description="A conversation, as for chat."
+    )
     add_special_tokens: bool | None = Field(None, description="For `prompt` only; on unless switched off.")
+    return_token_strs: bool | None = Field(
+        None, description="Give the tokens' names as well, as in `logprobs`. Default false."
+    )
 
 
 class TokenizeResponse(BaseModel):
     tokens: list[int]
     count: int
     max_model_len: int
+    token_strs: list[str] | None = Field(default=None, description="With `return_token_strs`.")
 
 
 class DetokenizeRequest(RequestModel):
-    model: ModelName | None = None
-    tokens: list[TokenId]
+    model: ModelName | None = Field(None, description="Default: the base.")
+    tokens: list[TokenId] = Field(description="Token ids of the base.")
 
 
 class DetokenizeResponse(BaseModel):
@@ -64,6 +70,21 @@ class Load(BaseModel):
     waiting: int = Field(description="Choices that wait for a place.")
     waiting_tokens: int = Field(description="Prompt tokens of choices that have no token yet.")
     kv_use: float = Field(description="Share of the KV blocks in use, in the pool that is fullest; 0 to 1.")
+
+
+class TokenizerInfo(BaseModel):
+    """The base's tokenizer. Tokens are named as `/tokenize` reads them; null for those that it has none of.
+    `eos_token_ids` are all ids that end the base's texts. `vocab_size` counts ids, the added ones too."""
+
+    eos_token: str | None
+    bos_token: str | None
+    pad_token: str | None
+    eos_token_ids: list[int]
+    chat_template: str | None = Field(
+        description="Jinja source of the base's own template, or of the one that this server was started with."
+    )
+    vocab_size: int
+    max_model_len: int = Field(description="Tokens of prompt and answer together.")
 
 
 class Health(BaseModel):

@@ -11,6 +11,45 @@ from proxyserve.types import FinishReason
 FinishReasonName = Literal["stop", "length", "tool_calls"]
 
 
+class PromptLogprob(BaseModel):
+    """One token at one position of a prompt, as vLLM writes it. `rank` is 1 for the most likely token, and null for a
+    token that is not among those asked for. -9999.0 stands for minus infinity."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+#: Per position of the base's prompt, by token id: the token that stands there, and the most likely ones. Null where
+#: nothing comes before.
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
+
+
+class PromptExtras(BaseModel):
+    """What is said of a prompt beyond OpenAI's fields; only what was asked for is there."""
+
+    prompt_token_ids: list[int] | None = Field(
+        None, description="With `return_token_ids`: the base's prompt."
+    )
+    prompt_logprobs: PromptLogprobs | None = Field(None, description="With `prompt_logprobs`.")
+
+
+class ChoiceExtras(BaseModel):
+    """Choices of both generating routes: their number, and what they have beyond OpenAI's fields, of which only what
+    was asked for is there."""
+
+    index: int
+    stop_reason: str | int | None = Field(
+        None,
+        description="The stop string or id of `stop_token_ids` that ended the answer, null for any other end.",
+    )
+    token_ids: list[int] | None = Field(None, description="With `return_token_ids`: all generated tokens.")
+    listed_logprobs: list[dict[int, float] | None] | None = Field(
+        None,
+        description="With `logprob_token_ids`: an entry per generated token, and with `echo` per prompt token.",
+    )
+
+
 class PromptTokensDetails(BaseModel):
     cached_tokens: int = Field(description="Prompt tokens of the base that came from its prefix cache.")
 

@@ -26,7 +26,8 @@ MASK_WORDS = tl.constexpr(12)
 FORCED = tl.constexpr(13)  # token to report on, -1: the drawn one
 LISTED_RAW = tl.constexpr(14)  # how many best tokens to list
 LISTED_PROCESSED = tl.constexpr(15)
-TERM_INTS = tl.constexpr(16)  # per term: positive pointer, kind, negative pointer, kind
+REMOVED_BY = tl.constexpr(16)  # pointer to int32 words: the mask whose removed mass is reported
+TERM_INTS = tl.constexpr(17)  # per term: positive pointer, kind, negative pointer, kind
 INTS_PER_TERM = tl.constexpr(4)
 INTS_PER_LAW = tl.constexpr(3)  # per support law: pointer (0: none, 1: the fused law), kind, last kept id
 
@@ -62,7 +63,10 @@ PROCESSED_MAX, PROCESSED_SUM = tl.constexpr(2), tl.constexpr(3)
 REFERENCE_MAX, REFERENCE_SUM = tl.constexpr(4), tl.constexpr(5)
 GAP_SUM = tl.constexpr(6)  # sum of exp(raw - maximum) * (raw - reference)
 KEPT_MAX, KEPT_SUM = tl.constexpr(7), tl.constexpr(8)  # processed, after filters
-PLANES = 9
+REMOVED_SUM = tl.constexpr(
+    9
+)  # of RAW_SUM, what the mask of REMOVED_BY rules out; written for adjusted batches
+PLANES = 10
 
 # Laws a kernel can look at.
 RAW, PROCESSED = tl.constexpr(0), tl.constexpr(1)

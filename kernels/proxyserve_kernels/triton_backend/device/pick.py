@@ -21,6 +21,7 @@ from proxyserve_kernels.triton_backend.device.layout import (
     RAW,
     RAW_MAX,
     REFERENCE_MAX,
+    REMOVED_SUM,
     SEED,
     TOKENS,
     WIDTH,
@@ -73,6 +74,7 @@ def pick(
     processed_logprobs,
     raw_partitions,
     processed_partitions,
+    removed,
     int_stride,
     float_stride,
     blocks,
@@ -86,7 +88,8 @@ def pick(
     COMPARE: tl.constexpr,
 ):
     """Grid (rows). Writes the token (-1 for a bad row), and of the reported token (`subjects`) score and log-prob under
-    both laws; the partitions are in nats. BLOCKS is a power of two, at least the number of `blocks`."""
+    both laws; the partitions are in nats; for adjusted batches the removed mass. BLOCKS is a power of two, at least the
+    number of `blocks`."""
     row = tl.program_id(0).to(tl.int64)
     ints += row * int_stride
     floats += row * float_stride
@@ -150,6 +153,15 @@ def pick(
     tl.store(processed_logprobs + row, tl.where(greedy, certain, processed_logprob))
     tl.store(raw_partitions + row, raw_partition)
     tl.store(processed_partitions + row, partition)
+
+    if ADJUST:
+        lost = tl.load(stats + REMOVED_SUM * plane + block, mask=here, other=0.0)
+        # The sums of some tokens and of all, made in one order: the quotient is at most 1.
+        raw_peak = tl.max(raw_maxima, axis=0)
+        safe = tl.where(raw_peak == float("-inf"), 0.0, raw_peak)
+        scale = tl.exp2((raw_maxima - safe) * LOG2E)
+        whole = tl.sum((raw_sums * scale).to(tl.float64), axis=0)
+        tl.store(removed + row, (tl.sum((lost * scale).to(tl.float64), axis=0) / whole).to(tl.float32))
 
     if COMPARE:
         reference_maxima = tl.load(stats + REFERENCE_MAX * plane + block, mask=here, other=float("-inf"))

@@ -12,6 +12,7 @@ from proxyserve_kernels.triton_backend.device.layout import (
     KEPT_MAX,
     KEPT_SUM,
     LOG2E,
+    MASK_WORDS,
     PROCESSED,
     PROCESSED_MAX,
     PROCESSED_SUM,
@@ -19,10 +20,14 @@ from proxyserve_kernels.triton_backend.device.layout import (
     RAW_SUM,
     REFERENCE_MAX,
     REFERENCE_SUM,
+    REMOVED_BY,
+    REMOVED_SUM,
     SCALE,
+    WIDTH,
 )
 from proxyserve_kernels.triton_backend.device.tiles import (
     adjusted_tile,
+    allowed_tile,
     block_mass,
     block_offsets,
     fused_tile,
@@ -49,7 +54,8 @@ def fuse_stats(
     COMPARE: tl.constexpr,
 ):
     """Grid (rows, tiles of TILE blocks). Writes, per block, maximum and sum of exp(score - maximum) of the raw, the
-    processed (before filters) and the reference law, and the moment for KL(raw || reference).
+    processed (before filters) and the reference law, the moment for KL(raw || reference), and of the raw sum what the
+    mask of REMOVED_BY rules out.
 
     `stats` float32 [PLANES, rows, blocks] with `plane` entries per plane."""
     row = tl.program_id(0).to(tl.int64)
@@ -73,6 +79,12 @@ def fuse_stats(
         tl.store(out + REFERENCE_MAX * plane, reference_peak, mask=here)
         tl.store(out + REFERENCE_SUM * plane, block_mass(reference, reference_peak), mask=here)
     if ADJUST:
+        removed = tl.zeros([TILE], tl.float32)
+        removed_by = tl.load(ints + REMOVED_BY)
+        if removed_by != 0:
+            allowed = allowed_tile(removed_by, tl.load(ints + MASK_WORDS), offsets)
+            removed = tl.sum(tl.where(allowed, 0.0, weight), axis=1)
+        tl.store(out + REMOVED_SUM * plane, removed, mask=here)
         score = adjusted_tile(ints, floats, offsets, score)
     if SCALED:
         score = score * tl.load(floats + SCALE)
@@ -148,6 +160,38 @@ def write_scores(
         ints + row * int_stride, floats + row * float_stride, offsets, KIND, TERMS, LAWS, GENERAL
     )
     tl.store(out + row * out_stride + offsets, score, mask=offsets < out_stride)
+
+
+@triton.jit(do_not_specialize=["int_stride", "float_stride", "count"])
+def listed_logprobs(
+    ints,
+    floats,
+    partitions,
+    listed,
+    out,
+    int_stride,
+    float_stride,
+    count,
+    TOGETHER: tl.constexpr,
+    KIND: tl.constexpr,
+    TERMS: tl.constexpr,
+    LAWS: tl.constexpr,
+    GENERAL: tl.constexpr,
+):
+    """Grid (rows, groups of TOGETHER tokens). Raw log-probs of the tokens `listed` int64 [rows, count], from the rows'
+    log-partitions: `out` float32 [rows, count], -inf for -1 and for a token beyond the row's width."""
+    row = tl.program_id(0).to(tl.int64)
+    ints += row * int_stride
+    floats += row * float_stride
+    if tl.load(ints + WIDTH) == 0:
+        return
+    place = tl.program_id(1) * TOGETHER + tl.arange(0, TOGETHER)
+    token = tl.load(listed + row * count + place, mask=place < count, other=-1)
+    # An id too large for int32 is beyond every width; -1 reads token 0 and is put right below.
+    offsets = tl.minimum(tl.maximum(token, 0), 0x7FFFFFFF).to(tl.int32)
+    score, _ = fused_tile(ints, floats, offsets[None, :], KIND, TERMS, LAWS, GENERAL)
+    logprob = tl.sum(score, axis=0) - tl.load(partitions + row)
+    tl.store(out + row * count + place, tl.where(token < 0, float("-inf"), logprob), mask=place < count)
 
 
 @triton.jit(do_not_specialize=["int_stride", "float_stride", "blocks"])

@@ -211,6 +211,14 @@ def fused_tile(
 
 
 @triton.jit
+def allowed_tile(pointer, words, offsets):
+    """Whether the mask of so many `words` at `pointer` allows the tokens `offsets`."""
+    index = offsets // 32
+    word = tl.load(pointer.to(tl.pointer_type(tl.int32)) + index, mask=index < words, other=0)
+    return ((word >> (offsets % 32)) & 1) != 0
+
+
+@triton.jit
 def adjusted_tile(ints, floats, offsets, score):
     """Logit bias, then penalties, then the grammar mask, of the rows that have them."""
     width = tl.load(ints + WIDTH).to(tl.int32)
@@ -230,11 +238,8 @@ def adjusted_tile(ints, floats, offsets, score):
         score = tl.where(count > 0, penalised, score)
     mask_pointer = tl.load(ints + MASK)
     if mask_pointer != 0:
-        words = mask_pointer.to(tl.pointer_type(tl.int32))
-        index = offsets // 32
-        word = tl.load(words + index, mask=index < tl.load(ints + MASK_WORDS), other=0)
-        allowed = ((word >> (offsets % 32)) & 1) != 0
         # A NaN stays, so that a mask cannot hide a broken row.
+        allowed = allowed_tile(mask_pointer, tl.load(ints + MASK_WORDS), offsets)
         score = tl.where(allowed | (score != score), score, float("-inf"))
     return tl.where(offsets < width, score, float("-inf"))
 
