@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import proxyserve
 from proxyserve.models.model_set import ModelSet
+from proxyserve.text.tokenizer import Tokenizer
 from tests.api.live import Live
 from tests.tiny import EOS
 
@@ -49,6 +50,39 @@ def test_tokens_round_trip(live: Live, tiny_models: ModelSet) -> None:
     assert live.post("/detokenize", tokens=[]).json() == {"prompt": ""}
 
 
+def test_names_of_tokens(live: Live, tiny_models: ModelSet) -> None:
+    names = live.post("/tokenize", prompt="The quick 日", return_token_strs=True).json()["token_strs"]
+    assert names[:3] == ["The", " qu", "ick"]
+    assert all(name.startswith("bytes:") for name in names[3:])
+    assert "token_strs" not in live.post("/tokenize", prompt="The quick").json()
+
+
+def test_special_tokens_can_be_left_out(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a tokenizer that adds one; the tiny ones add none."""
+
+    def encode(self: Tokenizer, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [0, 70] if add_special_tokens else [70]
+
+    monkeypatch.setattr(Tokenizer, "encode", encode)
+    assert live.post("/tokenize", prompt="f").json()["tokens"] == [0, 70]
+    assert live.post("/tokenize", prompt="f", add_special_tokens=False).json()["tokens"] == [70]
+
+
+def test_tokenizer_info(live: Live, tiny_models: ModelSet) -> None:
+    """What lm-evaluation-harness asks before it uses a server as its tokenizer."""
+    info = live.http.get("/tokenizer_info").json()
+    assert info == {
+        "eos_token": EOS,
+        "bos_token": None,
+        "pad_token": EOS,
+        "eos_token_ids": [0],
+        "chat_template": None,
+        "vocab_size": tiny_models.base.tokenizer.vocabulary_size,
+        "max_model_len": 256,
+    }
+    assert live.post("/tokenize", prompt=EOS, add_special_tokens=False).json()["tokens"] == [0]
+
+
 def test_detokenize_keeps_special_tokens(live: Live) -> None:
     assert live.post("/detokenize", tokens=[0]).json() == {"prompt": EOS}
 
@@ -72,6 +106,7 @@ def test_messages_are_rendered_as_for_chat(live: Live) -> None:
         ("/tokenize", {"prompt": "a", "add_special_tokens": 1}, "add_special_tokens", 400),
         ("/tokenize", {"prompt": "a", "model": "gpt-5"}, "model", 404),
         ("/tokenize", {"messages": [{"role": "user", "content": "a"}]}, "messages", 400),
+        ("/tokenize", {"prompt": "a", "return_token_strs": 1}, "return_token_strs", 400),
         ("/detokenize", {}, "tokens", 400),
         ("/detokenize", {"tokens": "a"}, "tokens", 400),
         ("/detokenize", {"tokens": [True]}, "tokens[0]", 400),
