@@ -127,8 +127,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         for limit in fields(self):
-            if limit.name != "grammar" and not getattr(self, limit.name) > 0:
-                raise ValueError(f"{limit.name} must be above 0, not {getattr(self, limit.name)}")
+            value = getattr(self, limit.name)
+            if isinstance(value, int | float) and not value > 0:
+                raise ValueError(f"{limit.name} must be above 0, not {value}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,6 @@ _REJECTIONS: Mapping[int, str] = {
     409: "conflict",
     413: "too_large",
     415: "unsupported_media_type",
-    429: "queue_full",
     503: "not_ready",
 }
 
@@ -170,9 +169,9 @@ def error_response(problem: Problem) -> Response:
     return ProblemResponse(problem)
 
 
-def rejection_reason(status: int) -> str | None:
-    """The metrics label for a refusal with this status, None where it is no refusal."""
-    return _REJECTIONS.get(status)
+def rejection_reason(problem: Problem) -> str | None:
+    """The metrics label for a refusal, None where it is none. Of too much work, it tells whose limit it was."""
+    return problem.detail.code if problem.status == 429 else _REJECTIONS.get(problem.status)
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -180,7 +179,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def handle(request: Request, error: Exception) -> Response:
         problem = problem_of(error)
-        reason = rejection_reason(problem.status)
+        reason = rejection_reason(problem)
         if reason is not None:
             server_state(request).metrics.rejected(reason)
         return error_response(problem)

@@ -46,13 +46,13 @@ class Generation:
         self, request: Request, submissions: Sequence[Submission], lease: Lease, work: Work | None = None
     ) -> None:
         """Raises what `AsyncEngine.submit` raises, and DeadlineExceeded; then nothing is queued. The submissions were
-        made from what `lease` offers. At the request's deadline, or when it is cancelled by id, the work ends early.
-        `work` is that of the request so far, where these submissions are more of it."""
+        made from what `lease` offers. `work` is that of the request so far, where these submissions are more of it. At
+        the request's deadline, or when it is cancelled by id, the work ends early."""
         state = server_state(request)
         left = seconds_left(request)
         self._n = submissions[0].n
         self._order = {submission.request_id: number for number, submission in enumerate(submissions)}
-        self._stream: ResponseStream = state.engine.submit(submissions, lease)
+        self._stream: ResponseStream = state.engine.submit(submissions, lease, more=work is not None)
         self.work = Work.of(submissions, self._stream.generations)
         if work is not None:
             self.work = work.with_more(self.work)
@@ -62,13 +62,13 @@ class Generation:
         self._unfinished = self._n * len(submissions)
         self._usage: dict[int, Usage] = {}
         self._reports: list[tuple[int, FusionReport]] = []
-        self._prompts_first = _PromptsFirst(submissions)
         self._early: ProxyserveError | None = None
         self._running = Running(request.state.caller, self._end_early)
         self._requests = state.running
         self.known_as(request.state.request_id)
         loop = asyncio.get_running_loop()
         self._timer = None if left is None else loop.call_later(left, self._end_early, DeadlineExceeded())
+        self._prompts_first = _PromptsFirst(submissions)
 
     @property
     def choices(self) -> int:

@@ -241,14 +241,16 @@ def check_shape(
 
 
 def priority_of(body: EngineRequest, caller: Caller) -> int:
-    """Raises Forbidden for a place before what the caller's key allows."""
-    priority = caller.priority if body.priority is None else body.priority
-    if priority < caller.priority and not caller.admin:
+    """The key's, for a request that does not say. Raises Forbidden for a lower one, which only administrators may
+    take."""
+    if body.priority is None:
+        return caller.priority
+    if body.priority < caller.priority and not caller.admin:
         raise Forbidden(
             f"A priority below {caller.priority} is not for this key; use {caller.priority} or more.",
             param="priority",
         )
-    return priority
+    return body.priority
 
 
 def room_for_answer(engine: Engine, fusion: Fusion, prompts: LanePrompts, catalog: Catalog) -> int:

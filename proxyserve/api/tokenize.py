@@ -16,11 +16,13 @@ from proxyserve.api.schemas.other import (
 )
 from proxyserve.api.state import server_state
 from proxyserve.config import ChatConfig
+from proxyserve.engine.caller import Caller
 from proxyserve.engine.offer import Lease
 from proxyserve.engine.prompts import ChatOptions, chat_prompts
-from proxyserve.errors import InvalidRequest
+from proxyserve.errors import Forbidden, InvalidRequest
 from proxyserve.fusion.catalog import Catalog
 from proxyserve.fusion.model_name import parse_model_name
+from proxyserve.fusion.permission import may_use
 from proxyserve.text.token_names import text_name
 
 router = APIRouter(tags=["text"], route_class=JsonRoute)
@@ -30,14 +32,16 @@ router = APIRouter(tags=["text"], route_class=JsonRoute)
     "/tokenize",
     summary="Text or messages to token ids",
     response_model_exclude_unset=True,
-    responses=error_answers(*BODY_ERRORS, 404, 503),
+    responses=error_answers(*BODY_ERRORS, 403, 404, 503),
 )
 async def tokenize(request: Request, body: TokenizeRequest) -> TokenizeResponse:
     """The ids that the base would be given."""
     state = server_state(request)
 
     async def encode(lease: Lease) -> list[int]:
-        return await prepared(request, lambda: _tokens(body, lease.catalog, state.config.chat))
+        return await prepared(
+            request, lambda: _tokens(body, lease.catalog, state.config.chat, request.state.caller)
+        )
 
     tokens = await with_experts(request, encode)
     base = state.models.base
@@ -56,11 +60,13 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> DetokenizeRes
     return DetokenizeResponse(prompt=await with_experts(request, decode))
 
 
-def _tokens(body: TokenizeRequest, catalog: Catalog, chat: ChatConfig) -> list[int]:
+def _tokens(body: TokenizeRequest, catalog: Catalog, chat: ChatConfig, caller: Caller) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("Give either 'prompt' or 'messages'.", param="prompt")
     base = catalog.models.base
     fusion = parse_model_name(body.model or base.name, catalog)
+    if not may_use(fusion, catalog, caller.experts):
+        raise Forbidden(f"This key may not use model '{body.model}'.", param="model")
     if body.prompt is not None:
         special = body.add_special_tokens is not False
         return base.tokenizer.encode(body.prompt, add_special_tokens=special)

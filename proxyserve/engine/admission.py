@@ -139,20 +139,23 @@ class Admission:
 
     def check(self, caller: Caller) -> None:
         """Raise QueueFull if not even the smallest request of the caller would be let in now."""
-        self._check(caller, requests=1, tokens=1)
+        self._check(caller, requests=1, tokens=1, rates=True)
 
-    def admit(self, caller: Caller, choices: Mapping[str, int], *, prompt_tokens: int) -> None:
+    def admit(
+        self, caller: Caller, choices: Mapping[str, int], *, prompt_tokens: int, more: bool = False
+    ) -> None:
         """Let a request in: its choices, which wait from now on, with the tokens of their prompts, and the tokens of
-        all its prompts, each counted once. Raises QueueFull if it must wait, InvalidRequest if it can never come in."""
+        all its prompts, each counted once. `more`: it is part of a request that was let in already, and
+        rates refuse it no more. Raises QueueFull if it must wait, InvalidRequest if it can never come in."""
         tokens = sum(choices.values())
         self._check_size(caller, len(choices), tokens)
-        account = self._check(caller, requests=len(choices), tokens=tokens)
+        account = self._check(caller, requests=len(choices), tokens=tokens, rates=not more)
         now = self._clock()
         for line in (self._everyone, account.line):
             line.join(len(choices), tokens, now)
         for key, prompt in choices.items():
             self._waiting[key] = caller.name, prompt
-        if account.requests is not None:
+        if account.requests is not None and not more:
             account.requests.take(1, now)
         if account.tokens is not None:
             account.tokens.take(prompt_tokens, now)
@@ -197,7 +200,7 @@ class Admission:
                     param="n" if requests > 1 else "prompt",
                 )
 
-    def _check(self, caller: Caller, *, requests: int, tokens: int) -> _Account:
+    def _check(self, caller: Caller, *, requests: int, tokens: int, rates: bool) -> _Account:
         """Raises QueueFull. The caller's account otherwise."""
         account, now, own = self._account(caller), self._clock(), caller.limits
         _check_line(
@@ -216,7 +219,8 @@ class Admission:
             ("this key may have", "key_limit"),
             now,
         )
-        for bucket, what in ((account.requests, "requests"), (account.tokens, "tokens")):
+        buckets = ((account.requests, "requests"), (account.tokens, "tokens")) if rates else ()
+        for bucket, what in buckets:
             wait = 0.0 if bucket is None else bucket.seconds_until(1.0, now)
             if bucket is not None and wait:
                 raise QueueFull(

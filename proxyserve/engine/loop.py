@@ -190,9 +190,11 @@ class AsyncEngine:
 
     # Submitting ----------------------------------------------------------------------------------------------
 
-    def submit(self, submissions: Sequence[Submission], lease: Lease) -> ResponseStream:
+    def submit(
+        self, submissions: Sequence[Submission], lease: Lease, *, more: bool = False
+    ) -> ResponseStream:
         """Queue all submissions, made from the leased offer on behalf of one caller, or none; call it on the event loop
-        that will read the stream.
+        that will read the stream. `more`: they belong to a request that was let in already.
 
         Raises NotReady, QueueFull, and what `Engine.prepare` raises.
         """
@@ -207,13 +209,13 @@ class AsyncEngine:
             for submission in submissions:
                 choices += self.engine.prepare(submission, lease)
             stream = ResponseStream(self, choices)
-            self._enqueue(choices, stream)
+            self._enqueue(choices, stream, more=more)
         except BaseException:
             self.engine.discard(choices)
             raise
         return stream
 
-    def _enqueue(self, choices: list[Choice], stream: ResponseStream) -> None:
+    def _enqueue(self, choices: list[Choice], stream: ResponseStream, *, more: bool) -> None:
         with self._wake:
             self._require_ready()
             for choice in choices:
@@ -223,6 +225,7 @@ class AsyncEngine:
                 stream._caller,
                 {choice.key: _prompt_tokens(choice) for choice in choices},
                 prompt_tokens=sum(_prompt_tokens(choice) for choice in choices if choice.index == 0),
+                more=more,
             )
             for choice in choices:
                 self._streams[choice.key] = stream

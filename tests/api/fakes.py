@@ -36,7 +36,7 @@ class FakeEngine:
         offers = Offers(Offer(Catalog(self.models), FusionPolicy()))
         return SimpleNamespace(models=self.models, catalog=offers.current.catalog, offers=offers)
 
-    def submit(self, submissions: Sequence[Submission], lease: Lease) -> FakeStream:
+    def submit(self, submissions: Sequence[Submission], lease: Lease, *, more: bool = False) -> FakeStream:
         if self.refusal is not None:
             raise self.refusal
         assert self.script is not None

@@ -64,13 +64,15 @@ def begin_drain(live: Live, *, choices: int) -> None:
 
 def test_running_streams_finish_and_new_work_is_refused(tiny_engine: AsyncEngine) -> None:
     with serve(tiny_engine) as live:
-        running = [Background(live.url, **BODY, n=4, stream=stream) for stream in (True, False)]
-        begin_drain(live, choices=8)
+        body = {**BODY, "max_tokens": 100, "n": 8}
+        running = [Background(live.url, **body, stream=stream) for stream in (True, False)]
+        begin_drain(live, choices=16)
+        assert live.engine.snapshot().waiting, "what waits in the queue is answered as well"
         ready = live.http.get("/ready")
         assert (ready.status_code, ready.json()["status"]) == (503, "draining")
         refused = live.post("/v1/completions", **BODY)
         assert refused.status_code == 503
-        assert refused.headers["retry-after"]
+        assert refused.headers["retry-after"] and refused.json()["error"]["code"] == "not_ready"
         streamed, whole = (thread.result() for thread in running)
         assert streamed[1].endswith("data: [DONE]\n\n")
         assert json.loads(whole[1])["usage"]["completion_tokens"] == 800

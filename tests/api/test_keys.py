@@ -152,6 +152,7 @@ RECORDS = [
     record("bob", experts=["qa"], max_logprobs=2),
     record("carl", explain=True, priority=3),
     record("dora", explain=False, requests_per_minute=2, tokens_per_minute=1000),
+    record("emil", requests_per_minute=1),
     record("old", expires="2020-01-01"),
 ]
 
@@ -190,7 +191,11 @@ def test_experts_of_a_key(keyed: Live) -> None:
         assert refused(complete(keyed, "bob", **body)) == (403, param, "forbidden")
         assert complete(keyed, "ann", **body).status_code == 200
     chat = {"model": "atlas+record", "messages": [{"role": "user", "content": "Hi"}]}
-    assert keyed.http.post("/v1/chat/completions", json=chat, headers=as_key("bob")).status_code == 403
+    for path in ("/v1/chat/completions", "/tokenize"):
+        assert keyed.http.post(path, json=chat, headers=as_key("bob")).status_code == 403
+        assert keyed.http.post(path, json=chat, headers=as_key("ann")).status_code == 200
+    score = {"model": "atlas+record", "texts": ["The quick"]}
+    assert keyed.http.post("/v1/score", json=score, headers=as_key("bob")).status_code == 403
 
 
 def test_models_are_listed_by_key(keyed: Live) -> None:
@@ -217,6 +222,34 @@ def test_explanations_and_log_probabilities(keyed: Live) -> None:
         "/v1/chat/completions", json={**chat, "logprobs": True, "top_logprobs": 3}, headers=as_key("bob")
     )
     assert refused(answer) == (403, "top_logprobs", "forbidden")
+
+
+def test_priorities(keyed: Live) -> None:
+    taken: list[int] = []
+    add = keyed.engine.engine.scheduler.add
+    keyed.engine.engine.scheduler.add = lambda request: (taken.append(request.priority), add(request))
+    for name, asked, status in (
+        ("ann", None, 200),
+        ("ann", 2, 200),
+        ("ann", -1, 403),
+        ("carl", None, 200),
+        ("carl", 4, 200),
+        ("carl", 0, 403),
+        ("root", -5, 200),
+    ):
+        answer = complete(keyed, name, priority=asked)
+        assert answer.status_code == status and (status == 200 or refused(answer)[1] == "priority")
+    assert taken == [0, 2, 3, 4, -5]
+    del keyed.engine.engine.scheduler.add
+
+
+def test_a_score_is_one_request(keyed: Live) -> None:
+    """Though the engine is given it in two parts: a long context, then what follows."""
+    context = "The quick brown fox " * 10
+    body = {"model": "atlas", "prompt": context, "continuations": [" jumps", " sleeps"]}
+    answer = keyed.http.post("/v1/score", json=body, headers=as_key("emil"))
+    assert answer.status_code == 200, answer.text
+    assert refused(complete(keyed, "emil"))[::2] == (429, "rate_limit")
 
 
 def test_expired_keys(keyed: Live) -> None:

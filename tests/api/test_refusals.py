@@ -247,6 +247,8 @@ VALUES: list[tuple[dict[str, Any], str, Any, str]] = [
     (TEXT, "cache_salt", "s" * 1025, "cache_salt"),
     (TEXT, "priority", 1001, "priority"),
     (TEXT, "priority", 0.5, "priority"),
+    (TEXT, "timeout", 0, "timeout"),
+    (TEXT, "timeout", "soon", "timeout"),
     (TEXT, "echo", 1, "echo"),
     (TEXT, "best_of", True, "best_of"),
     (TEXT, "min_tokens", -1, "min_tokens"),

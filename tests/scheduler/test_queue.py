@@ -30,7 +30,7 @@ class Server:
             block_size=4,
             max_batch=max_batch,
             max_batch_tokens=16,
-            max_scored_rows=16,
+            max_scored_rows=8,
         )
         self.live: set[ScheduledRequest] = set()
         self.done: list[ScheduledRequest] = []

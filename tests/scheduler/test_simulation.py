@@ -275,8 +275,8 @@ def test_the_cache_ends_where_rows_begin() -> None:
     scheduler.add(make_request("first", {MODELS[0]: 14}))
     scheduler.commit(scheduler.schedule())
     for unscored, cached in ((0, 12), (2, 8), (5, 8), (6, 4), (13, 0)):
-        request = make_request(f"r{unscored}", {MODELS[0]: 14}, unscored=unscored)
-        scheduler.add(request)
+        scheduler.add(make_request(f"r{unscored}", {MODELS[0]: 14}, unscored=unscored))
+        *_, request = scheduler.waiting
         plan = scheduler.schedule()
         assert request.lanes[0].cached == cached
         assert plan.rows[request] == unscored + 1

@@ -97,8 +97,8 @@ class EngineRequest(RequestModel):
 
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = Field(
         None,
-        description="Of the waiting requests those with the lowest number go first. Default, and the lowest that may be "
-        "asked for: the key's own, which is 0 unless its record says otherwise.",
+        description="Of the waiting requests those with the lowest number go first. Default, and lowest for all but "
+        "administrators: the key's, which is 0 unless its record says otherwise.",
     )
     user: Annotated[str, Field(max_length=MAX_NAME)] | None = Field(
         None,
@@ -123,7 +123,6 @@ class EngineRequest(RequestModel):
     timeout: Annotated[float, Field(gt=0.0, le=MAX_COUNT)] | None = Field(
         None, description="Seconds from the request's arrival until it is given up, wherever it is then."
     )
-
     moderation: Annotated[Any, NotYet()] = None
     prompt_cache_options: Annotated[Any, NotYet()] = None
     prompt_cache_retention: Annotated[Any, NotYet()] = None

@@ -58,6 +58,20 @@ class DetokenizeResponse(BaseModel):
     prompt: str
 
 
+class Cancelled(BaseModel):
+    id: str
+    cancelled: int = Field(description="Requests with this id that were being answered.")
+
+
+class Load(BaseModel):
+    """Choices and their prompts' tokens; `n` choices of one request count `n` times."""
+
+    running: int = Field(description="Choices that hold KV blocks.")
+    waiting: int = Field(description="Choices that wait for a place.")
+    waiting_tokens: int = Field(description="Prompt tokens of choices that have no token yet.")
+    kv_use: float = Field(description="Share of the KV blocks in use, in the pool that is fullest; 0 to 1.")
+
+
 class TokenizerInfo(BaseModel):
     """The base's tokenizer. Tokens are named as `/tokenize` reads them; null for those that it has none of.
     `eos_token_ids` are all ids that end the base's texts. `vocab_size` counts ids, the added ones too."""
@@ -71,20 +85,6 @@ class TokenizerInfo(BaseModel):
     )
     vocab_size: int
     max_model_len: int = Field(description="Tokens of prompt and answer together.")
-
-
-class Cancelled(BaseModel):
-    id: str
-    cancelled: int = Field(description="Requests with this id that were being answered.")
-
-
-class Load(BaseModel):
-    """Choices and their prompts' tokens; `n` choices of one request count `n` times."""
-
-    running: int = Field(description="Choices that hold KV blocks.")
-    waiting: int = Field(description="Choices that wait for a place.")
-    waiting_tokens: int = Field(description="Prompt tokens of choices that have no token yet.")
-    kv_use: float = Field(description="Share of the KV blocks in use, in the pool that is fullest; 0 to 1.")
 
 
 class Health(BaseModel):
