@@ -12,6 +12,7 @@ import pytest
 from pydantic import BaseModel
 
 from proxyserve.config import ChatConfig, ServerConfig
+from proxyserve.engine.loop import AsyncEngine
 from proxyserve.engine.submission import Submission
 from proxyserve.models.model_set import ModelSet
 from proxyserve.text.detokenizer import Detokenizer
@@ -209,6 +210,46 @@ class Weather(BaseModel):
 
     city: Literal["Paris", "Rome"]
     days: Literal[1, 2]
+
+
+@pytest.mark.parametrize("model", ["atlas", "atlas+qa"])
+def test_random_weights_call_tools(tiny_engine: AsyncEngine, model: str) -> None:
+    """The engine itself, with models that know nothing: thoughts within their budget, then a call."""
+    template = "{{ tools | length }} for <tool_call>. {{ messages[0].content }}<think>"
+    config = ServerConfig(chat=ChatConfig(template=template))
+    own = (
+        ("qa.tuned", "qa.untuned") if model == "atlas+qa" else ()
+    )  # their template knows no tools and is long
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": "Hi"}],
+        "tools": [WEATHER, TIME],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "thinking_budget": 4,
+        "fusion": {"prompts": {lane: {"text": "Hi"} for lane in own}},
+        "max_tokens": 150,
+        "seed": 5,
+    }
+    with serve(tiny_engine, config) as live:
+        answer = live.post(CHAT, **body)
+        assert answer.status_code == 200, answer.text
+        chunks = live.stream(CHAT, **body, stream_options={"include_usage": True})
+    [choice] = answer.json()["choices"]
+    [call] = calls_of(choice)
+    check([call])
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["grammar"]["mean_removed_mass"] > 0
+    end = tiny_engine.engine.models.base.tokenizer.encode("</think>", add_special_tokens=False)
+    spent = answer.json()["usage"]["completion_tokens_details"]["reasoning_tokens"]
+    assert 4 + len(end) <= spent <= 8 + len(end), "up to four more, to end a character"
+    deltas = [part["delta"] for chunk in chunks for part in chunk["choices"]]
+    functions = [entry["function"] for delta in deltas for entry in delta.get("tool_calls", ())]
+    assert (
+        "".join(function["arguments"] for function in functions)
+        == choice["message"]["tool_calls"][0]["function"]["arguments"]
+    )
+    assert chunks[-1]["usage"]["completion_tokens_details"] == {"reasoning_tokens": spent}
 
 
 async def test_openai_parse(stubborn: tuple[Stubborn, Live]) -> None:
