@@ -170,7 +170,9 @@ def spoken(tokenizer: Tokenizer, constraint: GrammarConstraint, *parts: str) -> 
     for part in parts:
         named = tokenizer.token_to_id.get(part)
         tokens = (
-            [named] if named in tokenizer.special_ids else tokenizer.encode(part, add_special_tokens=False)
+            [named]
+            if named is not None and tokenizer.is_special(named)
+            else tokenizer.encode(part, add_special_tokens=False)
         )
         for number, token in enumerate(tokens):
             if constraint.complete or token not in allowed(constraint.mask()):
