@@ -197,6 +197,7 @@ CALL = '<tool_call>\n{"x": 1}\n</tool_call>'
         ({}, ['Hello <tool_call>{"x": '], "goes on"),
         ({"least": 1}, ["Hello"], "goes on"),
         ({"least": 1}, [f"Hello {CALL} bye"], "may end"),
+        ({"least": 1, "most": 1}, ["Hello"], "goes on"),
         ({"most": 1}, [f"Hello {CALL}", "<tool_call>"], "not <tool_call>"),
         ({"free": False, "least": 1}, ["H"], "not H"),
         ({"free": False, "least": 1}, [""], "goes on"),
