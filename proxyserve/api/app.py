@@ -58,8 +58,9 @@ def create_app(
     """
     keys = Keys.of(config)
     base = engine.engine.models.base
-    grammars = GrammarCompiler(base.tokenizer, base.eos_ids, config.limits.grammar)
-    state = ServerState(engine, config, Metrics(engine.snapshot, experts), keys, grammars, experts)
+    measured = Metrics(engine.snapshot, experts)
+    grammars = GrammarCompiler(base.tokenizer, base.eos_ids, config.limits.grammar, observe=measured.grammar)
+    state = ServerState(engine, config, measured, keys, grammars, experts)
     app = FastAPI(
         title="proxyserve",
         version=__version__,

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter, Request, Response
 
 from proxyserve.api.chat_shape import ChatShape
-from proxyserve.api.conversation import AskedChat, answer_format, chat_constraints, chat_options
+from proxyserve.api.conversation import (
+    AskedChat,
+    answer_format,
+    chat_constraints,
+    chat_grammar,
+    chat_options,
+)
 from proxyserve.api.documentation import ENGINE_ERRORS, error_answers, event_stream
 from proxyserve.api.generate import Generation
 from proxyserve.api.generation_route import GenerationRoute
@@ -36,6 +42,7 @@ from proxyserve.engine.caller import Caller
 from proxyserve.engine.prompts import chat_prompts
 from proxyserve.engine.submission import Submission
 from proxyserve.errors import InvalidRequest
+from proxyserve.grammar.grammar import Grammar
 from proxyserve.text.answer import AnswerFormat
 
 if TYPE_CHECKING:
@@ -57,16 +64,16 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
     shape = ChatShape(body, state.models.base.tokenizer)
     salt = cache_salt(request.state.salt, body)
     caller: Caller = request.state.caller
-    constraints = await compiled(
-        state, constraints_of(body, state.config.limits.grammar), body.stop_token_ids
-    )
 
     async def begin(lease: Lease) -> Generation:
-        submission, form = await prepared(
-            request, lambda: _submission(state, lease.catalog, body, shape.id, salt, caller)
+        asked = _asked(body, state.config.limits)
+        submission, form, grammar = await prepared(
+            request, lambda: _submission(state, lease.catalog, body, asked, shape.id, salt, caller)
         )
         shape.form, shape.prompt = form, submission.prompts.default
-        submission = replace(submission, constraints=(*submission.constraints, *constraints))
+        ready = await compiled(state, grammar, body.stop_token_ids)
+        constraints = chat_constraints(form, asked, state.models.base.tokenizer, ready)
+        submission = replace(submission, constraints=constraints)
         return Generation(request, [submission], lease)
 
     with _chat_field_names(body):
@@ -75,9 +82,16 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
 
 
 def _submission(
-    state: ServerState, catalog: Catalog, body: ChatRequest, request_id: str, salt: str, caller: Caller
-) -> tuple[Submission, AnswerFormat]:
-    """Also how the answer is to be read. Raises InvalidRequest or UnknownModel."""
+    state: ServerState,
+    catalog: Catalog,
+    body: ChatRequest,
+    asked: AskedChat,
+    request_id: str,
+    salt: str,
+    caller: Caller,
+) -> tuple[Submission, AnswerFormat, Grammar | None]:
+    """Also how the answer is to be read, and the form that it must have; the submission knows nothing of that yet.
+    Raises InvalidRequest or UnknownModel."""
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise InvalidRequest(
             "'max_completion_tokens' is the newer name of 'max_tokens'; give one of them.",
@@ -89,7 +103,6 @@ def _submission(
     check_shape(body, limits, top_logprobs=body.top_logprobs, param="top_logprobs")
     fusion = resolve_fusion(body.model, body.fusion, catalog)
     vetted = body.model in catalog.presets
-    asked = _asked(body, limits)
     tokenizer = catalog.models.base.tokenizer
     prompts = chat_prompts(catalog, fusion, rendered(body.messages), chat_options(asked, chat, limits))
     form = answer_format(prompts, asked.tools, chat, tokenizer)
@@ -103,8 +116,10 @@ def _submission(
         else wanted,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    if form.special_marks:
+    if form.special_marks and sampling.skip_special_tokens:
         sampling = replace(sampling, skip_special_tokens=False)
+    elif form.special_marks:  # the client wants to see them all
+        form = replace(form, hidden=frozenset())
     submission = Submission(
         request_id,
         prompts.lanes,
@@ -115,10 +130,10 @@ def _submission(
         caller=caller,
         vetted=vetted,
         priority=priority_of(body, caller),
-        constraints=chat_constraints(form, asked, tokenizer),
     )
     check_prompt_logprobs([submission], limits, "messages")
-    return submission, form
+    given = constraints_of(body, limits.grammar)
+    return submission, form, chat_grammar(asked, form, given, tokenizer, limits.grammar)
 
 
 def _asked(body: ChatRequest, limits: Limits) -> AskedChat:

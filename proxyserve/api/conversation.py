@@ -3,21 +3,25 @@ may come in them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from proxyserve.api.tools import ToolUse
-from proxyserve.config import ChatConfig, Limits
+from proxyserve.config import ChatConfig, GrammarLimits, Limits
 from proxyserve.engine.constraint import Constrains
 from proxyserve.engine.one_call import OneCall
 from proxyserve.engine.prompts import ChatOptions, ChatPrompts
-from proxyserve.engine.thinking import Thinking, ThinkingBudget
+from proxyserve.engine.thinking import AfterThinking, Thinking, ThinkingBudget
 from proxyserve.errors import InvalidRequest
+from proxyserve.grammar.checks import schema_text
+from proxyserve.grammar.grammar import Grammar, GrammarKind, lark
 from proxyserve.text.answer import AnswerFormat
 from proxyserve.text.reasoning import ReasoningMarks
 from proxyserve.text.tokenizer import Tokenizer
 from proxyserve.text.tools.formats import FORMATS
+from proxyserve.text.tools.grammar import forced_calls, free_calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +81,56 @@ def answer_format(
     return form.with_special_tokens(tokenizer.special_tokens)
 
 
-def chat_constraints(form: AnswerFormat, asked: AskedChat, tokenizer: Tokenizer) -> tuple[Constrains, ...]:
-    """What limits the tokens of the answer. Raises InvalidRequest."""
-    constraints: list[Constrains] = []
-    thinking = None if form.reasoning is None else Thinking(form.reasoning, tokenizer, begun=form.thinking)
-    if asked.thinking_budget is not None:
-        if thinking is None:
-            raise InvalidRequest(
-                "This model's reasoning is not told apart from its answer, so that there is nothing to bound; leave it "
-                "out, or start the server with --reasoning-parser.",
-                param="thinking_budget",
-            )
-        constraints.append(ThinkingBudget(thinking, asked.thinking_budget))
-    if form.tool_format is not None and not asked.tools.several:
+def chat_grammar(
+    asked: AskedChat, form: AnswerFormat, given: Grammar | None, tokenizer: Tokenizer, limits: GrammarLimits
+) -> Grammar | None:
+    """The form of the answer, None for free text. `given` is the form that the request asks for beside its tools: where
+    the model may call, it may also answer so. Raises InvalidRequest."""
+    tools = asked.tools
+    if form.tool_format is None:
+        return given
+    if given is not None and given.kind is not GrammarKind.JSON_SCHEMA:
+        raise InvalidRequest(
+            "Beside tools the answer can have the form of a JSON schema, and no other; leave one of them out.",
+            param=given.param,
+        )
+    if not (tools.forced or tools.bound or given):
+        return None
+    for number, tool in enumerate(tools.callable):
+        parameters = tool["function"].get("parameters", {})
+        schema_text(parameters, limits, f"tools[{number}].function.parameters")
+    special = tokenizer.special_tokens
+    if tools.forced or given is not None:
+        text = forced_calls(
+            form.tool_format,
+            tools.callable,
+            several=tools.several,
+            special=special,
+            otherwise=None if tools.forced or given is None else json.loads(given.text),
+        )
+    else:
+        text = free_calls(form.tool_format, tools.callable, special=special)
+    return lark(text, limits, "tools")
+
+
+def chat_constraints(
+    form: AnswerFormat, asked: AskedChat, tokenizer: Tokenizer, compiled: Sequence[Constrains] = ()
+) -> tuple[Constrains, ...]:
+    """What limits the tokens of the answer; `compiled` are forms of what comes after the reasoning. Raises
+    InvalidRequest."""
+    constraints: list[Constrains] = list(compiled)
+    if form.reasoning is not None:
+        thinking = Thinking(form.reasoning, tokenizer, begun=form.thinking)
+        constraints = [AfterThinking(thinking, each) for each in compiled]
+        if asked.thinking_budget is not None:
+            constraints.append(ThinkingBudget(thinking, asked.thinking_budget))
+    elif asked.thinking_budget is not None:
+        raise InvalidRequest(
+            "This model's reasoning is not told apart from its answer, so that there is nothing to bound; leave it "
+            "out, or start the server with --reasoning-parser.",
+            param="thinking_budget",
+        )
+    if form.tool_format is not None and not (asked.tools.several or asked.tools.forced):
         constraints.append(OneCall(form, tokenizer))
     return tuple(constraints)
 

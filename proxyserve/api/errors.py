@@ -222,10 +222,8 @@ def validation_problem(errors: Sequence[Mapping[str, Any]]) -> Problem:
     first = errors[0]
     where = tuple(first["loc"])[1:]  # drops "body", "path" or "query"
     if where[:1] in (("fusion",), ("response_format",)):
-        where = (
-            *where[:1],
-            *where[2:],
-        )  # and the rule or type, by which the validator chose how to read the object
+        # Leaves out the rule or the type, by which the validator chose how to read the object.
+        where = (*where[:1], *where[2:])
     if where[-1:] == ("[key]",):
         where = where[:-2]  # a name in the object, which may be anything
     param = field_path(where) or None

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request, Response
 from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
 
 from proxyserve import __version__
 from proxyserve.api.generate import Answer, Generation, collect
@@ -20,6 +22,8 @@ from proxyserve.api.schemas.common import GenerationRequest
 from proxyserve.api.sse import EventStream
 from proxyserve.api.state import server_state
 from proxyserve.types import OutputEvent
+
+T = TypeVar("T")
 
 #: Fields of a chunk or response, by name.
 Fields = Mapping[str, Any]
@@ -64,8 +68,12 @@ async def respond(
     if body.stream:
         return EventStream(_chunks(generation, shape, body.include_usage), stopping=stopping)
     answers = await while_present(collect(generation), request.receive, stopping)
-    whole = shape.whole(answers, usage=generation.usage(), **_fusion(generation))
-    return Response(_json(whole), media_type="application/json")
+
+    def write() -> str:
+        return _json(shape.whole(answers, usage=generation.usage(), **_fusion(generation)))
+
+    long = any(answer.prompt_logprobs for answer in answers)
+    return Response(await written(write, long=long), media_type="application/json")
 
 
 async def _chunks(
@@ -76,10 +84,23 @@ async def _chunks(
     async with aclosing(generation.events()) as events:
         async for number, event in events:
             fusion = _fusion(generation) if generation.finished and not include_usage else {}
-            for chunk in shape.chunks(number, event, each=usage, last=fusion):
-                yield _json(chunk)
+            write = partial(_pieces, shape, number, event, each=usage, last=fusion)
+            for chunk in await written(write, long=bool(event.prompt_logprobs)):
+                yield chunk
     if include_usage:
         yield _json(shape.closing(usage=generation.usage(), **_fusion(generation)))
+
+
+def _pieces(
+    shape: ResponseShape, number: int, event: OutputEvent, *, each: Fields, last: Fields
+) -> list[str]:
+    return [_json(chunk) for chunk in shape.chunks(number, event, each=each, last=last)]
+
+
+async def written(write: Callable[[], T], *, long: bool) -> T:
+    """What `write` makes; on another thread if it is `long`, as answers with log-probabilities of prompts are, since
+    everybody's streams would wait for it."""
+    return await run_in_threadpool(write) if long else write()
 
 
 def _fusion(generation: Generation) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from proxyserve.api.prepare import (
 )
 from proxyserve.api.presence import while_present
 from proxyserve.api.record import RequestRecord
-from proxyserve.api.respond import response_head
+from proxyserve.api.respond import response_head, written
 from proxyserve.api.schemas.completions import Prompt
 from proxyserve.api.schemas.score import Score, ScoreRequest
 from proxyserve.api.scored import Scored
@@ -88,8 +88,12 @@ async def create_score(request: Request, body: ScoreRequest) -> Response:
     with _score_field_names(body):
         scored = await with_experts(request, begin, seconds=body.timeout)
     tokenizer = state.models.base.tokenizer
-    score = Score(**head, object="score", **scored.fields(body, tokenizer), **scored.totals())
-    return Response(score.model_dump_json(exclude_unset=True), media_type="application/json")
+
+    def write() -> str:
+        score = Score(**head, object="score", **scored.fields(body, tokenizer), **scored.totals())
+        return score.model_dump_json(exclude_unset=True)
+
+    return Response(await written(write, long=True), media_type="application/json")
 
 
 @contextmanager

@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from proxyserve.config import GrammarLimits
 from proxyserve.errors import InvalidRequest, NotReady, QueueFull
@@ -16,7 +16,7 @@ from proxyserve.grammar.constraint import CompiledGrammar
 from proxyserve.grammar.gatekeeper import Gatekeeper
 from proxyserve.grammar.grammar import Grammar
 from proxyserve.grammar.table import TokenTable, matcher
-from proxyserve.grammar.trial import Refused
+from proxyserve.grammar.trial import Refused, TookTooLong
 from proxyserve.grammar.workers import MaskWorkers
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 #: How long a refusal is remembered. Not for ever, since a busy machine may have been the reason.
 _REFUSED_SECONDS = 60.0
 
+#: What comes of a request for a grammar; `cached` also where it waits for another request's.
+Outcome = Literal["compiled", "cached", "refused", "timed_out"]
+
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
@@ -32,6 +35,7 @@ class _Kept:
 
     compiled: CompiledGrammar | None
     cost: int
+    outcome: Outcome = "compiled"
     refusal: str = ""
     until: float = float("inf")
 
@@ -41,10 +45,17 @@ class GrammarCompiler:
     for at the same time are compiled once; what was used last is kept. Its process starts with the first grammar."""
 
     def __init__(
-        self, tokenizer: Tokenizer, end_ids: Iterable[int], limits: GrammarLimits | None = None
+        self,
+        tokenizer: Tokenizer,
+        end_ids: Iterable[int],
+        limits: GrammarLimits | None = None,
+        *,
+        observe: Callable[[Outcome, float | None], None] | None = None,
     ) -> None:
-        """`end_ids` end a text where nobody says otherwise."""
+        """`end_ids` end a text where nobody says otherwise. `observe` is told what comes of each request, and the
+        seconds that compiling took; on any thread."""
         self.limits = limits or GrammarLimits()
+        self._observe = observe or (lambda outcome, seconds: None)
         self._end_ids = frozenset(end_ids)
         self._table = TokenTable.of(tokenizer)
         self._tokenizer = self._table.tokenizer()
@@ -56,7 +67,6 @@ class GrammarCompiler:
         self._cost = 0
         self._waiting: dict[str, Future[_Kept]] = {}
         self._closed = False
-        self.compiled = 0  # since start
 
     def compile(self, grammar: Grammar) -> Future[CompiledGrammar]:
         """Returns at once. The future fails with InvalidRequest, naming the grammar's field, or NotReady.
@@ -65,7 +75,12 @@ class GrammarCompiler:
         asked: Future[CompiledGrammar] = Future()
         with self._lock:
             kept = self._look_up(grammar.digest)
-            work = None if kept is not None else self._waiting.get(grammar.digest) or self._enqueue(grammar)
+            work = None if kept is not None else self._waiting.get(grammar.digest)
+            joins = kept is not None or work is not None
+            if not joins:
+                work = self._enqueue(grammar)
+        if joins:
+            self._observe("refused" if kept is not None and kept.compiled is None else "cached", None)
         if kept is not None:
             _settle(asked, kept, grammar)
         elif work is not None:
@@ -102,8 +117,10 @@ class GrammarCompiler:
     def _work(self, grammar: Grammar) -> _Kept:
         """Runs on the thread."""
         kept: _Kept | None = None
+        begun = time.monotonic()
         try:
             kept = self._compile(grammar)
+            self._observe(kept.outcome, time.monotonic() - begun)
             return kept
         finally:
             with self._lock:
@@ -120,8 +137,8 @@ class GrammarCompiler:
             if compiled.is_error():  # unexpected: it passed under the same limits
                 raise Refused(f"cannot be used: {compiled.get_error()}")
         except Refused as refused:
-            return _Kept(None, 0, str(refused), time.monotonic() + _REFUSED_SECONDS)
-        self.compiled += 1
+            outcome: Outcome = "timed_out" if isinstance(refused, TookTooLong) else "refused"
+            return _Kept(None, 0, outcome, str(refused), time.monotonic() + _REFUSED_SECONDS)
         ready = CompiledGrammar(compiled, self._table, self._workers, self._end_ids)
         return _Kept(ready, passed.cost)
 

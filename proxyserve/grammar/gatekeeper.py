@@ -17,7 +17,7 @@ from proxyserve.config import GrammarLimits
 from proxyserve.errors import NotReady
 from proxyserve.grammar.grammar import Grammar
 from proxyserve.grammar.table import TokenTable
-from proxyserve.grammar.trial import Refused
+from proxyserve.grammar.trial import Refused, TookTooLong
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Gatekeeper:
             if late or answer is None:
                 self._drop()
             if late:
-                raise Refused(
+                raise TookTooLong(
                     f"takes more than {self._limits.compile_seconds:g} seconds to compile; simplify it"
                 )
             if answer is not None:

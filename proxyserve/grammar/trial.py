@@ -24,6 +24,10 @@ class Refused(Exception):
     """The message says what is wrong with the grammar, in words that go on from "the field"."""
 
 
+class TookTooLong(Refused):
+    """There was no answer in time."""
+
+
 def try_out(
     kind: GrammarKind, text: str, table: TokenTable, tokenizer: LLTokenizer, limits: GrammarLimits
 ) -> str:

@@ -10,6 +10,8 @@ from llguidance import LLExecutor, LLMatcher
 from torch import Tensor
 
 _MOST_THREADS = 8
+#: Masks of fewer words are found in microseconds, and handing them out takes longer.
+_LARGE = 1024
 
 
 class MaskWorkers:
@@ -17,9 +19,10 @@ class MaskWorkers:
     For the engine's thread alone."""
 
     def __init__(self, words: int, threads: int | None = None) -> None:
-        """`words` per mask. `threads` None leaves a core to everything else."""
+        """`words` per mask. `threads` None takes one for a small vocabulary, and leaves a core to everything else."""
         self._words = words
-        self._threads = threads or min(_MOST_THREADS, max(1, (os.cpu_count() or 1) - 1))
+        most = _MOST_THREADS if words >= _LARGE else 1
+        self._threads = threads or max(1, min(most, (os.cpu_count() or 1) - 1))
         self._executor: LLExecutor | None = None
         self._buffer = torch.empty((0, words), dtype=torch.int32)
 

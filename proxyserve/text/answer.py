@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from proxyserve.text.markers import split_at_marker
@@ -32,10 +32,10 @@ class AnswerFormat:
             found += [self.tool_format.marks.open, self.tool_format.marks.close]
         return frozenset(found) - {""}
 
-    def with_special_tokens(self, special: frozenset[str]) -> AnswerFormat:
+    def with_special_tokens(self, special: Collection[str]) -> AnswerFormat:
         """The format for a tokenizer that has these special tokens. Where a mark is one of them, answers must be
         decoded with all of them, and the others are hidden."""
-        others = special - self.marks
+        others = frozenset(special) - self.marks
         return replace(self, special_marks=True, hidden=others) if len(others) < len(special) else self
 
     def reader(self) -> AnswerReader:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -99,12 +99,9 @@ class Tokenizer:
         return any(stage.get("type") == "ByteLevel" for stage in stages)
 
     @cached_property
-    def special_tokens(self) -> frozenset[str]:
-        """The texts of all tokens that `decode` can skip."""
-        added = self._tokenizer.added_tokens_decoder.values()
-        return frozenset(
-            {*self._tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
-        )
+    def special_tokens(self) -> Mapping[str, int]:
+        """The ids of all tokens that `decode` leaves out unless told otherwise, by their texts."""
+        return {self.token_text(token): token for token in sorted(self._skipped_ids | self._special_ids)}
 
     # Chat ----------------------------------------------------------------------------------------------------
 

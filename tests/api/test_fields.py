@@ -3,6 +3,7 @@ or it is refused. A field without an entry in `FIELDS` fails; so does an entry w
 
     Changes(before, change)   two requests that differ in the field (and what it needs) have different answers
     Shown(where)              a test elsewhere shows it: `file::function`, seen from tests/
+    Described(why)            it changes nothing on purpose, and its description says so
 
 Fields that only `NotYet` describes need no entry: anything but what asks for nothing is refused, which is tried here.
 Entries are by the class that declares the field. Those of fields that both generating routes have are tried on both.
@@ -14,6 +15,7 @@ import ast
 import inspect
 import json
 import logging
+import re
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +26,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from proxyserve.api.fields import tables
 from proxyserve.api.schemas.base import NotYet, RequestModel
 from proxyserve.api.schemas.chat import ChatRequest
 from proxyserve.api.schemas.completions import CompletionRequest
@@ -53,7 +56,12 @@ class Shown:
     where: str
 
 
-Evidence = Changes | Shown
+@dataclass(frozen=True)
+class Described:
+    why: str
+
+
+Evidence = Changes | Shown | Described
 
 GREEDY = {"temperature": 0, "max_tokens": 8}
 LONG = GREEDY | {"max_tokens": 48, "ignore_eos": True}
@@ -68,6 +76,11 @@ TOOLS = "api/test_tools.py"
 
 def fused(**fusion: Any) -> dict[str, Any]:
     return {"model": "atlas", "fusion": fusion}
+
+
+def form(kind: str, schema: Any = None) -> dict[str, Any]:
+    more = {} if schema is None else {"json_schema": {"name": "x", "schema": schema}}
+    return {"response_format": {"type": kind, **more}}
 
 
 def rule(name: str, before: Mapping[str, Any], **parameters: Any) -> dict[str, Evidence]:
@@ -111,6 +124,7 @@ FIELDS: dict[str, dict[str, Evidence]] = {
         "stop_token_ids": Changes({"stop_token_ids": [77]}, SAYS_M),
         "ignore_eos": Changes({"ignore_eos": True}, ENDS),
         "skip_special_tokens": Changes({"skip_special_tokens": False}, ENDS | {"ignore_eos": True}),
+        "structured_outputs": Changes({"structured_outputs": {"choice": ["ma", "mb"]}}, GREEDY),
         "prompt_logprobs": Changes({"prompt_logprobs": 1}, GREEDY),
         "logprob_token_ids": Changes({"logprob_token_ids": [5, 77]}, GREEDY),
         "return_token_ids": Changes({"return_token_ids": True}, GREEDY),
@@ -130,9 +144,12 @@ FIELDS: dict[str, dict[str, Evidence]] = {
     },
     "ChatRequest": {
         "messages": Changes({"messages": [{"role": "user", "content": "Bye"}]}, GREEDY),
-        "max_completion_tokens": Changes({"max_completion_tokens": 5}, {"temperature": 0}),
+        "max_completion_tokens": Changes(
+            {"max_completion_tokens": 5}, {"temperature": 0, "max_completion_tokens": 8}
+        ),
         "logprobs": Changes({"logprobs": True}, GREEDY),
         "top_logprobs": Changes({"top_logprobs": 2}, GREEDY | {"logprobs": True}),
+        "response_format": Changes(form("json_object"), GREEDY),
         "tools": Shown(f"{TOOLS}::test_calls_whole"),
         "tool_choice": Shown(f"{TOOLS}::test_refusal_names_the_field"),
         "parallel_tool_calls": Shown(f"{TOOLS}::test_one_call_ends_the_answer_without_parallel_calls"),
@@ -167,6 +184,31 @@ FIELDS: dict[str, dict[str, Evidence]] = {
     "FunctionReference": {"name": Shown(f"{TOOLS}::test_refusal_names_the_field")},
     "NamedTool": dict.fromkeys(("type", "function"), Shown(f"{TOOLS}::test_refusal_names_the_field")),
     "AllowedTools": dict.fromkeys(("mode", "tools"), Shown(f"{TOOLS}::test_refusal_names_the_field")),
+    "StructuredOutputs": {
+        "json_": Changes({"structured_outputs": {"json": {"type": "boolean"}}}, GREEDY),
+        "regex": Changes({"structured_outputs": {"regex": "[ab]{3}"}}, GREEDY),
+        "choice": Changes({"structured_outputs": {"choice": ["ma", "mb"]}}, GREEDY),
+        "grammar": Changes({"structured_outputs": {"grammar": 'start: "ab"'}}, GREEDY),
+        "structural_tag": Shown("grammar/test_constraint.py::test_tags"),
+    },
+    "StructuralTag": dict.fromkeys(
+        ("structures", "triggers"), Shown("grammar/test_constraint.py::test_tags")
+    ),
+    "TaggedJson": dict.fromkeys(("begin", "schema_", "end"), Shown("grammar/test_constraint.py::test_tags")),
+    "TextFormat": {"type": Described("text is what there is without any form")},
+    "JsonObjectFormat": {"type": Changes(form("json_object"), GREEDY)},
+    "JsonSchemaFormat": {
+        "type": Changes(form("json_schema", {"type": "boolean"}), GREEDY | form("json_object")),
+        "json_schema": Changes(form("json_schema", {"type": "boolean"}), GREEDY),
+    },
+    "NamedSchema": {
+        "schema_": Changes(
+            form("json_schema", {"type": "boolean"}), GREEDY | form("json_schema", {"type": "null"})
+        ),
+        "name": Described("it is for people"),
+        "description": Described("it is for people"),
+        "strict": Described("the schema is enforced whatever it says"),
+    },
     "FusionObject": {
         "support": Changes(fused(**QA, support={"of": ["base"], "top_k": 2}), LAW | fused(**QA)),
         "target_entropy": Shown("api/test_fusion.py::test_target_entropy_is_seen_in_the_answer"),
@@ -285,6 +327,18 @@ def is_refused(info: FieldInfo) -> bool:
     return any(isinstance(entry, NotYet) for entry in info.metadata)
 
 
+def test_the_documentation_is_made_of_the_fields(repository: Path) -> None:
+    page = (repository / "docs" / "http_api.md").read_text()
+    assert page.endswith(tables()), (
+        "run: python -m proxyserve.api.fields, and put it at the end of docs/http_api.md"
+    )
+    undescribed = re.findall(r"^\| `(\w+)`.*\|  \|$", tables(), re.MULTILINE)
+    assert not undescribed, "these fields need a description"
+    documented = set(re.findall(r"^\| `(\w+)`", tables(), re.MULTILINE))
+    supported = {name for body in BODIES for name, info in body.model_fields.items() if not is_refused(info)}
+    assert supported <= documented
+
+
 def test_every_field_has_an_entry() -> None:
     known = {key for key, info in declared().items() if not is_refused(info)}
     listed = {(owner, name) for owner, fields in FIELDS.items() for name in fields}
@@ -317,7 +371,8 @@ def tried() -> Iterator[Any]:
 def routes_of(owner: str) -> list[type[RequestModel]]:
     if owner in ("EngineRequest", "GenerationRequest"):
         return [CompletionRequest, ChatRequest]
-    return [ChatRequest] if owner in ("ChatRequest", "Message") else [CompletionRequest]
+    of_chat = ("ChatRequest", "Message", "JsonObjectFormat", "JsonSchemaFormat", "NamedSchema")
+    return [ChatRequest] if owner in of_chat else [CompletionRequest]
 
 
 @pytest.fixture(scope="module")

@@ -267,6 +267,17 @@ def test_nothing_of_what_clients_say_is_logged(
     live.http.post(f"/v1/completions?key={CANARY}", json=text, headers=bearer)
     live.post("/v1/chat/completions", model="atlas+qa", messages=says, max_tokens=2)
     live.stream("/v1/completions", **text)
+    tool = {"type": "function", "function": {"name": "f", "description": CANARY}}
+    live.post(
+        "/v1/chat/completions",
+        model="atlas+qa",
+        messages=says,
+        max_tokens=2,
+        tools=[tool],
+        tool_choice="none",
+    )
+    live.post("/v1/completions", model="atlas", prompt="a", structured_outputs={"regex": f"({CANARY}"})
+    live.post("/v1/score", model="atlas", prompt=CANARY, continuations=[CANARY])
     live.post("/tokenize", prompt=CANARY)
     live.post("/v1/completions", model="atlas", prompt=[CANARY, 3])
     live.post("/v1/completions", model="atlas", prompt=CANARY, temperature=CANARY)
@@ -280,7 +291,7 @@ def test_nothing_of_what_clients_say_is_logged(
     live.http.get("/health")
     answers = live.http.get("/metrics").text
     if level in ("debug", "info"):
-        wait_until(lambda: stream.getvalue().count("proxyserve.requests") >= (13 if level == "debug" else 11))
+        wait_until(lambda: stream.getvalue().count("proxyserve.requests") >= (16 if level == "debug" else 14))
     assert CANARY not in stream.getvalue()
     assert "Say" not in stream.getvalue()
     assert CANARY not in answers

@@ -124,6 +124,30 @@ def test_several_choices(client: ProxyServe, expert: str) -> None:
         assert choice.logprobs is not None
 
 
+def test_scores_are_those_of_the_echo(client: ProxyServe, expert: str) -> None:
+    fusion = Fusion.proxy({expert: 1.0})
+    (score,) = client.score(PROMPT, [" Oakham."], fusion=fusion).texts
+    choice = client.complete(
+        PROMPT + " Oakham.",
+        fusion=fusion,
+        echo=True,
+        logprobs=0,
+        max_tokens=0,
+        prompt_logprobs=0,
+        temperature=0,
+    )
+    assert choice.text == PROMPT + " Oakham."
+    places = choice.choices[0].prompt_logprobs
+    assert places is not None and places[0] is None
+    last = [place[0].logprob for place in places[-score.num_tokens :] if place is not None]
+    assert list(score.token_logprobs) == pytest.approx(last, abs=1e-4)
+    (whole,) = client.score_texts([PROMPT + " Oakham."], fusion=fusion).texts
+    assert list(whole.token_logprobs[-score.num_tokens :]) == pytest.approx(last, abs=1e-4)
+    labels = client.score_labels(PROMPT, [score.token_ids[0]], fusion=fusion, normalize=True).labels
+    assert labels[0].logprob == pytest.approx(last[0], abs=1e-4)
+    assert labels[0].probability == pytest.approx(1.0)
+
+
 def test_leaving_a_stream_leaves_the_server_serving(client: ProxyServe) -> None:
     with client.stream_complete(PROMPT, max_tokens=64, ignore_eos=True) as stream:
         next(stream)

@@ -22,7 +22,7 @@ from proxyserve.types import FinishReason
 from tests.engine.driver import run, submission
 from tests.grammar.twin import SpellingTwin
 from tests.naive import NaiveFusion
-from tests.tiny import TinyFamily
+from tests.tiny import TinyFamily, make_tokenizer
 
 LIMITS = GrammarLimits()
 SCHEMA = {
@@ -40,6 +40,8 @@ GRAMMARS = {
     "regex": forms.regex("[a-z]{2,5} [0-9]{1,3}", LIMITS, "regex"),
     "choice": forms.choice(["quick", "quickly", "brown"], LIMITS, "choice"),
 }
+#: White space between the parts of JSON is free, and random models like it too much.
+NO_SPACE = {make_tokenizer().get_vocab()[space]: -100.0 for space in "ĠĊĉč"}
 PROMPT = (5, 17, 200, 33, 9, 120, 64, 88, 301, 2, 45)
 
 
@@ -94,10 +96,10 @@ def test_greedy_is_the_best_of_what_may_come(
 def mixed(compiler: GrammarCompiler) -> list[Submission]:
     """Constrained requests among free ones, n of 1 and 2."""
     found = []
-    for seed, grammar in enumerate([*GRAMMARS.values()] * 2):
-        options = {"temperature": 1.0 + 0.3 * seed, "seed": seed, "n": 1 + seed % 2}
-        found.append(constrained(compiler, grammar, f"c{seed}", **options))
-        found.append(replace(found[-1], request_id=f"f{seed}", constraints=()))
+    for seed, grammar in enumerate(GRAMMARS.values()):
+        options = {"temperature": 1.0 + 0.3 * seed, "seed": seed, "n": 1 + seed % 2, "logit_bias": NO_SPACE}
+        found.append(constrained(compiler, grammar, f"c{seed}", max_tokens=100, **options))
+        found.append(submission(f"f{seed}", PROMPT, {"qa": 0.8}, max_tokens=48, **options))
     return found
 
 
@@ -108,26 +110,22 @@ def test_each_choice_for_itself(tiny_models: ModelSet, compiler: GrammarCompiler
     crowded = make_engine(tiny_models, kv_memory=2**18)
     again = run(crowded, submissions)
     assert crowded.counters.preemptions > 0
-    validator = jsonschema_rs.Draft202012Validator(SCHEMA)
     for one in submissions:
-        alone = run(make_engine(tiny_models), [one])
-        for key, result in alone.items():
-            assert together[key].tokens == again[key].tokens == result.tokens
-            assert together[key].text == result.text
+        for key, alone in run(make_engine(tiny_models), [one]).items():
+            assert together[key].tokens == again[key].tokens == alone.tokens
             last = together[key].last
             assert last is not None
+            assert last.finish_reason is (FinishReason.STOP if one.constraints else FinishReason.LENGTH)
             assert (last.removed_mass is None) == (not one.constraints)
-            if not one.constraints:
-                continue
-            assert last.finish_reason is FinishReason.STOP
-            if one.constraints == submissions[0].constraints:
-                assert validator.is_valid(json.loads(result.text))
-    assert len({tuple(result.tokens) for result in together.values()}) > 12
+    assert jsonschema_rs.is_valid(SCHEMA, json.loads(together["c0/0"].text))
+    assert len({tuple(result.tokens) for result in together.values()}) > 6
 
 
 def test_the_last_token_of_a_whole_text_is_the_last(tiny_models: ModelSet, compiler: GrammarCompiler) -> None:
     """No step is spent on an end that alone may come."""
-    (result,) = run(make_engine(tiny_models), [constrained(compiler, GRAMMARS["schema"], "r")]).values()
+    (result,) = run(
+        make_engine(tiny_models), [constrained(compiler, GRAMMARS["schema"], "r", logit_bias=NO_SPACE)]
+    ).values()
     assert result.last is not None
     assert result.last.finish_reason is FinishReason.STOP
     assert result.text.endswith("}")
@@ -139,7 +137,7 @@ def test_room_may_be_too_short(tiny_models: ModelSet, compiler: GrammarCompiler)
     (result,) = run(make_engine(tiny_models), [one]).values()
     assert result.last is not None
     assert result.last.finish_reason is FinishReason.LENGTH
-    assert SCHEMA["required"] and result.text.startswith("{")
+    assert result.text.startswith("{")
 
 
 def test_several_grammars_all_hold(tiny_models: ModelSet, compiler: GrammarCompiler) -> None:

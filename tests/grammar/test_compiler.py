@@ -33,8 +33,16 @@ SLOW = forms.json_schema({"type": "integer", "multipleOf": 9_999_991}, LIMITS, "
 
 
 @contextmanager
-def compiling(tokenizer: Tokenizer, **limits: Any) -> Iterator[GrammarCompiler]:
-    compiler = GrammarCompiler(tokenizer, tokenizer.eos_ids, replace(LIMITS, **limits))
+def compiling(
+    tokenizer: Tokenizer, outcomes: list[str] | None = None, **limits: Any
+) -> Iterator[GrammarCompiler]:
+    """`outcomes` gets what came of each request, with `!` where something was compiled."""
+    seen = [] if outcomes is None else outcomes
+
+    def observe(outcome: str, seconds: float | None) -> None:
+        seen.append(outcome if seconds is None else f"{outcome}!")
+
+    compiler = GrammarCompiler(tokenizer, tokenizer.eos_ids, replace(LIMITS, **limits), observe=observe)
     try:
         yield compiler
     finally:
@@ -190,13 +198,15 @@ def test_hostile_grammars_end_soon(
 
 
 def test_too_slow_a_grammar_is_given_up(tokenizer: Tokenizer) -> None:
-    with compiling(tokenizer, compile_seconds=0.3) as compiler:
+    outcomes: list[str] = []
+    with compiling(tokenizer, outcomes, compile_seconds=0.3) as compiler:
         assert "0.3 seconds" in refusal(compiler.compile(SLOW)).message
         begun = time.monotonic()
         assert "0.3 seconds" in refusal(compiler.compile(SLOW)).message
         assert time.monotonic() - begun < 0.25, "it is remembered"
         assert compiler.gatekeeper.pid is None
         compiler.compile(forms.json_object("f")).result(timeout=60)
+    assert outcomes == ["timed_out!", "refused", "compiled!"]
 
 
 def test_too_large_a_grammar_is_given_up(tokenizer: Tokenizer) -> None:
@@ -234,10 +244,11 @@ def test_the_process_may_be_killed(tokenizer: Tokenizer) -> None:
 
 
 def test_equal_grammars_are_compiled_once(tokenizer: Tokenizer) -> None:
-    with compiling(tokenizer) as compiler:
+    outcomes: list[str] = []
+    with compiling(tokenizer, outcomes) as compiler:
         futures = [compiler.compile(forms.json_object(f"field {n}")) for n in range(50)]
         assert len({id(future.result(timeout=60)) for future in futures}) == 1
-        assert compiler.compiled == 1
+        assert sorted(outcomes) == ["cached"] * 49 + ["compiled!"]
         bad = [compiler.compile(forms.regex("(", LIMITS, f"field {n}")) for n in range(3)]
         assert [refusal(future).param for future in bad] == ["field 0", "field 1", "field 2"]
 
@@ -246,14 +257,15 @@ def test_what_was_used_last_is_kept(tokenizer: Tokenizer) -> None:
     def ask(text: str) -> Any:
         return compiler.compile(forms.regex(text, LIMITS, "f")).result(timeout=60)
 
-    with compiling(tokenizer, max_cached=2) as compiler:
+    outcomes: list[str] = []
+    with compiling(tokenizer, outcomes, max_cached=2) as compiler:
         first = ask("a")
         ask("b")
         assert ask("a") is first
         ask("c")  # instead of b
         assert ask("a") is first
         ask("b")
-        assert compiler.compiled == 4
+        assert outcomes.count("compiled!") == 4
     with compiling(tokenizer, max_cached_bytes=0) as compiler:
         assert ask("a") is not ask("a")
 

@@ -170,7 +170,9 @@ def spoken(tokenizer: Tokenizer, constraint: GrammarConstraint, *parts: str) -> 
     for part in parts:
         named = tokenizer.token_to_id.get(part)
         tokens = (
-            [named] if named in tokenizer.special_ids else tokenizer.encode(part, add_special_tokens=False)
+            [named]
+            if named is not None and tokenizer.is_special(named)
+            else tokenizer.encode(part, add_special_tokens=False)
         )
         for number, token in enumerate(tokens):
             if constraint.complete or token not in allowed(constraint.mask()):
@@ -195,6 +197,7 @@ CALL = '<tool_call>\n{"x": 1}\n</tool_call>'
         ({}, ['Hello <tool_call>{"x": '], "goes on"),
         ({"least": 1}, ["Hello"], "goes on"),
         ({"least": 1}, [f"Hello {CALL} bye"], "may end"),
+        ({"least": 1, "most": 1}, ["Hello"], "goes on"),
         ({"most": 1}, [f"Hello {CALL}", "<tool_call>"], "not <tool_call>"),
         ({"free": False, "least": 1}, ["H"], "not H"),
         ({"free": False, "least": 1}, [""], "goes on"),

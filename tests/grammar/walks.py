@@ -43,4 +43,4 @@ def walk(
 
 def text_of(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     """As a client sees it: special tokens are no text."""
-    return b"".join(tokenizer.token_bytes(one) for one in tokens if one not in tokenizer.special_ids).decode()
+    return b"".join(tokenizer.token_bytes(one) for one in tokens if not tokenizer.is_special(one)).decode()

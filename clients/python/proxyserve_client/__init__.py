@@ -15,8 +15,9 @@ from proxyserve_client.client import AsyncProxyServe, ProxyServe
 from proxyserve_client.connection import Readiness
 from proxyserve_client.experts import Expert, ExpertGeneration, Source
 from proxyserve_client.fusion import ExpertWeight, Fusion
-from proxyserve_client.options import ChatOptions, CompletionOptions, Message
-from proxyserve_client.reply import Choice, FusionReport, Reply, Usage
+from proxyserve_client.options import ChatOptions, CompletionOptions, Message, ScoreOptions
+from proxyserve_client.reply import Choice, FusionReport, PromptToken, Reply, Usage
+from proxyserve_client.score import LabelScore, Scores, TextScore
 from proxyserve_client.stream import AsyncTextStream, Piece, TextStream
 
 __all__ = [
@@ -33,13 +34,18 @@ __all__ = [
     "Experts",
     "Fusion",
     "FusionReport",
+    "LabelScore",
     "Message",
     "Piece",
     "Presets",
+    "PromptToken",
     "ProxyServe",
     "Readiness",
     "Reply",
+    "ScoreOptions",
+    "Scores",
     "Source",
+    "TextScore",
     "TextStream",
     "Usage",
 ]

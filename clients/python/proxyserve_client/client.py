@@ -19,11 +19,13 @@ from proxyserve_client.options import (
     ChatOptions,
     CompletionOptions,
     Message,
+    ScoreOptions,
     chat_arguments,
     completion_arguments,
     streaming,
 )
 from proxyserve_client.reply import Reply
+from proxyserve_client.score import Scores, TextOrIds, score_call
 from proxyserve_client.stream import AsyncTextStream, TextStream
 
 #: Seconds between two questions to a server that is not ready.
@@ -108,6 +110,63 @@ class ProxyServe:
             return self.openai.completions.create(**streaming(arguments))
 
         return TextStream(send)
+
+    def score(
+        self,
+        prompt: TextOrIds,
+        continuations: Sequence[TextOrIds],
+        *,
+        top_logprobs: int | None = None,
+        fusion: Fusion | None = None,
+        model: str | None = None,
+        **options: Unpack[ScoreOptions],
+    ) -> Scores:
+        """How likely each of `continuations` is after `prompt`; nothing is generated. `top_logprobs`: give this many
+        likeliest tokens of each position as well."""
+        call = score_call(
+            model or self._default_model(),
+            fusion,
+            options,
+            prompt=prompt,
+            continuations=continuations,
+            logprobs=top_logprobs,
+        )
+        return Scores.of(call.send(self.openai))
+
+    def score_labels(
+        self,
+        prompt: TextOrIds,
+        token_ids: Sequence[int],
+        *,
+        normalize: bool = False,
+        fusion: Fusion | None = None,
+        model: str | None = None,
+        **options: Unpack[ScoreOptions],
+    ) -> Scores:
+        """How likely each of these tokens is as the next one after `prompt`. `normalize`: give their probabilities
+        among themselves as well."""
+        call = score_call(
+            model or self._default_model(),
+            fusion,
+            options,
+            prompt=prompt,
+            label_token_ids=token_ids,
+            normalize=normalize or None,
+        )
+        return Scores.of(call.send(self.openai))
+
+    def score_texts(
+        self,
+        texts: Sequence[TextOrIds],
+        *,
+        top_logprobs: int | None = None,
+        fusion: Fusion | None = None,
+        model: str | None = None,
+        **options: Unpack[ScoreOptions],
+    ) -> Scores:
+        """How likely each whole text is, from its second token on, and its perplexity."""
+        call = score_call(model or self._default_model(), fusion, options, texts=texts, logprobs=top_logprobs)
+        return Scores.of(call.send(self.openai))
 
     def models(self) -> tuple[str, ...]:
         """The names that `model` may have: the base first, then the base with each expert."""
@@ -224,6 +283,65 @@ class AsyncProxyServe:
             return await self.openai.completions.create(**streaming(arguments))
 
         return AsyncTextStream(send)
+
+    async def score(
+        self,
+        prompt: TextOrIds,
+        continuations: Sequence[TextOrIds],
+        *,
+        top_logprobs: int | None = None,
+        fusion: Fusion | None = None,
+        model: str | None = None,
+        **options: Unpack[ScoreOptions],
+    ) -> Scores:
+        """How likely each of `continuations` is after `prompt`; nothing is generated. `top_logprobs`: give this many
+        likeliest tokens of each position as well."""
+        call = score_call(
+            model or await self._default_model(),
+            fusion,
+            options,
+            prompt=prompt,
+            continuations=continuations,
+            logprobs=top_logprobs,
+        )
+        return Scores.of(await call.send(self.openai))
+
+    async def score_labels(
+        self,
+        prompt: TextOrIds,
+        token_ids: Sequence[int],
+        *,
+        normalize: bool = False,
+        fusion: Fusion | None = None,
+        model: str | None = None,
+        **options: Unpack[ScoreOptions],
+    ) -> Scores:
+        """How likely each of these tokens is as the next one after `prompt`. `normalize`: give their probabilities
+        among themselves as well."""
+        call = score_call(
+            model or await self._default_model(),
+            fusion,
+            options,
+            prompt=prompt,
+            label_token_ids=token_ids,
+            normalize=normalize or None,
+        )
+        return Scores.of(await call.send(self.openai))
+
+    async def score_texts(
+        self,
+        texts: Sequence[TextOrIds],
+        *,
+        top_logprobs: int | None = None,
+        fusion: Fusion | None = None,
+        model: str | None = None,
+        **options: Unpack[ScoreOptions],
+    ) -> Scores:
+        """How likely each whole text is, from its second token on, and its perplexity."""
+        call = score_call(
+            model or await self._default_model(), fusion, options, texts=texts, logprobs=top_logprobs
+        )
+        return Scores.of(await call.send(self.openai))
 
     async def models(self) -> tuple[str, ...]:
         """The names that `model` may have: the base first, then the base with each expert."""

@@ -27,12 +27,24 @@ class SharedOptions(TypedDict, total=False):
     stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos: bool
+    min_tokens: int
+    bad_words: Sequence[str]
+    allowed_token_ids: Sequence[int]
+    skip_special_tokens: bool
     presence_penalty: float
     frequency_penalty: float
     repetition_penalty: float
     logit_bias: Mapping[str, float]
+    prompt_logprobs: int
+    logprob_token_ids: Sequence[int]
+    return_token_ids: bool
     n: int
+    priority: int
     user: str
+    safety_identifier: str
+    prompt_cache_key: str
+    cache_salt: str
+    metadata: Mapping[str, str]
     timeout: float
 
 
@@ -44,13 +56,39 @@ class ChatOptions(SharedOptions, total=False):
 
 
 class CompletionOptions(SharedOptions, total=False):
-    """`logprobs` is the number of most likely tokens to report, beside the chosen one."""
+    """`logprobs` is the number of most likely tokens to report, beside the chosen one. With `echo` text and log-probs
+    of the prompt come before those of the answer, and `max_tokens` may be 0."""
 
     logprobs: int
+    echo: bool
+    return_tokens_as_token_ids: bool
 
 
-#: Fields of proxyserve that the methods of the `openai` package have no parameter for.
-_EXTENSIONS = ("top_k", "min_p", "repetition_penalty", "stop_token_ids", "ignore_eos")
+class ScoreOptions(TypedDict, total=False):
+    """What scores may be asked for beside texts."""
+
+    priority: int
+    user: str
+    safety_identifier: str
+    prompt_cache_key: str
+    cache_salt: str
+    metadata: Mapping[str, str]
+    timeout: float
+
+
+#: Fields of proxyserve that a method of the `openai` package has no parameter for.
+_EXTENSIONS = (
+    *("top_k", "min_p", "repetition_penalty", "stop_token_ids", "ignore_eos", "min_tokens", "bad_words"),
+    *("allowed_token_ids", "skip_special_tokens", "prompt_logprobs", "logprob_token_ids", "return_token_ids"),
+    *(
+        "return_tokens_as_token_ids",
+        "priority",
+        "safety_identifier",
+        "prompt_cache_key",
+        "cache_salt",
+        "metadata",
+    ),
+)
 
 
 def chat_arguments(

@@ -31,7 +31,11 @@ class FusionReport:
     def of(cls, response: BaseModel) -> FusionReport | None:
         """The report on a response (or the last chunk of a stream) of the `openai` package, if it has one. A request
         to the plain base has none."""
-        body = _extension(response, "fusion")
+        return cls.of_json(_extension(response, "fusion"))
+
+    @classmethod
+    def of_json(cls, body: Any) -> FusionReport | None:
+        """The report as it is in an answer; None if there is none."""
         if body is None:
             return None
         known = ("rule", "sum_of_weights", "generations", "mean_kl", "flips")
@@ -63,11 +67,49 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptToken:
+    """A token at one place of a prompt. `rank` is 1 for the likeliest there; None if it was not among those asked
+    for."""
+
+    token_id: int
+    text: str
+    logprob: float
+    rank: int | None
+
+
+#: The token that stands there, then the likeliest ones; None where nothing comes before.
+PromptPlace = tuple[PromptToken, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
-    """One of the `n` texts of an answer. `finish_reason` is `stop` or `length`."""
+    """One of the `n` texts of an answer. `finish_reason` is `stop` or `length`, `stop_reason` the stop string or token
+    id that was met. The ids are there with `return_token_ids`; `prompt_logprobs`, for each token of the prompt, and
+    `listed_logprobs`, for each of `logprob_token_ids` at each token, where they were asked for."""
 
     text: str
     finish_reason: str | None
+    stop_reason: str | int | None = None
+    token_ids: tuple[int, ...] | None = None
+    prompt_token_ids: tuple[int, ...] | None = None
+    prompt_logprobs: tuple[PromptPlace, ...] | None = None
+    listed_logprobs: tuple[Mapping[int, float] | None, ...] | None = None
+
+    @classmethod
+    def of(cls, text: str, choice: BaseModel, prompt: BaseModel) -> Choice:
+        """From a choice of the `openai` package. `prompt` is what has the fields about the prompt: the choice itself,
+        or in a chat the response."""
+        found = choice.model_extra or {}
+        told = prompt.model_extra or {}
+        return cls(
+            text,
+            getattr(choice, "finish_reason", None),
+            found.get("stop_reason"),
+            _tuple(found.get("token_ids")),
+            _tuple(told.get("prompt_token_ids")),
+            _prompt_places(told.get("prompt_logprobs")),
+            _listed(found.get("listed_logprobs")),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +135,14 @@ class Reply:
 
     @classmethod
     def of_chat(cls, response: ChatCompletion) -> Reply:
-        choices = (Choice(choice.message.content or "", choice.finish_reason) for choice in response.choices)
+        choices = (
+            Choice.of(choice.message.content or "", choice, prompt=response) for choice in response.choices
+        )
         return cls._of(response, tuple(choices))
 
     @classmethod
     def of_completion(cls, response: Completion) -> Reply:
-        choices = (Choice(choice.text, choice.finish_reason) for choice in response.choices)
+        choices = (Choice.of(choice.text, choice, prompt=choice) for choice in response.choices)
         return cls._of(response, tuple(choices))
 
     @classmethod
@@ -110,3 +154,30 @@ class Reply:
 def _extension(response: BaseModel, name: str) -> Any:
     """A field that the types of the `openai` package do not declare. They keep such fields."""
     return (response.model_extra or {}).get(name)
+
+
+def _tuple(ids: list[int] | None) -> tuple[int, ...] | None:
+    return None if ids is None else tuple(ids)
+
+
+def _prompt_places(places: list[dict[str, Any] | None] | None) -> tuple[PromptPlace, ...] | None:
+    """From vLLM's shape, whose keys are ids."""
+    if places is None:
+        return None
+    return tuple(
+        None
+        if place is None
+        else tuple(
+            PromptToken(int(token), entry["decoded_token"], entry["logprob"], entry["rank"])
+            for token, entry in place.items()
+        )
+        for place in places
+    )
+
+
+def _listed(places: list[dict[str, float] | None] | None) -> tuple[Mapping[int, float] | None, ...] | None:
+    if places is None:
+        return None
+    return tuple(
+        None if place is None else {int(token): value for token, value in place.items()} for place in places
+    )

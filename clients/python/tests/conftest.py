@@ -92,6 +92,16 @@ def make_app(stub: Stub) -> FastAPI:
     async def completions(request: Request) -> Response:
         return await answer(request, whole_completion, completion_chunk, "text_completion")
 
+    @app.post("/v1/score")
+    async def score(request: Request) -> Response:
+        body = await request.json()
+        stub.bodies.append(body)
+        if stub.refusal is not None:
+            status, error = stub.refusal
+            return JSONResponse({"error": error}, status)
+        extra = {"fusion": FUSION} if "fusion" in body else {}
+        return JSONResponse({**HEAD, "object": "score", **scores(body), "usage": USAGE, **extra})
+
     @app.put("/admin/v1/experts/{name}")
     @app.post("/admin/v1/experts/{name}/rollback")
     async def change_expert(name: str) -> Response:
@@ -141,8 +151,37 @@ def whole_chat(body: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def scores(body: dict[str, Any]) -> dict[str, Any]:
+    if "label_token_ids" in body:
+        more = {"probability": 0.25} if body.get("normalize") else {}
+        labels = [
+            {"index": index, "token_id": token, "token": "x", "logprob": -1.5, **more}
+            for index, token in enumerate(body["label_token_ids"])
+        ]
+        return {"labels": labels}
+    kind = "texts" if "texts" in body else "continuations"
+    more = {"top_logprobs": [None, {"b": -0.5}]} if "logprobs" in body else {}
+    entry = {
+        "logprob": -0.5,
+        "num_tokens": 1,
+        "mean_logprob": -0.5,
+        "perplexity": None,
+        "is_greedy": True,
+        "token_ids": [5, 6],
+        "tokens": ["a", "b"],
+        "token_logprobs": [None, -0.5],
+    }
+    return {kind: [{"index": index, **entry, **more} for index in range(len(body[kind]))]}
+
+
 def whole_completion(body: dict[str, Any]) -> dict[str, Any]:
-    choice = {"text": " Oakham.", "logprobs": None, "finish_reason": "length"}
+    choice: dict[str, Any] = {"text": " Oakham.", "logprobs": None, "finish_reason": "length"}
+    if body.get("return_token_ids"):
+        choice |= {"stop_reason": None, "prompt_token_ids": [5, 6], "token_ids": [7]}
+    if "prompt_logprobs" in body:
+        choice["prompt_logprobs"] = [None, {"6": {"logprob": -0.5, "rank": None, "decoded_token": "b"}}]
+    if "logprob_token_ids" in body:
+        choice["listed_logprobs"] = [{str(token): -2.0 for token in body["logprob_token_ids"]}]
     return {
         "object": "text_completion",
         "choices": [{"index": index, **choice} for index in range(body.get("n", 1))],

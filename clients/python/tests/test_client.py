@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from typing import Any
 
 import openai
 import pytest
 
-from proxyserve_client import AsyncProxyServe, Fusion, FusionReport, ProxyServe, Usage
+from proxyserve_client import (
+    AsyncProxyServe,
+    Fusion,
+    FusionReport,
+    LabelScore,
+    PromptToken,
+    ProxyServe,
+    TextScore,
+    Usage,
+)
 
 REPORT = FusionReport("proxy", 1.0, {"qa": 2}, 0.25, 1, {"drafted": 0})
+SCORE = TextScore(-0.5, 1, -0.5, None, True, (5, 6), ("a", "b"), (None, -0.5), (None, {"b": -0.5}))
 USAGE = Usage(7, 3, 10, 4, {"atlas": 6, "qa.tuned": 10, "small": 10})
 
 
@@ -62,6 +73,71 @@ def test_complete(stub: Any, client: ProxyServe) -> None:
     }
     assert (reply.text, reply.finish_reason) == (" Oakham.", "length")
     assert reply.fusion == REPORT
+
+
+def test_what_is_told_of_tokens(stub: Any, client: ProxyServe) -> None:
+    reply = client.complete(
+        [5, 6],
+        echo=True,
+        prompt_logprobs=0,
+        return_token_ids=True,
+        logprob_token_ids=[9],
+        metadata={"team": "search"},
+        cache_salt="secret",
+        priority=3,
+    )
+    assert stub.body == {
+        "model": "atlas",
+        "prompt": [5, 6],
+        "echo": True,
+        "prompt_logprobs": 0,
+        "return_token_ids": True,
+        "logprob_token_ids": [9],
+        "metadata": {"team": "search"},
+        "cache_salt": "secret",
+        "priority": 3,
+    }
+    (choice,) = reply.choices
+    assert (choice.prompt_token_ids, choice.token_ids, choice.stop_reason) == ((5, 6), (7,), None)
+    assert choice.prompt_logprobs == (None, (PromptToken(6, "b", -0.5, None),))
+    assert choice.listed_logprobs == ({9: -2.0},)
+    plain = client.complete("Hello").choices[0]
+    assert (plain.prompt_token_ids, plain.prompt_logprobs, plain.listed_logprobs) == (None, None, None)
+
+
+def test_scores(stub: Any, client: ProxyServe) -> None:
+    scores = client.score(
+        "Where?", [" Oakham", (5, 6)], top_logprobs=1, fusion=Fusion.proxy(qa=0.8), priority=2
+    )
+    assert stub.body == {
+        "model": "atlas",
+        "prompt": "Where?",
+        "continuations": [" Oakham", [5, 6]],
+        "logprobs": 1,
+        "priority": 2,
+        "fusion": {"rule": "proxy", "experts": {"qa": 0.8}},
+    }
+    assert scores.texts == 2 * (SCORE,)
+    assert (scores.labels, scores.usage, scores.fusion) == ((), USAGE, REPORT)
+    labels = client.score_labels((1, 2), [7, 8], normalize=True, model="atlas+qa")
+    assert stub.body == {"model": "atlas+qa", "prompt": [1, 2], "label_token_ids": [7, 8], "normalize": True}
+    assert labels.labels == (LabelScore(7, "x", -1.5, 0.25), LabelScore(8, "x", -1.5, 0.25))
+    assert labels.fusion is None
+    assert client.score_labels("a", [7]).labels == (LabelScore(7, "x", -1.5),)
+    texts = client.score_texts(["Mira was born."])
+    assert stub.body == {"model": "atlas", "texts": ["Mira was born."]}
+    assert texts.texts == (replace(SCORE, top_logprobs=None),)
+    with pytest.raises(TypeError, match="temprature"):
+        client.score_texts(["a"], temprature=0.0)
+
+
+async def test_async_scores(stub: Any, async_client: AsyncProxyServe) -> None:
+    assert (await async_client.score("Where?", [" Oakham"], top_logprobs=1)).texts == (SCORE,)
+    assert (await async_client.score_labels("Where?", [7])).labels == (LabelScore(7, "x", -1.5),)
+    assert (await async_client.score_texts(["a", "b"], timeout=5)).usage == USAGE
+    stub.refusal = (400, {"message": "No.", "type": "invalid_request_error", "param": "texts", "code": "why"})
+    with pytest.raises(openai.BadRequestError, match=r"No\."):
+        await async_client.score_texts(["a"])
 
 
 @pytest.mark.parametrize("method", ["stream_chat", "stream_complete"])

@@ -22,4 +22,4 @@ async def test_example(stub: Any, example: str, capsys: pytest.CaptureFixture[st
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 4

@@ -6,7 +6,7 @@ They describe the form that the parser of the same name reads, with each tool's 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from proxyserve.text.tools.formats import Tool, ToolFormat
@@ -15,13 +15,23 @@ from proxyserve.text.tools.formats import Tool, ToolFormat
 _SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
-def forced_calls(form: ToolFormat, tools: Sequence[Tool], *, several: bool, special: Collection[str]) -> str:
-    """An answer that is a call of one of `tools`, or several, and nothing else. `special` are the texts of the
-    tokenizer's special tokens, which grammars write in a way of their own."""
-    return "\n".join(["start: calls", *_calls(form, several, special), *_objects(form, tools, loose=False)])
+def forced_calls(
+    form: ToolFormat,
+    tools: Sequence[Tool],
+    *,
+    several: bool,
+    special: Mapping[str, int],
+    otherwise: Mapping[str, Any] | None = None,
+) -> str:
+    """An answer that is a call of one of `tools`, or several, and nothing else; or JSON of the schema `otherwise`.
+    `special` has the tokenizer's special tokens by their texts: they are no text to a grammar, it names their ids."""
+    rules = [*_calls(form, several, special), *_objects(form, tools, loose=False)]
+    if otherwise is None:
+        return "\n".join(["start: calls", *rules])
+    return "\n".join(["start: calls | answer", f"answer: %json {_spaced(otherwise, lenient=False)}", *rules])
 
 
-def free_calls(form: ToolFormat, tools: Sequence[Tool], *, special: Collection[str]) -> str:
+def free_calls(form: ToolFormat, tools: Sequence[Tool], *, special: Mapping[str, int]) -> str:
     """Any text, but what begins as a call must be one of `tools`; arguments follow the schemas of tools that are
     `strict`."""
     mark, objects = form.marks.open, _objects(form, tools, loose=True)
@@ -31,14 +41,16 @@ def free_calls(form: ToolFormat, tools: Sequence[Tool], *, special: Collection[s
     else:
         rules = [
             f'start: (begun "\\n" object {_close(form, special)})* rest',
-            f"begun: TEXT {mark}" if mark in special else f"begun[lazy]: TEXT {json.dumps(mark)}",
+            f"begun: TEXT {_mark(mark, special)}"
+            if mark in special
+            else f"begun[lazy]: TEXT {json.dumps(mark)}",
             "rest: TEXT",
             r"TEXT: /(.|\n)*/",
         ]
     return "\n".join([*rules, *objects])
 
 
-def _calls(form: ToolFormat, several: bool, special: Collection[str]) -> list[str]:
+def _calls(form: ToolFormat, several: bool, special: Mapping[str, int]) -> list[str]:
     """The rule of what stands around the objects of calls."""
     mark = _mark(form.marks.open, special)
     if form.marks.bare:
@@ -55,28 +67,32 @@ def _objects(form: ToolFormat, tools: Sequence[Tool], *, loose: bool) -> list[st
     rules = [f"object: {' | '.join(f'object_{number}' for number in range(len(tools)))}"]
     for number, tool in enumerate(tools):
         function = tool["function"]
-        head = f'{{"name": {json.dumps(function["name"])}, "{form.arguments}": '
-        schema = json.dumps(_schema(function, loose=loose))
-        rules.append(f'object_{number}: {json.dumps(head)} %json {schema} "}}"')
+        # Cut as the library cuts JSON, so that an answer in JSON can begin as a call does.
+        parts = ["{", '"name"', ": ", json.dumps(function["name"]), ", ", f'"{form.arguments}"', ": "]
+        head = " ".join(json.dumps(part) for part in parts)
+        rules.append(f'object_{number}: {head} %json {_arguments(function, loose=loose)} "}}"')
     return rules
 
 
-def _schema(function: Any, *, loose: bool) -> dict[str, Any]:
-    """Of the arguments. Where a tool is not strict, what the library does not know of a schema is not enforced, and
-    `loose` asks for an object only."""
+def _arguments(function: Mapping[str, Any], *, loose: bool) -> str:
+    """The schema of the arguments. Where a tool is not strict, what the library does not know of it is not enforced,
+    and `loose` asks for an object only."""
     strict = function.get("strict") is True
     parameters = function.get("parameters")
     if loose and not strict:
         parameters = {"type": "object"}
     if parameters is None:
         parameters = {"type": "object", "properties": {}, "additionalProperties": False}
-    return {**parameters, "x-guidance": {**_SPACING, "lenient": not strict}}
+    return _spaced(parameters, lenient=not strict)
 
 
-def _close(form: ToolFormat, special: Collection[str]) -> str:
+def _spaced(schema: Mapping[str, Any], *, lenient: bool) -> str:
+    return json.dumps({**schema, "x-guidance": {**_SPACING, "lenient": lenient}})
+
+
+def _close(form: ToolFormat, special: Mapping[str, int]) -> str:
     return f'"\\n" {_mark(form.marks.close, special)}'
 
 
-def _mark(mark: str, special: Collection[str]) -> str:
-    """A special token's text stands without quotes."""
-    return mark if mark in special else json.dumps(mark)
+def _mark(mark: str, special: Mapping[str, int]) -> str:
+    return f"<[{special[mark]}]>" if mark in special else json.dumps(mark)
