@@ -99,6 +99,7 @@ FIELDS: dict[str, dict[str, Evidence]] = {
         "model": Changes({"model": "atlas+record"}, GREEDY),
         "fusion": Changes(fused(experts=RECORD), GREEDY | fused(**QA)),
         "priority": Shown("api/test_fields.py::test_priority_is_asked_of_the_engine"),
+        "timeout": Shown("api/test_limits.py::test_every_route_has_deadlines"),
         "user": Shown("api/test_fields.py::test_prefix_cache_is_apart"),
         "safety_identifier": Shown("api/test_fields.py::test_prefix_cache_is_apart"),
         "prompt_cache_key": Shown("api/test_fields.py::test_prefix_cache_is_apart"),

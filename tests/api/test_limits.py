@@ -115,6 +115,20 @@ def test_running_requests_end_at_their_deadline(live: Live, stream: bool) -> Non
     assert asked.error() == (200 if stream else 504, "deadline_exceeded")
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "Hi"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
+        ("/v1/score", {"texts": ["Hi there"]}),
+    ],
+)
+def test_every_route_has_deadlines(live: Live, path: str, body: dict[str, Any]) -> None:
+    late = live.post(path, **body, model="atlas+qa", timeout=1e-6)
+    assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
+    assert live.post(path, **body, model="atlas+qa", timeout=20).status_code == 200
+
+
 def test_waiting_requests_end_at_their_deadline(live: Live) -> None:
     running = Asked(live, n=8, headers={"x-request-id": "running"})
     wait_until(lambda: live.engine.snapshot().running == 8)

@@ -274,3 +274,16 @@ def test_whatever_happens_nothing_is_lost(seed: int) -> None:
 def test_a_queue_that_is_empty_says_so() -> None:
     queue = FairQueue()
     assert not queue and not list(queue) and not list(queue.turns())
+
+
+def test_newcomers_begin_at_the_level_of_those_who_may_start() -> None:
+    """And not at that of a caller whom its cap holds back while others are served."""
+    server = Server()
+    queue = server.scheduler.waiting
+    for caller, most in (("capped", 1), ("free", None)):
+        running = server.send(caller, most=most)
+        server.send(caller, most=most)
+        queue.start(running)
+    queue.charge(running, 500.0)
+    server.send("newcomer")
+    assert queue.service(0, "newcomer") == queue.service(0, "free") > 400 > queue.service(0, "capped")
