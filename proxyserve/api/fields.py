@@ -36,9 +36,14 @@ _LIMITS: Mapping[str, str] = {
     "max_logprobs": "`logprobs`, `top_logprobs`, `prompt_logprobs`",
     "max_logprob_token_ids": "`logprob_token_ids`, `label_token_ids`",
     "max_prompt_logprobs": "log-probs of prompt tokens in one response",
-    "max_body_bytes": "bytes of a body",
-    "max_waiting_requests": "choices that wait, of all requests; above that a 429",
-    "max_waiting_tokens": "prompt tokens that wait, of all choices; above that a 429",
+    "max_tools": "`tools`",
+    "max_tool_bytes": "bytes of `tools` as JSON",
+    "max_tool_depth": "levels of nesting in `tools`",
+    "max_template_variables": "`chat_template_kwargs`",
+    "max_template_variable_length": "characters of one of them",
+    "max_body_bytes": "bytes of a body (413)",
+    "max_waiting_requests": "choices that wait, of all requests together (429)",
+    "max_waiting_tokens": "prompt tokens that wait, of all choices together (429)",
 }
 
 

@@ -119,10 +119,10 @@ class EngineRequest(RequestModel):
         None,
         description="Tags of your own for the server's log and traces: up to 16, keys of 64 characters, values of 512.",
     )
-
     timeout: Annotated[float, Field(gt=0.0, le=MAX_COUNT)] | None = Field(
         None, description="Seconds from the request's arrival until it is given up, wherever it is then."
     )
+
     moderation: Annotated[Any, NotYet()] = None
     prompt_cache_options: Annotated[Any, NotYet()] = None
     prompt_cache_retention: Annotated[Any, NotYet()] = None
