@@ -104,7 +104,6 @@ FIELDS: dict[str, dict[str, Evidence]] = {
         "safety_identifier": Shown("api/test_fields.py::test_prefix_cache_is_apart"),
         "prompt_cache_key": Shown("api/test_fields.py::test_prefix_cache_is_apart"),
         "cache_salt": Shown("api/test_fields.py::test_prefix_cache_is_apart"),
-        "timeout": Shown("api/test_limits.py::test_running_requests_end_at_their_deadline"),
         "metadata": Shown("api/test_fields.py::test_metadata_are_logged"),
     },
     "GenerationRequest": {
