@@ -217,6 +217,11 @@ def _problem_of_http(error: HTTPException) -> Problem:
     return Problem.of(error.status_code, message, code=code, headers=error.headers)
 
 
+def _is_tag(step: int | str) -> bool:
+    """Whether a step is no field but the kind of object, `<function_call>`, that the validator took one for."""
+    return isinstance(step, str) and step.startswith("<") and step.endswith(">")
+
+
 def validation_problem(errors: Sequence[Mapping[str, Any]]) -> Problem:
     """The first of the validator's findings; values that the client sent are never repeated."""
     first = errors[0]
@@ -226,6 +231,7 @@ def validation_problem(errors: Sequence[Mapping[str, Any]]) -> Problem:
         where = (*where[:1], *where[2:])
     if where[-1:] == ("[key]",):
         where = where[:-2]  # a name in the object, which may be anything
+    where = tuple(step for step in where if not _is_tag(step))
     param = field_path(where) or None
     if param is None:
         return Problem.of(400, "The body must be a JSON object.", code="invalid_body")

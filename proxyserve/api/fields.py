@@ -8,18 +8,21 @@ from typing import Any
 
 from proxyserve.api.schemas.base import RequestModel
 from proxyserve.api.schemas.chat import ChatRequest
-from proxyserve.api.schemas.common import EngineRequest, GenerationRequest
+from proxyserve.api.schemas.common import EngineRequest, GenerationRequest, SampledRequest
 from proxyserve.api.schemas.completions import CompletionRequest
 from proxyserve.api.schemas.other import DetokenizeRequest, TokenizeRequest
+from proxyserve.api.schemas.responses_api import ResponsesRequest
 from proxyserve.api.schemas.score import ScoreRequest
 from proxyserve.config import Limits
 
 #: Title -> the class whose own fields follow; those that it inherits are under their own title.
 _SECTIONS: Mapping[str, type[RequestModel]] = {
     "Fields of every request that runs models": EngineRequest,
+    "Fields of `/v1/completions`, `/v1/chat/completions` and `/v1/responses`": SampledRequest,
     "Fields of `/v1/completions` and `/v1/chat/completions`": GenerationRequest,
     "Fields of `/v1/completions` alone": CompletionRequest,
     "Fields of `/v1/chat/completions` alone": ChatRequest,
+    "Fields of `/v1/responses` alone": ResponsesRequest,
     "Fields of `/v1/score`": ScoreRequest,
     "Fields of `/tokenize`": TokenizeRequest,
     "Fields of `/detokenize`": DetokenizeRequest,

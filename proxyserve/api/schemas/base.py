@@ -18,11 +18,12 @@ class RequestModel(BaseModel):
 
 class NotYet:
     """Annotates a field of OpenAI's API that this version does not have. Only `off`, the values that ask for nothing,
-    pass; anything else is refused by name, and the OpenAPI document says so. `instead` is the field to use."""
+    pass; anything else is refused by name, and the OpenAPI document says so. `instead` is the field to use;
+    `advice` says more than that."""
 
-    def __init__(self, *off: Any, instead: str | None = None) -> None:
+    def __init__(self, *off: Any, instead: str | None = None, advice: str = "Leave it out.") -> None:
         self._off = (None, *off)
-        self._advice = "Leave it out." if instead is None else f"Use '{instead}'."
+        self._advice = advice if instead is None else f"Use '{instead}'."
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self._require_off)

@@ -129,9 +129,9 @@ class EngineRequest(RequestModel):
     service_tier: Annotated[Any, NotYet("auto", "default")] = None
 
 
-class GenerationRequest(EngineRequest):
-    """Fields of `/v1/chat/completions` and `/v1/completions` alike. `proxyserve.types.SamplingParams` says what the
-    sampling fields do and in which order."""
+class SampledRequest(EngineRequest):
+    """Fields of every request for generated text: how its tokens are drawn, and where it ends.
+    `proxyserve.types.SamplingParams` says what they do and in which order."""
 
     structured_outputs: StructuredOutputs | None = Field(
         None, description="A form that the whole text must have; vLLM's way of asking."
@@ -177,10 +177,6 @@ class GenerationRequest(EngineRequest):
         "spellings of the same text in tokens are not ruled out.",
     )
 
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = Field(
-        None,
-        description="Most tokens of the answer. 0, to score the prompt alone, needs `prompt_logprobs` or `echo`.",
-    )
     min_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = Field(
         None, description="Before this many tokens no token comes that would end the answer. Default 0."
     )
@@ -195,6 +191,18 @@ class GenerationRequest(EngineRequest):
         None, description="Leave special tokens out of the answer's text. Default true."
     )
 
+    stream: bool | None = Field(
+        None, description="Send the answer in pieces, as server-sent events. Default false."
+    )
+
+
+class GenerationRequest(SampledRequest):
+    """Fields of `/v1/chat/completions` and `/v1/completions` alike."""
+
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = Field(
+        None,
+        description="Most tokens of the answer. 0, to score the prompt alone, needs `prompt_logprobs` or `echo`.",
+    )
     prompt_logprobs: Annotated[int, Field(ge=0)] | None = Field(
         None,
         description="Give the log-probability of each token of the base's prompt, and this many likeliest tokens.",
@@ -207,9 +215,6 @@ class GenerationRequest(EngineRequest):
     )
 
     n: Count | None = Field(None, description="Answers per prompt. Default 1.")
-    stream: bool | None = Field(
-        None, description="Send the answer in pieces, as server-sent events. Default false."
-    )
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
 
     @property

@@ -121,7 +121,12 @@ def rendered(messages: Sequence[Message], param: str = "messages") -> list[dict[
         turn |= {name: value for name, value in given.items() if value is not None}
         if message.tool_calls:
             turn["tool_calls"] = [
-                _rendered_call(call, f"{where}.tool_calls[{index}]")
+                rendered_call(
+                    call.id,
+                    call.function.name,
+                    call.function.arguments,
+                    f"{where}.tool_calls[{index}].function.arguments",
+                )
                 for index, call in enumerate(message.tool_calls)
             ]
             calls.update(call.id for call in message.tool_calls)
@@ -161,14 +166,13 @@ def _check_role(message: Message, where: str) -> None:
         )
 
 
-def _rendered_call(call: ToolCall, where: str) -> dict[str, Any]:
+def rendered_call(call_id: str, name: str, arguments: str, param: str) -> dict[str, Any]:
+    """A call of an earlier turn as chat templates want it. `param` is the field that `arguments`, JSON text, come from.
+    Raises InvalidRequest if they are no object."""
     try:
-        arguments = from_json(call.function.arguments, allow_inf_nan=False)
+        given = from_json(arguments, allow_inf_nan=False)
     except ValueError:
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise InvalidRequest(
-            "It must be the JSON text of an object, such as {}.", param=f"{where}.function.arguments"
-        )
-    function = {"name": call.function.name, "arguments": arguments}
-    return {"id": call.id, "type": "function", "function": function}
+        given = None
+    if not isinstance(given, dict):
+        raise InvalidRequest("It must be the JSON text of an object, such as {}.", param=param)
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": given}}

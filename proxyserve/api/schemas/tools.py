@@ -12,6 +12,9 @@ from proxyserve.api.schemas.base import RequestModel
 FunctionName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
 
 
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
 class FunctionBody(RequestModel):
     """`parameters` is a JSON Schema; without it the function takes no arguments. With `strict` the arguments of calls
     are sure to follow it."""
