@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -14,6 +15,25 @@ class RequestModel(BaseModel):
     model_config = ConfigDict(
         strict=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True, frozen=True
     )
+
+
+#: JSON schemas, for `json_schema_extra`, of fields that must be given or left out. Null is a field left out.
+GIVEN: Final = {"not": {"type": "null"}}
+LEFT_OUT: Final = {"type": "null"}
+
+
+def exactly_one(*names: str) -> dict[str, Any]:
+    """For `json_schema_extra`: one of these fields must be given."""
+    return {"oneOf": _each_given(names)}
+
+
+def at_least_one(*names: str) -> dict[str, Any]:
+    """For `json_schema_extra`: one of these fields must be given, or several."""
+    return {"anyOf": _each_given(names)}
+
+
+def _each_given(names: Sequence[str]) -> list[dict[str, Any]]:
+    return [{"required": [name], "properties": {name: GIVEN}} for name in names]
 
 
 class NotYet:

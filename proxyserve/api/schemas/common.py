@@ -160,7 +160,7 @@ class SampledRequest(EngineRequest):
     frequency_penalty: Penalty | None = Field(
         None, description="Subtracted once per time that the answer already has the token. Default 0."
     )
-    repetition_penalty: Annotated[float, Field(gt=0.0, le=10.0)] | None = Field(
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10.0)] | None = Field(
         None,
         description="Divides positive and multiplies negative scores of tokens that prompt or answer already have. "
         "Default 1, off.",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError, from_json
 
-from proxyserve.api.schemas.base import NotYet, RequestModel
+from proxyserve.api.schemas.base import GIVEN, LEFT_OUT, NotYet, RequestModel
 from proxyserve.api.schemas.tools import FunctionName
 from proxyserve.errors import InvalidRequest
 
@@ -77,9 +77,54 @@ class ToolCall(RequestModel):
     index: Annotated[Any, NotYet(*range(MAX_CALLS))] = None
 
 
+_NO_CALLS = {"tool_calls": {"maxItems": 0}}
+_NO_THOUGHTS = {"reasoning": {"maxLength": 0}, "reasoning_content": {"maxLength": 0}}
+_ANSWERS_NO_CALL = {"tool_call_id": LEFT_OUT}
+
+#: What `_check_role` asks of each role.
+_BY_ROLE: dict[str, Any] = {
+    "anyOf": [
+        {
+            "properties": {
+                "role": {"enum": ["system", "developer", "user"]},
+                "content": GIVEN,
+                **_NO_CALLS,
+                **_NO_THOUGHTS,
+                **_ANSWERS_NO_CALL,
+            },
+            "required": ["content"],
+        },
+        {
+            "properties": {"role": {"const": "assistant"}, "content": GIVEN, **_ANSWERS_NO_CALL},
+            "required": ["content"],
+        },
+        {
+            "properties": {
+                "role": {"const": "assistant"},
+                "tool_calls": {"type": "array", "minItems": 1},
+                **_ANSWERS_NO_CALL,
+            },
+            "required": ["tool_calls"],
+        },
+        {
+            "properties": {
+                "role": {"const": "tool"},
+                "content": GIVEN,
+                "tool_call_id": GIVEN,
+                **_NO_CALLS,
+                **_NO_THOUGHTS,
+            },
+            "required": ["content", "tool_call_id"],
+        },
+    ]
+}
+
+
 class Message(RequestModel):
     """One turn. `developer` is OpenAI's newer name for `system` and is rendered as that. `content` may be left out of
     an assistant's turn with `tool_calls`. A `tool` turn answers the call with its `tool_call_id`."""
+
+    model_config = ConfigDict(json_schema_extra=_BY_ROLE)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
