@@ -35,6 +35,10 @@ def test_a_typescript_application_works_unmodified(live_url: str, program: Path)
     assert {"atlas", "atlas+qa"} <= set(seen["models"])
     assert seen["chat"] == seen["streamed"] == seen["helper"] != ""
     assert seen["fusion"]["generations"] == {"qa": 1}
+    assert seen["called"]["name"] == "play"
+    assert seen["called"]["arguments"]["instrument"] in ("harp", "flute")
+    assert seen["formed"]["instrument"] in ("harp", "flute")
+    assert seen["responded"] == [seen["chat"]] * 2
     assert seen["completion"] == 4
     assert seen["refusals"] == [
         {"status": 404, "param": "model", "code": "model_not_found"},

@@ -56,6 +56,39 @@ async function extension(): Promise<unknown> {
   return (answer as unknown as { fusion: unknown }).fusion;
 }
 
+const form = {
+  type: "object",
+  properties: { instrument: { enum: ["harp", "flute"] } },
+  required: ["instrument"],
+  additionalProperties: false,
+};
+const tools: OpenAI.ChatCompletionTool[] = [{ type: "function", function: { name: "play", parameters: form } }];
+
+async function called(): Promise<unknown> {
+  const runner = client.chat.completions.stream({ ...question, max_tokens: 60, tools, tool_choice: "required" });
+  const answer = await runner.finalChatCompletion();
+  const call = answer.choices[0]?.message.tool_calls?.[0];
+  assert.ok(call?.type === "function");
+  return { name: call.function.name, arguments: JSON.parse(call.function.arguments) };
+}
+
+async function formed(): Promise<unknown> {
+  const answer = await client.chat.completions.create({
+    ...question,
+    max_tokens: 60,
+    response_format: { type: "json_schema", json_schema: { name: "answer", strict: true, schema: form } },
+  });
+  return JSON.parse(answer.choices[0]?.message.content ?? "");
+}
+
+async function responded(): Promise<string[]> {
+  const request = { model: "atlas+qa", input: "Where was Bremi Zale born?", temperature: 0 } as const;
+  const whole = await client.responses.create(request);
+  assert.equal(whole.status, "completed");
+  const streamed = await client.responses.stream(request).finalResponse();
+  return [whole.output_text, streamed.output_text];
+}
+
 async function completion(): Promise<number> {
   const answer = await client.completions.create({ model: "atlas", prompt: "Bremi Zale", max_tokens: 4, logprobs: 1 });
   return answer.choices[0]?.logprobs?.tokens?.length ?? 0;
@@ -91,6 +124,9 @@ console.log(
     streamed: await streamed(),
     helper: await helper(),
     fusion: await extension(),
+    called: await called(),
+    formed: await formed(),
+    responded: await responded(),
     completion: await completion(),
     refusals: await refusals(),
     abandoned: await abandoned(),
