@@ -112,7 +112,9 @@ class SamplingParams:
         _require(all(self.stop), "stop", "stop strings must not be empty.")
         _require(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "must be between -2 and 2.")
         _require(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "must be between -2 and 2.")
-        _require(0.0 < self.repetition_penalty <= 10.0, "repetition_penalty", "must be above 0, at most 10.")
+        _require(
+            0.01 <= self.repetition_penalty <= 10.0, "repetition_penalty", "must be between 0.01 and 10."
+        )
         for token, bias in self.logit_bias.items():
             _require(
                 not math.isnan(bias) and -100.0 <= bias <= 100.0,
@@ -259,7 +261,7 @@ class OutputEvent:
     asked for too, with None in the same places. `removed_mass` is the mean, over generated positions, of the
     probability that constraints took from the fused law; None without any. It, `finish_reason`, `usage`, `timing` and,
     for fused requests, `fusion` are set on the last event only; `error` says what failed when `finish_reason` is
-    `ERROR`.
+    `ERROR`, and `refused` that the request's own fields are why.
     """
 
     request_id: str
@@ -277,3 +279,4 @@ class OutputEvent:
     removed_mass: float | None = None
     timing: Timing | None = None
     error: str | None = None
+    refused: bool = False

@@ -78,7 +78,14 @@ class AdminRoute(JsonRoute):
 
 router = APIRouter(prefix="/admin/v1", tags=["control plane"], route_class=AdminRoute)
 
-Name = Annotated[str, Path(description="Letters, digits, `_` and `-`, at most 64.")]
+# The pattern is for the document alone: what is told of a bad name is in `_named`.
+Name = Annotated[
+    str,
+    Path(
+        description="Letters, digits, `_` and `-`, at most 64.",
+        json_schema_extra={"pattern": f"^{NAME.pattern}$"},
+    ),
+]
 Wait = Annotated[WaitQuery, Query()]
 
 

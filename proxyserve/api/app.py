@@ -16,6 +16,7 @@ from proxyserve.api import (
     metrics,
     models,
     requests,
+    responses,
     score,
     tokenize,
     tokenizer_info,
@@ -30,6 +31,7 @@ from proxyserve.api.ports import PortMiddleware
 from proxyserve.api.rate_headers import RATE_HEADERS, RateHeadersMiddleware
 from proxyserve.api.request_id import RequestIdMiddleware
 from proxyserve.api.schemas.chat import ChatChunk
+from proxyserve.api.schemas.response_events import ResponseStreamEvent
 from proxyserve.api.state import ServerState
 from proxyserve.api.telemetry import Tracing
 from proxyserve.config import ServerConfig
@@ -70,12 +72,23 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.proxyserve = state
-    for module in (chat, completions, score, models, tokenize, tokenizer_info, requests, health, metrics):
+    for module in (
+        chat,
+        completions,
+        responses,
+        score,
+        models,
+        tokenize,
+        tokenizer_info,
+        requests,
+        health,
+        metrics,
+    ):
         app.include_router(module.router)
     if experts is not None:
         app.include_router(admin.router)
     install_error_handlers(app)
-    install_openapi(app, chunks=(ChatChunk,), keys=keys.required)
+    install_openapi(app, chunks=(ChatChunk, ResponseStreamEvent), keys=keys.required)
     # The last one added is the outermost.
     if config.admin_port is not None:
         app.add_middleware(PortMiddleware, admin_port=config.admin_port)

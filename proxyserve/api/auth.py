@@ -4,14 +4,17 @@ server listens on loopback addresses only (`server.check_binding`)."""
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from proxyserve.api.errors import Unauthorized, error_response, problem_of
 from proxyserve.api.key_ring import Keys
-from proxyserve.api.metrics import Metrics
 from proxyserve.engine.caller import Caller
+
+if TYPE_CHECKING:
+    from proxyserve.api.metrics import Metrics
 
 #: The routes that anyone may call. A test walks all other routes and shows that they refuse.
 PUBLIC_PATHS = frozenset({"/health", "/ready", "/version"})

@@ -2,48 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 
 from proxyserve.api.chat_shape import ChatShape
-from proxyserve.api.conversation import (
-    AskedChat,
-    answer_format,
-    chat_constraints,
-    chat_grammar,
-    chat_options,
-)
+from proxyserve.api.conversation import AskedChat
+from proxyserve.api.converse import Conversation, Conversing, converse
 from proxyserve.api.documentation import ENGINE_ERRORS, error_answers, event_stream
-from proxyserve.api.generate import Generation
 from proxyserve.api.generation_route import GenerationRoute
-from proxyserve.api.prepare import (
-    cache_salt,
-    check_prompt_logprobs,
-    check_shape,
-    prepared,
-    priority_of,
-    resolve_fusion,
-    room_for_answer,
-    sampling_params,
-    with_experts,
-)
+from proxyserve.api.prepare import check_shape, generation_params, renamed_fields, with_experts
 from proxyserve.api.respond import respond
 from proxyserve.api.schemas.chat import ChatCompletion, ChatRequest
 from proxyserve.api.schemas.message import rendered
-from proxyserve.api.state import ServerState, server_state
-from proxyserve.api.structured import compiled, constraints_of
+from proxyserve.api.state import server_state
+from proxyserve.api.structured import response_format
 from proxyserve.api.tools import tool_use
 from proxyserve.config import Limits
-from proxyserve.engine.caller import Caller
-from proxyserve.engine.prompts import chat_prompts
-from proxyserve.engine.submission import Submission
 from proxyserve.errors import InvalidRequest
-from proxyserve.grammar.grammar import Grammar
-from proxyserve.text.answer import AnswerFormat
 
 if TYPE_CHECKING:
     from proxyserve.engine.offer import Lease
@@ -62,36 +40,20 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
     """The base continues the conversation, fused with the experts that `model` or `fusion` name."""
     state = server_state(request)
     shape = ChatShape(body, state.models.base.tokenizer)
-    salt = cache_salt(request.state.salt, body)
-    caller: Caller = request.state.caller
 
-    async def begin(lease: Lease) -> Generation:
-        asked = _asked(body, state.config.limits)
-        submission, form, grammar = await prepared(
-            request, lambda: _submission(state, lease.catalog, body, asked, shape.id, salt, caller)
+    async def begin(lease: Lease) -> Conversing:
+        return await converse(
+            request, body, lease, lambda catalog: _conversation(catalog, body, state.config.limits, shape.id)
         )
-        shape.form, shape.prompt = form, submission.prompts.default
-        ready = await compiled(state, grammar, body.stop_token_ids)
-        constraints = chat_constraints(form, asked, state.models.base.tokenizer, ready)
-        submission = replace(submission, constraints=constraints)
-        return Generation(request, [submission], lease)
 
-    with _chat_field_names(body):
-        generation = await with_experts(request, begin, seconds=body.timeout)
-    return await respond(request, body, generation, shape)
+    with renamed_fields(_field_names(body)):
+        begun = await with_experts(request, begin, seconds=body.timeout)
+    shape.form, shape.prompt = begun.form, begun.prompt
+    return await respond(request, body, begun.generation, shape)
 
 
-def _submission(
-    state: ServerState,
-    catalog: Catalog,
-    body: ChatRequest,
-    asked: AskedChat,
-    request_id: str,
-    salt: str,
-    caller: Caller,
-) -> tuple[Submission, AnswerFormat, Grammar | None]:
-    """Also how the answer is to be read, and the form that it must have; the submission knows nothing of that yet.
-    Raises InvalidRequest or UnknownModel."""
+def _conversation(catalog: Catalog, body: ChatRequest, limits: Limits, request_id: str) -> Conversation:
+    """Raises InvalidRequest."""
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise InvalidRequest(
             "'max_completion_tokens' is the newer name of 'max_tokens'; give one of them.",
@@ -99,41 +61,22 @@ def _submission(
         )
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
-    limits, chat = state.config.limits, state.config.chat
     check_shape(body, limits, top_logprobs=body.top_logprobs, param="top_logprobs")
-    fusion = resolve_fusion(body.model, body.fusion, catalog)
-    vetted = body.model in catalog.presets
-    tokenizer = catalog.models.base.tokenizer
-    prompts = chat_prompts(catalog, fusion, rendered(body.messages), chat_options(asked, chat, limits))
-    form = answer_format(prompts, asked.tools, chat, tokenizer)
-    wanted = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-    sampling = sampling_params(
-        body,
-        limits,
-        catalog.models,
-        max_tokens=room_for_answer(state.engine.engine, fusion, prompts.lanes, catalog)
-        if wanted is None
-        else wanted,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-    )
-    if form.special_marks and sampling.skip_special_tokens:
-        sampling = replace(sampling, skip_special_tokens=False)
-    elif form.special_marks:  # the client wants to see them all
-        form = replace(form, hidden=frozenset())
-    submission = Submission(
+    return Conversation(
         request_id,
-        prompts.lanes,
-        sampling,
-        fusion,
+        rendered(body.messages),
+        _asked(body, limits),
+        partial(
+            generation_params,
+            body,
+            limits,
+            catalog.models,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        ),
+        max_tokens=body.max_completion_tokens if body.max_tokens is None else body.max_tokens,
+        grammar=response_format(body.response_format, limits.grammar),
         n=body.n or 1,
-        salt=salt,
-        caller=caller,
-        vetted=vetted,
-        priority=priority_of(body, caller),
     )
-    check_prompt_logprobs([submission], limits, "messages")
-    given = constraints_of(body, limits.grammar)
-    return submission, form, chat_grammar(asked, form, given, tokenizer, limits.grammar)
 
 
 def _asked(body: ChatRequest, limits: Limits) -> AskedChat:
@@ -147,15 +90,9 @@ def _asked(body: ChatRequest, limits: Limits) -> AskedChat:
     )
 
 
-@contextmanager
-def _chat_field_names(body: ChatRequest) -> Iterator[None]:
+def _field_names(body: ChatRequest) -> Callable[[str], str]:
     """The engine calls things by the field names of /v1/completions."""
     names = {"prompt": "messages", "logprobs": "top_logprobs"}
     if body.max_completion_tokens is not None:
         names["max_tokens"] = "max_completion_tokens"
-    try:
-        yield
-    except InvalidRequest as error:
-        if error.param is not None:
-            error.param = names.get(error.param, error.param)
-        raise
+    return lambda name: names.get(name, name)

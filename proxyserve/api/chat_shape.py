@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ from proxyserve.api.choice_extras import prompt_extras, token_extras
 from proxyserve.api.explanations import explained, wants_explanations
 from proxyserve.api.generate import Answer
 from proxyserve.api.logprobs import chat_logprobs
-from proxyserve.api.respond import Fields, response_head
+from proxyserve.api.respond import Fields, response_head, unique_id
 from proxyserve.api.schemas.chat import (
     AssistantMessage,
     ChatChoice,
@@ -155,22 +154,21 @@ class ChatShape:
 
 
 class _Reading:
-    """One choice as it is read. `reasoning_tokens` counts its tokens of reasoning, marks included."""
+    """One choice as it is read."""
 
     def __init__(self, form: AnswerFormat) -> None:
-        self.reasoning_tokens = 0
         self._reader: AnswerReader = form.reader()
+
+    @property
+    def reasoning_tokens(self) -> int:
+        return self._reader.reasoning_tokens
 
     @property
     def calls(self) -> int:
         return self._reader.calls
 
     def read(self, text: str, tokens: int) -> Sequence[Piece]:
-        thought = self._reader.thinking
-        pieces = self._reader.push(text)
-        if thought or self._reader.thinking:
-            self.reasoning_tokens += tokens
-        return pieces
+        return self._reader.push(text, tokens)
 
     def finish(self) -> Sequence[Piece]:
         return self._reader.finish()
@@ -184,7 +182,7 @@ class _Reading:
             case CallBegun():
                 call = ToolCallDelta(
                     index=piece.index,
-                    id=_call_id(),
+                    id=unique_id("call"),
                     type="function",
                     function=FunctionDelta(name=piece.name, arguments=""),
                 )
@@ -200,7 +198,7 @@ class _Reading:
         for piece in pieces:
             if isinstance(piece, CallBegun):
                 function = FunctionCallBody(name=piece.name, arguments="")
-                calls.append(ToolCallBody(id=_call_id(), type="function", function=function))
+                calls.append(ToolCallBody(id=unique_id("call"), type="function", function=function))
             elif isinstance(piece, CallArguments):
                 calls[piece.index].function.arguments += piece.text
         more: dict[str, Any] = {}
@@ -210,7 +208,3 @@ class _Reading:
             more["tool_calls"] = calls
         shown = content if content or not more else None
         return AssistantMessage(role="assistant", content=shown, refusal=None, **more)
-
-
-def _call_id() -> str:
-    return f"call_{uuid.uuid4().hex}"

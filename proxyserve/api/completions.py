@@ -19,10 +19,10 @@ from proxyserve.api.prepare import (
     cache_salt,
     check_prompt_logprobs,
     check_shape,
+    generation_params,
     prepared,
     priority_of,
     resolve_fusion,
-    sampling_params,
     with_experts,
 )
 from proxyserve.api.respond import Fields, respond, response_head
@@ -94,7 +94,7 @@ def _submissions(
     check_shape(body, limits, top_logprobs=body.logprobs, param="logprobs", prompts=len(body.prompt))
     _check_fields(body)
     fusion = resolve_fusion(body.model, body.fusion, catalog)
-    sampling = sampling_params(
+    sampling = generation_params(
         body,
         limits,
         catalog.models,

@@ -44,10 +44,11 @@ def error_answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return answers
 
 
-def event_stream(chunk: str) -> dict[str, Any]:
-    """The 200 of a route that streams on request, beside its JSON. `chunk` names the schema of each event's data."""
+def event_stream(chunk: str, *, end: str = "then `[DONE]`") -> dict[str, Any]:
+    """The 200 of a route that streams on request, beside its JSON. `chunk` names the schema of each event's data, `end`
+    says how the stream ends."""
     return {
-        "description": "The answer; with `stream`, server-sent events whose data is a chunk each, then `[DONE]`.",
+        "description": f"The answer; with `stream`, server-sent events whose data is a `{chunk}` each, {end}.",
         "content": {
             "text/event-stream": {
                 "schema": {"type": "string", "description": f"The data of each event is a `{chunk}`."}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from proxyserve.api.deadline import DeadlineExceeded
@@ -30,6 +31,8 @@ from proxyserve.errors import (
 
 #: Names that clients invent are repeated in messages only up to this many characters.
 _LONGEST_NAME = 100
+
+_METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 
 _TYPES: Mapping[int, ErrorType] = {
     401: "authentication_error",
@@ -179,6 +182,8 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def handle(request: Request, error: Exception) -> Response:
         problem = problem_of(error)
+        if problem.status == 405:
+            problem = replace(problem, headers={"Allow": ", ".join(_methods(app, request.scope))})
         reason = rejection_reason(problem)
         if reason is not None:
             server_state(request).metrics.rejected(reason)
@@ -190,6 +195,15 @@ def install_error_handlers(app: FastAPI) -> None:
     for kind in (ProxyserveError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, handle)
     app.add_exception_handler(ClientDisconnect, forget)
+
+
+def _methods(app: FastAPI, scope: Scope) -> list[str]:
+    """What the path takes. Starlette names those of the first route of that path alone."""
+    return [
+        method
+        for method in _METHODS
+        if any(route.matches({**scope, "method": method})[0] is Match.FULL for route in app.router.routes)
+    ]
 
 
 def field_path(location: Sequence[int | str]) -> str:
@@ -217,6 +231,11 @@ def _problem_of_http(error: HTTPException) -> Problem:
     return Problem.of(error.status_code, message, code=code, headers=error.headers)
 
 
+def _is_tag(step: int | str) -> bool:
+    """Whether a step is no field but the kind of object, `<function_call>`, that the validator took one for."""
+    return isinstance(step, str) and step.startswith("<") and step.endswith(">")
+
+
 def validation_problem(errors: Sequence[Mapping[str, Any]]) -> Problem:
     """The first of the validator's findings; values that the client sent are never repeated."""
     first = errors[0]
@@ -226,6 +245,7 @@ def validation_problem(errors: Sequence[Mapping[str, Any]]) -> Problem:
         where = (*where[:1], *where[2:])
     if where[-1:] == ("[key]",):
         where = where[:-2]  # a name in the object, which may be anything
+    where = tuple(step for step in where if not _is_tag(step))
     param = field_path(where) or None
     if param is None:
         return Problem.of(400, "The body must be a JSON object.", code="invalid_body")

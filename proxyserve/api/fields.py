@@ -8,18 +8,21 @@ from typing import Any
 
 from proxyserve.api.schemas.base import RequestModel
 from proxyserve.api.schemas.chat import ChatRequest
-from proxyserve.api.schemas.common import EngineRequest, GenerationRequest
+from proxyserve.api.schemas.common import EngineRequest, GenerationRequest, SampledRequest
 from proxyserve.api.schemas.completions import CompletionRequest
 from proxyserve.api.schemas.other import DetokenizeRequest, TokenizeRequest
+from proxyserve.api.schemas.responses_api import ResponsesRequest
 from proxyserve.api.schemas.score import ScoreRequest
 from proxyserve.config import Limits
 
 #: Title -> the class whose own fields follow; those that it inherits are under their own title.
 _SECTIONS: Mapping[str, type[RequestModel]] = {
     "Fields of every request that runs models": EngineRequest,
+    "Fields of `/v1/completions`, `/v1/chat/completions` and `/v1/responses`": SampledRequest,
     "Fields of `/v1/completions` and `/v1/chat/completions`": GenerationRequest,
     "Fields of `/v1/completions` alone": CompletionRequest,
     "Fields of `/v1/chat/completions` alone": ChatRequest,
+    "Fields of `/v1/responses` alone": ResponsesRequest,
     "Fields of `/v1/score`": ScoreRequest,
     "Fields of `/tokenize`": TokenizeRequest,
     "Fields of `/detokenize`": DetokenizeRequest,
@@ -36,9 +39,14 @@ _LIMITS: Mapping[str, str] = {
     "max_logprobs": "`logprobs`, `top_logprobs`, `prompt_logprobs`",
     "max_logprob_token_ids": "`logprob_token_ids`, `label_token_ids`",
     "max_prompt_logprobs": "log-probs of prompt tokens in one response",
-    "max_body_bytes": "bytes of a body",
-    "max_waiting_requests": "choices that wait, of all requests; above that a 429",
-    "max_waiting_tokens": "prompt tokens that wait, of all choices; above that a 429",
+    "max_tools": "`tools`",
+    "max_tool_bytes": "bytes of `tools` as JSON",
+    "max_tool_depth": "levels of nesting in `tools`",
+    "max_template_variables": "`chat_template_kwargs`",
+    "max_template_variable_length": "characters of one of them",
+    "max_body_bytes": "bytes of a body (413)",
+    "max_waiting_requests": "choices that wait, of all requests together (429)",
+    "max_waiting_tokens": "prompt tokens that wait, of all choices together (429)",
 }
 
 

@@ -20,7 +20,7 @@ from proxyserve.api.schemas.fusion import FusionSummary
 from proxyserve.api.schemas.responses import PromptTokensDetails, UsageBody
 from proxyserve.api.state import server_state
 from proxyserve.engine.submission import Submission
-from proxyserve.errors import ProxyserveError
+from proxyserve.errors import InvalidRequest, ProxyserveError
 from proxyserve.types import (
     FinishReason,
     FusionReport,
@@ -90,8 +90,8 @@ class Generation:
 
     async def events(self) -> AsyncGenerator[tuple[int, OutputEvent], None]:
         """Each event with the number of its choice. Where log-probabilities of the prompt were asked for, the first
-        event of each choice has them. Raises GenerationFailed, ServerStopping, DeadlineExceeded or RequestCancelled if
-        a choice could not be finished, and cancels the others."""
+        event of each choice has them. Raises GenerationFailed, InvalidRequest, ServerStopping, DeadlineExceeded or
+        RequestCancelled if a choice could not be finished, and cancels the others."""
         try:
             async for event in self._stream:
                 number = self._order[event.request_id] * self._n + event.index
@@ -99,6 +99,8 @@ class Generation:
                 if self._early is not None:
                     raise self._early
                 if event.finish_reason is FinishReason.ERROR:
+                    if event.refused:
+                        raise InvalidRequest(event.error or "", code="no_token_left")
                     raise GenerationFailed(event.error or "The engine could not finish this request.")
                 if event.finish_reason is FinishReason.CANCELLED:  # not by the client, who closes `events`
                     raise ServerStopping

@@ -23,16 +23,17 @@ IMPOSSIBLE = -9999.0
 
 def chat_logprobs(entries: Iterable[TokenLogprob], tokenizer: Tokenizer) -> ChatLogprobs:
     """`content` has an entry per generated token, also for those that did not become text (a stop token)."""
-    return ChatLogprobs(
-        content=[
-            ChatTokenLogprob(
-                **dict(_named(entry.token_id, entry.logprob, tokenizer)),
-                top_logprobs=[_named(token, value, tokenizer) for token, value in entry.top],
-            )
-            for entry in entries
-        ],
-        refusal=None,
-    )
+    return ChatLogprobs(content=token_logprobs(entries, tokenizer), refusal=None)
+
+
+def token_logprobs(entries: Iterable[TokenLogprob], tokenizer: Tokenizer) -> list[ChatTokenLogprob]:
+    return [
+        ChatTokenLogprob(
+            **dict(_named(entry.token_id, entry.logprob, tokenizer)),
+            top_logprobs=[_named(token, value, tokenizer) for token, value in entry.top],
+        )
+        for entry in entries
+    ]
 
 
 class TokenNames:

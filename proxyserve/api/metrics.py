@@ -18,6 +18,7 @@ from starlette.concurrency import run_in_threadpool
 
 from proxyserve import __version__
 from proxyserve.api import families
+from proxyserve.api.documentation import error_answers
 from proxyserve.api.expert_metrics import ExpertCollector
 from proxyserve.api.state import server_state
 from proxyserve.engine.histogram import Histogram
@@ -40,7 +41,12 @@ GrammarOutcome = Literal["compiled", "cached", "refused", "timed_out"]
 router = APIRouter(tags=["operation"])
 
 
-@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+@router.get(
+    "/metrics",
+    summary="Prometheus metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **error_answers(401)},
+)
 async def read_metrics(request: Request) -> Response:
     """Prometheus text format. Needs a key where the server has any, since labels name models."""
     text = await run_in_threadpool(server_state(request).metrics.render)

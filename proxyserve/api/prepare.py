@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 
 from proxyserve.api.deadline import seconds_left, set_deadline
 from proxyserve.api.presence import while_present
-from proxyserve.api.schemas.common import EngineRequest, GenerationRequest
+from proxyserve.api.schemas.common import EngineRequest, GenerationRequest, SampledRequest
 from proxyserve.api.schemas.fusion import FusionObject
 from proxyserve.api.state import server_state
 from proxyserve.config import Limits
@@ -92,6 +93,17 @@ async def with_experts(
                 raise
 
 
+@contextmanager
+def renamed_fields(name: Callable[[str], str]) -> Iterator[None]:
+    """What is refused in here under the engine's name of a field is refused under the route's own `name` of it."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if error.param is not None:
+            error.param = name(error.param)
+        raise
+
+
 #: What a request may add to a preset.
 _BESIDE_PRESETS = {"explain", "prompts"}
 
@@ -132,7 +144,7 @@ def _with_preset(name: str, preset: Fusion, given: FusionObject) -> Fusion:
     return replace(preset, explain=beside.explain, prompts={**preset.prompts, **beside.prompts})
 
 
-def sampling_params(
+def generation_params(
     body: GenerationRequest,
     limits: Limits,
     models: ModelSet,
@@ -143,8 +155,35 @@ def sampling_params(
 ) -> SamplingParams:
     """`logprobs` and, for a prompt that is echoed with them, `echoed` are the route's own wishes for the answer's and
     the prompt's tokens. Raises InvalidRequest for what is above `limits`."""
+    listed = body.logprob_token_ids or []
+    check_listed(listed, limits, "logprob_token_ids")
+    check_ids(listed, models, "logprob_token_ids")
+    if listed and logprobs is None:
+        logprobs = 0
+    wished = [count for count in (body.prompt_logprobs, echoed) if count is not None]
+    return sampling_params(
+        body,
+        limits,
+        models,
+        max_tokens=max_tokens,
+        logprobs=logprobs,
+        logprob_token_ids=tuple(listed),
+        prompt_logprobs=max(wished, default=None),
+    )
+
+
+def sampling_params(
+    body: SampledRequest,
+    limits: Limits,
+    models: ModelSet,
+    *,
+    max_tokens: int,
+    logprobs: int | None,
+    **more: Any,
+) -> SamplingParams:
+    """`more` are fields that not every route has. Raises InvalidRequest for what is above `limits`."""
     stop, stop_ids = body.stop or [], body.stop_token_ids or []
-    allowed, listed = body.allowed_token_ids, body.logprob_token_ids or []
+    allowed = body.allowed_token_ids
     cap("stop", len(stop), limits.max_stop, "stop strings")
     cap("stop", max(map(len, stop), default=0), limits.max_stop_length, "characters in a stop string")
     cap("stop_token_ids", len(stop_ids), limits.max_stop, "stop token ids")
@@ -152,16 +191,8 @@ def sampling_params(
     cap("bad_words", len(body.bad_words or []), limits.max_bad_words, "bad words")
     longest = max(map(len, body.bad_words or []), default=0)
     cap("bad_words", longest, limits.max_stop_length, "characters in a bad word")
-    check_listed(listed, limits, "logprob_token_ids")
-    for param, ids in (
-        ("stop_token_ids", stop_ids),
-        ("allowed_token_ids", allowed or []),
-        ("logprob_token_ids", listed),
-    ):
-        check_ids(ids, models, param)
-    if listed and logprobs is None:
-        logprobs = 0
-    wished = [count for count in (body.prompt_logprobs, echoed) if count is not None]
+    check_ids(stop_ids, models, "stop_token_ids")
+    check_ids(allowed or (), models, "allowed_token_ids")
     given: dict[str, Any] = {
         name: value for name in _SAMPLING_FIELDS if (value := getattr(body, name)) is not None
     }
@@ -170,11 +201,10 @@ def sampling_params(
         stop=tuple(stop),
         stop_token_ids=tuple(stop_ids),
         logprobs=logprobs,
-        logprob_token_ids=tuple(listed),
-        prompt_logprobs=max(wished, default=None),
         bad_words=bad_word_ids(body.bad_words or (), models.base.tokenizer),
         allowed_token_ids=None if allowed is None else tuple(dict.fromkeys(allowed)),
         **given,
+        **more,
     )
 
 

@@ -18,8 +18,8 @@ from proxyserve import __version__
 from proxyserve.api.generate import Answer, Generation, collect
 from proxyserve.api.presence import while_present
 from proxyserve.api.record import RequestRecord
-from proxyserve.api.schemas.common import GenerationRequest
-from proxyserve.api.sse import EventStream
+from proxyserve.api.schemas.common import GenerationRequest, SampledRequest
+from proxyserve.api.sse import EventStream, event_frame
 from proxyserve.api.state import server_state
 from proxyserve.types import OutputEvent
 
@@ -46,6 +46,10 @@ class ResponseShape(Protocol):
         """The complete response; answer `i` is choice `i`."""
 
 
+def unique_id(prefix: str) -> str:
+    return f"{prefix}_{uuid.uuid4().hex}"
+
+
 def response_head(prefix: str, model: str) -> dict[str, Any]:
     """The fields that a response and all of its chunks begin with; `id` is `prefix` and something unique."""
     return {
@@ -60,41 +64,47 @@ async def respond(
     request: Request, body: GenerationRequest, generation: Generation, shape: ResponseShape
 ) -> Response:
     """Answer `body` with `generation`. Raises ClientDisconnect if the client goes away, which ends the generation."""
-    record: RequestRecord = request.state.record
-    record.work, record.stream = generation.work, bool(body.stream)
-    record.metadata = body.metadata or {}
+    note_work(request, body, generation, shape.id)
     stopping = server_state(request).stopping
-    generation.known_as(shape.id)
     if body.stream:
         return EventStream(_chunks(generation, shape, body.include_usage), stopping=stopping)
     answers = await while_present(collect(generation), request.receive, stopping)
 
     def write() -> str:
-        return _json(shape.whole(answers, usage=generation.usage(), **_fusion(generation)))
+        return as_json(shape.whole(answers, usage=generation.usage(), **_fusion(generation)))
 
     long = any(answer.prompt_logprobs for answer in answers)
     return Response(await written(write, long=long), media_type="application/json")
 
 
+def note_work(request: Request, body: SampledRequest, generation: Generation, response_id: str) -> None:
+    """Tell log and traces of it, and let it be cancelled by the response's id."""
+    generation.known_as(response_id)
+    record: RequestRecord = request.state.record
+    record.work, record.stream = generation.work, bool(body.stream)
+    record.metadata = body.metadata or {}
+
+
 async def _chunks(
     generation: Generation, shape: ResponseShape, include_usage: bool
 ) -> AsyncGenerator[str, None]:
-    """The JSON of each chunk. `usage` comes last, in a chunk without choices; `fusion` comes with the last chunk."""
+    """A frame per chunk. `usage` comes last, in a chunk without choices; `fusion` comes with the last chunk."""
     usage: Fields = {"usage": None} if include_usage else {}
     async with aclosing(generation.events()) as events:
         async for number, event in events:
             fusion = _fusion(generation) if generation.finished and not include_usage else {}
-            write = partial(_pieces, shape, number, event, each=usage, last=fusion)
-            for chunk in await written(write, long=bool(event.prompt_logprobs)):
-                yield chunk
+            write = partial(_frames, shape, number, event, each=usage, last=fusion)
+            for frame in await written(write, long=bool(event.prompt_logprobs)):
+                yield frame
     if include_usage:
-        yield _json(shape.closing(usage=generation.usage(), **_fusion(generation)))
+        closing = shape.closing(usage=generation.usage(), **_fusion(generation))
+        yield event_frame(as_json(closing))
 
 
-def _pieces(
+def _frames(
     shape: ResponseShape, number: int, event: OutputEvent, *, each: Fields, last: Fields
 ) -> list[str]:
-    return [_json(chunk) for chunk in shape.chunks(number, event, each=each, last=last)]
+    return [event_frame(as_json(chunk)) for chunk in shape.chunks(number, event, each=each, last=last)]
 
 
 async def written(write: Callable[[], T], *, long: bool) -> T:
@@ -108,5 +118,5 @@ def _fusion(generation: Generation) -> dict[str, Any]:
     return {} if fusion is None else {"fusion": fusion}
 
 
-def _json(model: BaseModel) -> str:
+def as_json(model: BaseModel) -> str:
     return model.model_dump_json(exclude_unset=True)

@@ -33,7 +33,7 @@ from proxyserve.api.state import server_state
 from proxyserve.engine.caller import Caller
 from proxyserve.engine.prompts import text_prompts, token_prompts
 from proxyserve.engine.submission import LanePrompts, Submission
-from proxyserve.errors import InvalidRequest
+from proxyserve.errors import Forbidden, InvalidRequest
 from proxyserve.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -103,9 +103,13 @@ def _score_field_names(body: ScoreRequest) -> Iterator[None]:
         "prompt": "prompt" if body.texts is None else "texts",
         "max_tokens": "prompt",
         "prompt_logprobs": "model",
+        "logprob_token_ids": "label_token_ids",
     }
     try:
         yield
+    except Forbidden as error:  # more log-probabilities per token than the key may have
+        error.param = {**names, "prompt_logprobs": "logprobs"}.get(error.param or "", error.param)
+        raise
     except InvalidRequest as error:
         if error.param is not None:
             error.param = names.get(error.param, error.param)

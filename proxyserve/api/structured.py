@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from proxyserve.api.schemas.chat import ChatRequest
-from proxyserve.api.schemas.common import GenerationRequest
+from proxyserve.api.schemas.common import SampledRequest
+from proxyserve.api.schemas.response_tools import JsonSchemaText, TextConfig
 from proxyserve.api.schemas.structured import (
     GrammarReport,
     JsonObjectFormat,
     JsonSchemaFormat,
+    ResponseFormat,
     StructuralTag,
     StructuredOutputs,
 )
@@ -25,13 +26,15 @@ if TYPE_CHECKING:
     from proxyserve.engine.constraint import Constrains
 
 
-def constraints_of(body: GenerationRequest, limits: GrammarLimits) -> Grammar | None:
-    """The form that the body asks for, None for free text. Raises InvalidRequest."""
-    grammar = _response_format(body, limits) if isinstance(body, ChatRequest) else None
+def constraints_of(
+    body: SampledRequest, limits: GrammarLimits, grammar: Grammar | None = None
+) -> Grammar | None:
+    """The form that the body asks for, None for free text. `grammar` is what it asks for in fields that only its route
+    has. Raises InvalidRequest."""
     if body.structured_outputs is not None:
         if grammar is not None:
             raise InvalidRequest(
-                "The form of the answer is given both in 'response_format' and in 'structured_outputs'; use one.",
+                f"The form of the answer is given in '{grammar.param}' as well; use one of them.",
                 param="structured_outputs",
             )
         grammar = _structured_outputs(body.structured_outputs, limits)
@@ -60,12 +63,24 @@ def grammar_report(removed_mass: float | None) -> dict[str, Any]:
     return {} if removed_mass is None else {"grammar": GrammarReport(mean_removed_mass=removed_mass)}
 
 
-def _response_format(body: ChatRequest, limits: GrammarLimits) -> Grammar | None:
-    match body.response_format:
+def response_format(given: ResponseFormat | None, limits: GrammarLimits) -> Grammar | None:
+    """The form that the field of this name asks for. Raises InvalidRequest."""
+    match given:
         case JsonObjectFormat():
             return forms.json_object("response_format")
         case JsonSchemaFormat(json_schema=named):
             return forms.json_schema(named.schema_, limits, "response_format.json_schema.schema")
+        case _:
+            return None
+
+
+def text_format(given: TextConfig | None, limits: GrammarLimits) -> Grammar | None:
+    """The same for `text.format` of `/v1/responses`. Raises InvalidRequest."""
+    match given:
+        case TextConfig(format=JsonObjectFormat()):
+            return forms.json_object("text.format")
+        case TextConfig(format=JsonSchemaText(schema_=schema)):
+            return forms.json_schema(schema, limits, "text.format.schema")
         case _:
             return None
 

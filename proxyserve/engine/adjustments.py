@@ -28,10 +28,12 @@ _ALL = np.uint32(0xFFFFFFFF)
 
 
 class Halt(NamedTuple):
-    """Why a choice ends before its next token; `message` for ERROR."""
+    """Why a choice ends before its next token; `message` for ERROR, and `refused` where the request brought it about:
+    its fields leave no token, or its grammar takes too much work."""
 
     reason: FinishReason
     message: str | None = None
+    refused: bool = False
 
 
 class _Wish(NamedTuple):
@@ -91,13 +93,14 @@ class ChoiceAdjustments:
             FinishReason.ERROR,
             f"No token may come next: what is left by {', '.join(fields)} has no probability under the fused law, "
             "whose support or whose remote base rules it out.",
+            refused=True,
         )
 
 
 def failed(error: Exception) -> Halt:
     """A constraint raised `error`: its own message is for the client, any other stays inside."""
     if isinstance(error, ConstraintFailed):
-        return Halt(FinishReason.ERROR, str(error))
+        return Halt(FinishReason.ERROR, str(error), refused=True)
     logger.error("a constraint failed; the choice is ended", exc_info=error)
     return Halt(FinishReason.ERROR, f"A constraint of this request failed: {type(error).__name__}.")
 
@@ -193,7 +196,7 @@ class Adjuster:
         if constrained is not None and choice.rules.is_whole(choice.output, constrained):
             return Halt(FinishReason.STOP)
         fields = choice.rules.conflict(choice.output, constrained)
-        return Halt(FinishReason.ERROR, conflict_message(fields))
+        return Halt(FinishReason.ERROR, conflict_message(fields), refused=True)
 
     def _tensor(self) -> Tensor:
         return torch.from_numpy(self._masks[: self._used].view(np.int32))

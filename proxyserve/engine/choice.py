@@ -121,6 +121,7 @@ class Choice:
         reason: FinishReason | None = None
         stop_reason: str | int | None = None
         error: str | None = None
+        refused = False
         text = ""
         if token in sampling.stop_token_ids:
             reason, stop_reason = FinishReason.STOP, token
@@ -133,7 +134,7 @@ class Choice:
         if reason is None:
             halt = self.adjustments.advance(token)
             if halt is not None:
-                reason, error = halt
+                reason, error, refused = halt
         if reason is None and len(self.output) >= self.max_output:
             reason = FinishReason.LENGTH
         logprobs = None if sampled.logprob is None else (sampled.logprob,)
@@ -144,7 +145,9 @@ class Choice:
         text += self.detokenizer.finish()
         if self.detokenizer.stopped_by is not None and error is None:
             reason, stop_reason = FinishReason.STOP, self.detokenizer.stopped_by
-        return self._last(replace(event, text=text), reason, stop_reason=stop_reason, error=error)
+        return self._last(
+            replace(event, text=text), reason, stop_reason=stop_reason, error=error, refused=refused
+        )
 
     def _add_up(self, sampled: Sampled) -> None:
         self.kl_total += sampled.kl
@@ -161,10 +164,10 @@ class Choice:
                 if term.expert is not None:
                     self.weight_totals[term.expert] = self.weight_totals.get(term.expert, 0.0) + weight
 
-    def end(self, reason: FinishReason, error: str | None = None) -> OutputEvent:
+    def end(self, reason: FinishReason, error: str | None = None, *, refused: bool = False) -> OutputEvent:
         """The last event of a choice that ends without a further token."""
         event = OutputEvent(self.submission.request_id, self.index, text=self.detokenizer.finish())
-        return self._last(event, reason, error=error)
+        return self._last(event, reason, error=error, refused=refused)
 
     def _last(
         self,
@@ -173,6 +176,7 @@ class Choice:
         *,
         stop_reason: str | int | None = None,
         error: str | None = None,
+        refused: bool = False,
     ) -> OutputEvent:
         return replace(
             event,
@@ -183,6 +187,7 @@ class Choice:
             removed_mass=self._removed_mass(),
             timing=self.clock.timing(perf_counter()),
             error=error,
+            refused=refused,
         )
 
     def _removed_mass(self) -> float | None:

@@ -450,7 +450,7 @@ class Engine:
         return self._finish(choice, choice.end(FinishReason.ERROR, message))
 
     def _halt(self, choice: Choice, halt: Halt) -> OutputEvent:
-        event = choice.end(halt.reason, halt.message)
+        event = choice.end(halt.reason, halt.message, refused=halt.refused)
         if choice.scoring is not None and halt.reason is FinishReason.STOP:
             event = choice.scoring.tell(event)
         return self._finish(choice, event)

@@ -82,12 +82,13 @@ def joined(events: Sequence[OutputEvent]) -> OutputEvent:
     for event in events:
         logprobs.extend(event.logprobs or ())
         explanations.extend(event.explanations or ())
-    prompt = next((event.prompt_logprobs for event in events if event.prompt_logprobs is not None), None)
+    scored = next((event for event in events if event.prompt_logprobs is not None), events[0])
     return replace(
         events[-1],  # what only the last event has
         token_ids=tuple(token for event in events for token in event.token_ids),
         text="".join(event.text for event in events),
         logprobs=tuple(logprobs) if any(event.logprobs is not None for event in events) else None,
         explanations=tuple(explanations) if any(event.explanations is not None for event in events) else None,
-        prompt_logprobs=prompt,
+        prompt_logprobs=scored.prompt_logprobs,
+        prompt_explanations=scored.prompt_explanations,
     )

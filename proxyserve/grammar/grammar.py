@@ -58,7 +58,7 @@ def json_object(param: str) -> Grammar:
 
 
 def json_schema(schema: Any, limits: GrammarLimits, param: str) -> Grammar:
-    """JSON that is valid under `schema`, with at most 40 characters of white space in a row."""
+    """JSON that is valid under `schema`, with little white space between its parts."""
     return Grammar(GrammarKind.JSON_SCHEMA, schema_text(schema, limits, param), param)
 
 

@@ -14,8 +14,8 @@ from proxyserve.grammar.table import TokenTable, id_ranges
 #: Without it, a text that the grammar forces could come in one way of writing it in tokens only.
 _OPTIONS = '%llguidance {"no_forcing": true}'
 
-#: One newline and an indentation. Were it unbounded, a weak model could go on with spaces for ever.
-_WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,40}"
+#: A space, or a new line and its indentation: what writers of JSON use. Weak models would go on with spaces for ever.
+_WHITE_SPACE = r"\x20|\n[\x20\t]{0,32}"
 
 _PAD = r"/[ \t\r\n]{0,8}/"
 

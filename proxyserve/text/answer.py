@@ -43,9 +43,11 @@ class AnswerFormat:
 
 
 class AnswerReader:
-    """The `PieceReader` of one answer."""
+    """The `PieceReader` of one answer. `reasoning_tokens` counts, of the tokens that the texts came with, those of
+    reasoning, its marks included."""
 
     def __init__(self, form: AnswerFormat) -> None:
+        self.reasoning_tokens = 0
         self._hidden = _HiddenText(form.hidden) if form.hidden else None
         self._reasoning = (
             None if form.reasoning is None else ReasoningReader(form.reasoning, inside=form.thinking)
@@ -67,8 +69,12 @@ class AnswerReader:
         """Tool calls that are complete."""
         return 0 if self._calls is None else self._calls.ended
 
-    def push(self, text: str) -> Sequence[Piece]:
-        return self._read(text if self._hidden is None else self._hidden.push(text))
+    def push(self, text: str, tokens: int = 0) -> Sequence[Piece]:
+        thought = self.thinking
+        pieces = self._read(text if self._hidden is None else self._hidden.push(text))
+        if thought or self.thinking:
+            self.reasoning_tokens += tokens
+        return pieces
 
     def finish(self) -> Sequence[Piece]:
         pieces = list(self._read("" if self._hidden is None else self._hidden.finish()))

@@ -45,10 +45,28 @@ class Live:
         assert data[-1] == "[DONE]", data
         return [json.loads(entry) for entry in data[:-1]]
 
+    def events(self, path: str, **body: Any) -> list[dict[str, Any]]:
+        """The data of all events of a stream of named events; checks the names."""
+        response = self.http.post(path, json={**body, "stream": True})
+        assert response.status_code == 200, response.text
+        return named_events(response.text)
+
     def stop(self) -> None:
         self.server.should_exit = True
         self.thread.join(_PATIENCE)
         assert not self.thread.is_alive(), "the server does not stop"
+
+
+def named_events(stream: str) -> list[dict[str, Any]]:
+    """The data of the events, each of which has its own type as its name."""
+    events: list[dict[str, Any]] = []
+    for frame in stream.strip().split("\n\n"):
+        if frame.startswith(":"):
+            continue
+        name, data = frame.split("\n")
+        events.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {events[-1]['type']}"
+    return events
 
 
 @contextmanager

@@ -6,7 +6,7 @@ or it is refused. A field without an entry in `FIELDS` fails; so does an entry w
     Described(why)            it changes nothing on purpose, and its description says so
 
 Fields that only `NotYet` describes need no entry: anything but what asks for nothing is refused, which is tried here.
-Entries are by the class that declares the field. Those of fields that both generating routes have are tried on both.
+Entries are by the class that declares the field. Those of fields that several routes have are tried on each.
 """
 
 from __future__ import annotations
@@ -31,17 +31,23 @@ from proxyserve.api.schemas.base import NotYet, RequestModel
 from proxyserve.api.schemas.chat import ChatRequest
 from proxyserve.api.schemas.completions import CompletionRequest
 from proxyserve.api.schemas.other import DetokenizeRequest, TokenizeRequest
+from proxyserve.api.schemas.responses_api import ResponsesRequest
 from proxyserve.api.schemas.score import ScoreRequest
 from proxyserve.models.model_set import ModelSet
 from tests.api.fakes import FakeEngine, last
 from tests.api.live import Live, serve, wait_until
 
 #: The requests whose fields are walked, nested ones too.
-BODIES = (CompletionRequest, ChatRequest, ScoreRequest, TokenizeRequest, DetokenizeRequest)
-PATHS = {CompletionRequest: "/v1/completions", ChatRequest: "/v1/chat/completions"}
+BODIES = (CompletionRequest, ChatRequest, ResponsesRequest, ScoreRequest, TokenizeRequest, DetokenizeRequest)
+PATHS = {
+    CompletionRequest: "/v1/completions",
+    ChatRequest: "/v1/chat/completions",
+    ResponsesRequest: "/v1/responses",
+}
 PROMPTS: dict[type[RequestModel], dict[str, Any]] = {
     CompletionRequest: {"prompt": "The quick"},
     ChatRequest: {"messages": [{"role": "user", "content": "The quick"}]},
+    ResponsesRequest: {"input": "The quick"},
 }
 
 
@@ -72,6 +78,11 @@ LAW = GREEDY | {"logprobs": 1}
 SCORES = "api/test_score.py"
 TOKENS = "api/test_small_routes.py"
 TOOLS = "api/test_tools.py"
+ITEMS = "api/test_responses.py"
+TURNS, RESULTS = "test_conversation_goes_on_with_items", "test_tool_results_come_back"
+LOGPROBS = ["message.output_text.logprobs"]
+#: Of a response, what does not merely repeat the request.
+ANSWERED = ("output", "status", "stop_reason", "fusion", "explain", "grammar")
 
 
 def fused(**fusion: Any) -> dict[str, Any]:
@@ -106,7 +117,7 @@ FIELDS: dict[str, dict[str, Evidence]] = {
         "cache_salt": Shown("api/test_fields.py::test_prefix_cache_is_apart"),
         "metadata": Shown("api/test_fields.py::test_metadata_are_logged"),
     },
-    "GenerationRequest": {
+    "SampledRequest": {
         "temperature": Changes({"temperature": 0.5}, WARM),
         "top_p": Changes({"top_p": 0.2}, WARM),
         "top_k": Changes({"top_k": 2}, WARM),
@@ -118,18 +129,20 @@ FIELDS: dict[str, dict[str, Evidence]] = {
         "logit_bias": Changes({"logit_bias": {"77": 100}}, GREEDY),
         "allowed_token_ids": Changes({"allowed_token_ids": [70, 71]}, GREEDY),
         "bad_words": Changes({"bad_words": ["m"]}, SAYS_M),
-        "max_tokens": Changes({"max_tokens": 5}, SAYS_M),
         "min_tokens": Changes({"min_tokens": 4}, ENDS),
         "stop": Changes({"stop": "mm"}, SAYS_M),
         "stop_token_ids": Changes({"stop_token_ids": [77]}, SAYS_M),
         "ignore_eos": Changes({"ignore_eos": True}, ENDS),
         "skip_special_tokens": Changes({"skip_special_tokens": False}, ENDS | {"ignore_eos": True}),
         "structured_outputs": Changes({"structured_outputs": {"choice": ["ma", "mb"]}}, GREEDY),
+        "stream": Shown("api/test_completions.py::test_stream_joins_to_the_whole_answer"),
+    },
+    "GenerationRequest": {
+        "max_tokens": Changes({"max_tokens": 5}, SAYS_M),
         "prompt_logprobs": Changes({"prompt_logprobs": 1}, GREEDY),
         "logprob_token_ids": Changes({"logprob_token_ids": [5, 77]}, GREEDY),
         "return_token_ids": Changes({"return_token_ids": True}, GREEDY),
         "n": Changes({"n": 2}, WARM),
-        "stream": Shown("api/test_completions.py::test_stream_joins_to_the_whole_answer"),
         "stream_options": Shown("api/test_completions.py::test_stream_joins_to_the_whole_answer"),
     },
     "StreamOptions": {
@@ -209,6 +222,43 @@ FIELDS: dict[str, dict[str, Evidence]] = {
         "description": Described("it is for people"),
         "strict": Described("the schema is enforced whatever it says"),
     },
+    "ResponsesRequest": {
+        "input": Changes({"input": [{"role": "user", "content": "Bye"}]}, GREEDY),
+        "instructions": Changes({"instructions": "Be brief."}, GREEDY),
+        "max_output_tokens": Changes({"max_tokens": 5}, GREEDY),
+        "include": Changes({"include": LOGPROBS}, GREEDY),
+        "top_logprobs": Changes({"top_logprobs": 2}, GREEDY | {"include": LOGPROBS}),
+        "tools": Shown(f"{ITEMS}::test_reasoning_and_calls"),
+        "tool_choice": Shown(f"{ITEMS}::test_refusals_name_the_field"),
+        "parallel_tool_calls": Shown(f"{ITEMS}::test_tools_are_those_of_chat"),
+        "text": Changes({"text": {"format": {"type": "json_object"}}}, GREEDY),
+        "reasoning": Shown(f"{ITEMS}::test_refusals_name_the_field"),
+        "stream_options": Shown(f"{ITEMS}::test_refusals_name_the_field"),
+    },
+    "MessageItem": dict.fromkeys(("type", "role", "content"), Shown(f"{ITEMS}::{TURNS}")),
+    "TextPart": {
+        "type": Shown(f"{ITEMS}::{TURNS}"),
+        "text": Shown(f"{ITEMS}::{TURNS}"),
+        "logprobs": Described("it comes with earlier outputs"),
+    },
+    "_Item": dict.fromkeys(("id", "status"), Described("it comes with earlier outputs")),
+    "ReasoningInput": dict.fromkeys(("type", "content"), Shown(f"{ITEMS}::{RESULTS}")),
+    "ReasoningPart": dict.fromkeys(("type", "text"), Shown(f"{ITEMS}::{RESULTS}")),
+    "FunctionCallInput": dict.fromkeys(
+        ("type", "call_id", "name", "arguments"), Shown(f"{ITEMS}::{RESULTS}")
+    ),
+    "FunctionCallOutput": dict.fromkeys(("type", "call_id", "output"), Shown(f"{ITEMS}::{RESULTS}")),
+    "FunctionTool": dict.fromkeys(
+        ("type", "name", "description", "parameters", "strict"),
+        Shown(f"{ITEMS}::test_tools_are_those_of_chat"),
+    ),
+    "NamedFunction": dict.fromkeys(("type", "name"), Shown(f"{ITEMS}::test_tools_are_those_of_chat")),
+    "AllowedFunctions": dict.fromkeys(
+        ("type", "mode", "tools"), Shown(f"{ITEMS}::test_tools_are_those_of_chat")
+    ),
+    "TextConfig": {"format": Changes({"text": {"format": {"type": "json_object"}}}, GREEDY)},
+    "JsonSchemaText": {"type": Shown(f"{ITEMS}::test_parse")},
+    "ReasoningConfig": {"effort": Shown(f"{ITEMS}::test_refusals_name_the_field")},
     "FusionObject": {
         "support": Changes(fused(**QA, support={"of": ["base"], "top_k": 2}), LAW | fused(**QA)),
         "target_entropy": Shown("api/test_fusion.py::test_target_entropy_is_seen_in_the_answer"),
@@ -369,10 +419,20 @@ def tried() -> Iterator[Any]:
 
 
 def routes_of(owner: str) -> list[type[RequestModel]]:
-    if owner in ("EngineRequest", "GenerationRequest"):
+    if owner in ("EngineRequest", "SampledRequest"):
+        return list(PATHS)
+    if owner in ("ResponsesRequest", "TextConfig"):
+        return [ResponsesRequest]
+    if owner == "GenerationRequest":
         return [CompletionRequest, ChatRequest]
     of_chat = ("ChatRequest", "Message", "JsonObjectFormat", "JsonSchemaFormat", "NamedSchema")
     return [ChatRequest] if owner in of_chat else [CompletionRequest]
+
+
+def named_for(path: str, request: Mapping[str, Any]) -> dict[str, Any]:
+    """`/v1/responses` has another name for `max_tokens`."""
+    name = "max_output_tokens" if path == PATHS[ResponsesRequest] else "max_tokens"
+    return {name if field == "max_tokens" else field: value for field, value in request.items()}
 
 
 @pytest.fixture(scope="module")
@@ -392,9 +452,13 @@ def answer(live: Live, answers: dict[str, Any], body: type[RequestModel], reques
 
 
 def whole(live: Live, path: str, request: Mapping[str, Any]) -> dict[str, Any]:
-    response = live.post(path, **request)
+    response = live.post(path, **named_for(path, request))
     assert response.status_code == 200, response.text
-    return {key: value for key, value in response.json().items() if key not in ("id", "created", "usage")}
+    seen: dict[str, Any] = response.json()
+    if path == PATHS[ResponsesRequest]:
+        items = [{key: value for key, value in item.items() if key != "id"} for item in seen["output"]]
+        return {key: value for key, value in seen.items() if key in ANSWERED} | {"output": items}
+    return {key: value for key, value in seen.items() if key not in ("id", "created", "usage")}
 
 
 def plain(value: Any) -> Any:
@@ -434,16 +498,22 @@ APART = ("user", "safety_identifier", "prompt_cache_key", "cache_salt")
 @pytest.mark.parametrize("name", APART)
 @pytest.mark.parametrize("path", PATHS.values())
 def test_prefix_cache_is_apart(live: Live, path: str, name: str) -> None:
-    text = f"{name} {path}: The quick brown fox jumps over the lazy dog, twice, and says: nobody knows. " * 2
-    prompt = (
-        {"prompt": text}
-        if path.endswith("/completions") and "chat" not in path
-        else {"messages": [{"role": "user", "content": text}]}
+    # Different from the first block on, or they would share that.
+    text = (
+        f"{name[0]}{len(path)} The quick brown fox jumps over the lazy dog, twice, and says: nobody knows. "
+        * 2
     )
+    prompts: dict[str, dict[str, Any]] = {
+        "/v1/completions": {"prompt": text},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": text}]},
+        "/v1/responses": {"input": text},
+    }
 
     def cached(**body: Any) -> int:
-        answer = live.post(path, model="atlas+qa", max_tokens=1, **prompt, **body).json()
-        return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        request = {"model": "atlas+qa", "max_tokens": 1, **prompts[path], **body}
+        usage = live.post(path, **named_for(path, request)).json()["usage"]
+        details = usage.get("prompt_tokens_details") or usage["input_tokens_details"]
+        return details["cached_tokens"]
 
     assert cached() == 0
     assert cached() > 0
@@ -466,7 +536,7 @@ def test_priority_is_asked_of_the_engine(tiny_models: ModelSet, body: type[Reque
     with serve(engine) as live:
         for given in ({}, {"priority": -5}, {"priority": 7}):
             request = {"model": "atlas+qa", "max_tokens": 1, **PROMPTS[body], **given}
-            assert live.post(PATHS[body], **request).status_code == 200
+            assert live.post(PATHS[body], **named_for(PATHS[body], request)).status_code == 200
     assert [submission.priority for submission in engine.submitted] == [0, -5, 7]
 
 
@@ -474,7 +544,8 @@ def test_priority_is_asked_of_the_engine(tiny_models: ModelSet, body: type[Reque
 def test_metadata_are_logged(live: Live, body: type[RequestModel], caplog: pytest.LogCaptureFixture) -> None:
     tags = {"team": "search", "run": "7"}
     with caplog.at_level(logging.INFO, logger="proxyserve.requests"):
-        live.post(PATHS[body], model="atlas+qa", max_tokens=1, metadata=tags, **PROMPTS[body])
+        request = {"model": "atlas+qa", "max_tokens": 1, "metadata": tags, **PROMPTS[body]}
+        live.post(PATHS[body], **named_for(PATHS[body], request))
         wait_until(lambda: any(record.name == "proxyserve.requests" for record in caplog.records))
     (record,) = [record for record in caplog.records if record.name == "proxyserve.requests"]
     assert record.fields["metadata"] == tags

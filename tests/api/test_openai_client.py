@@ -143,6 +143,32 @@ def test_completions_of_token_ids(client: openai.OpenAI) -> None:
     assert len({answer.choices[0].text for answer in answers}) == 1
 
 
+def test_echo_and_prompt_logprobs(client: openai.OpenAI) -> None:
+    echoed = client.completions.create(
+        model="atlas+qa",
+        prompt=["The quick", "name: Ada"],
+        echo=True,
+        logprobs=1,
+        max_tokens=2,
+        temperature=0,
+        extra_body={"prompt_logprobs": 1, "return_token_ids": True, "ignore_eos": True},
+    )
+    for choice, prompt in zip(echoed.choices, ("The quick", "name: Ada"), strict=True):
+        assert choice.text.startswith(prompt)
+        assert choice.logprobs is not None and choice.logprobs.token_logprobs is not None
+        assert choice.model_extra is not None
+        ids = [*choice.model_extra["prompt_token_ids"], *choice.model_extra["token_ids"]]
+        assert len(choice.logprobs.token_logprobs) == len(ids)
+        assert choice.logprobs.token_logprobs[0] is None
+        assert len(choice.model_extra["prompt_logprobs"]) == len(ids) - 2
+    stream = client.completions.create(
+        model="atlas+qa", prompt="The quick", echo=True, max_tokens=2, temperature=0, stream=True
+    )
+    chunks = list(stream)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == echoed.choices[0].text
+    assert chunks[0].choices[0].text.startswith("The quick")
+
+
 def test_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["atlas", "atlas+qa", "atlas+record"]
     for name in ("atlas", "atlas+qa", "atlas+qa:0.5+record:-1"):

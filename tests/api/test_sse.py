@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 
 from starlette.types import Message
 
-from proxyserve.api.sse import EventStream
+from proxyserve.api.sse import EventStream, event_frame
 
 
 class Connection:
@@ -37,18 +37,18 @@ class Connection:
 
 
 class Source:
-    """Yields `texts`, each after a pause, and remembers that it was closed."""
+    """Yields a frame per text, each after a pause, and remembers that it was closed."""
 
     def __init__(self, *texts: str, pause: float = 0.0) -> None:
         self._texts = texts
         self._pause = pause
         self.closed = False
 
-    async def events(self) -> AsyncGenerator[str, None]:
+    async def frames(self) -> AsyncGenerator[str, None]:
         try:
             for text in self._texts:
                 await asyncio.sleep(self._pause)
-                yield text
+                yield event_frame(text)
         finally:
             self.closed = True
 
@@ -62,7 +62,7 @@ async def run(
     during: Callable[[asyncio.Event], None] | None = None,
 ) -> None:
     stopping = asyncio.Event()
-    response = EventStream(source.events(), stopping=stopping, keep_alive=keep_alive, patience=patience)
+    response = EventStream(source.frames(), stopping=stopping, keep_alive=keep_alive, patience=patience)
     task = asyncio.ensure_future(response({"type": "http"}, connection.receive, connection.send))
     await asyncio.sleep(0.05)
     if during is not None:

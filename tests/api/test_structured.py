@@ -61,7 +61,7 @@ def check(choice: Any) -> Person:
 
 def test_parse(client: openai.OpenAI) -> None:
     found = []
-    for seed in range(4):
+    for seed in range(2):
         answer = client.chat.completions.parse(
             model="atlas+qa:0.8",
             messages=MESSAGES,
@@ -73,7 +73,7 @@ def test_parse(client: openai.OpenAI) -> None:
             logit_bias=NO_SPACE,
         )
         found += [check(choice) for choice in answer.choices]
-    assert len({person.model_dump_json() for person in found}) > 2
+    assert len({person.model_dump_json() for person in found}) > 1
 
 
 async def test_parse_async_and_streamed(live: Live) -> None:
@@ -115,7 +115,7 @@ def test_json_object(live: Live) -> None:
     """Any object; where room runs out, the beginning of one."""
     id_of = make_tokenizer().get_vocab()
     ended = 0
-    for seed in range(4):
+    for seed in range(3):
         choice = live.post(
             "/v1/chat/completions",
             **CHAT,

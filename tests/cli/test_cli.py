@@ -121,6 +121,20 @@ def test_settings_that_contradict_each_other(started: list[Started]) -> None:
     assert not started
 
 
+def test_chat_template_and_parsers(started: list[Started], tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    arguments = ["serve", "/base", "--tool-parser", "llama", "--chat-template"]
+    environment = {"PROXYSERVE_REASONING_PARSER": "none"}
+    result = CliRunner().invoke(app, [*arguments, str(template)], env=environment)
+    assert result.exit_code == 0, result.output
+    chat = started[0][2].server.chat
+    assert (chat.tool_parser, chat.reasoning_parser) == ("llama", "none")
+    assert chat.template == template.read_text()
+    template.write_text("{% for %}")
+    assert CliRunner().invoke(app, [*arguments, str(template)]).exit_code == 2, "no template"
+
+
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "proxyserve", *arguments],

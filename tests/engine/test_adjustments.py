@@ -167,6 +167,25 @@ def test_nothing_asked_nothing_made() -> None:
     assert adjuster.rule({"a": choice}) == {} and adjuster.adjustments([choice]) is None
 
 
+@pytest.mark.parametrize("kind", [RuleState, FillingState])
+def test_what_an_earlier_step_left_in_the_buffer(kind: type[RuleState]) -> None:
+    """A step in which everything may come, then one with fewer ids and shorter masks in the same rows."""
+    params, wide, narrow = SamplingParams(max_tokens=3), SharedVocabulary(160), SharedVocabulary(70)
+    adjuster = Adjuster()
+    everything = started(Text(params, wide, (), frozenset(), (Ruled(lambda seen: None, kind=kind),), ()), [])
+    assert adjuster.rule({"a": everything}) == {}
+    short = Ruled(lambda seen: {5, 69}, words=1, kind=kind)
+    choice = started(Text(params, narrow, (), frozenset(), (short,), ()), [])
+    assert adjuster.rule({"a": choice}) == {}
+    made = adjuster.adjustments([choice])
+    assert made is not None and made.masks is not None
+    assert made.masks.tolist() == [[32, 0, 0, 0, 0]] * 2, "what may come, and what the constraint allows"
+    assert adjuster.rule({"a": everything}) == {}
+    beyond = Ruled(lambda seen: {100}, words=5, kind=kind)
+    choice = started(Text(params, narrow, (), frozenset(), (beyond,), ()), [])
+    assert adjuster.rule({"a": choice})["a"].reason is FinishReason.ERROR, "an id that there is not"
+
+
 def test_one_call_fills_the_masks_of_a_step() -> None:
     ruled = Ruled(lambda seen: {len(seen) + 1}, kind=FillingState)
     text = Text(SamplingParams(max_tokens=3), SharedVocabulary(40), (), frozenset(), (ruled, ruled), ())

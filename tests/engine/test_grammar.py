@@ -99,7 +99,7 @@ def mixed(compiler: GrammarCompiler) -> list[Submission]:
     for seed, grammar in enumerate(GRAMMARS.values()):
         options = {"temperature": 1.0 + 0.3 * seed, "seed": seed, "n": 1 + seed % 2, "logit_bias": NO_SPACE}
         found.append(constrained(compiler, grammar, f"c{seed}", max_tokens=100, **options))
-        found.append(submission(f"f{seed}", PROMPT, {"qa": 0.8}, max_tokens=48, **options))
+        found.append(submission(f"f{seed}", PROMPT, {"qa": 0.8}, max_tokens=40, **options))
     return found
 
 

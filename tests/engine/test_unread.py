@@ -8,7 +8,7 @@ import random
 import pytest
 
 from proxyserve.engine.unread import ReaderTooSlow, Unread, joined
-from proxyserve.types import FinishReason, OutputEvent, TokenLogprob, Usage
+from proxyserve.types import FinishReason, LaneView, OutputEvent, TokenExplanation, TokenLogprob, Usage
 
 
 def event(choice: int, token: int, *, last: bool = False) -> OutputEvent:
@@ -50,6 +50,19 @@ async def test_nothing_is_lost_by_joining(seed: int) -> None:
         choice: joined(events) for choice, events in sent.items()
     }
     assert [events[-1].finish_reason for events in read.values()] == [FinishReason.STOP] * 5
+
+
+def test_what_was_found_out_about_the_prompt_is_kept() -> None:
+    why = TokenExplanation(1, LaneView(-1.0, ()), {}, {}, {}, None, None)
+    first = OutputEvent(
+        "r", 0, prompt_logprobs=(None, TokenLogprob(1, -1.0)), prompt_explanations=(None, why)
+    )
+    for events in ([first, event(0, 1)], [event(0, 1), first, event(0, 2, last=True)]):
+        both = joined(events)
+        assert (both.prompt_logprobs, both.prompt_explanations) == (
+            first.prompt_logprobs,
+            first.prompt_explanations,
+        )
 
 
 async def test_too_much_is_given_up() -> None:

@@ -302,7 +302,7 @@ def test_steps_go_on_while_a_hostile_grammar_compiles(tiny_models: ModelSet) -> 
             longest = max(longest, time.monotonic() - begun)
             steps += 1
         assert "1 seconds" in refusal(hostile).message
-    assert steps > 20
+    assert steps > 5
     assert longest < 0.7, "no step waits for the compiler"
 
 

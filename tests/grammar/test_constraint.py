@@ -154,14 +154,20 @@ def test_random_texts_are_valid(
     assert found > 2
 
 
-def test_unbounded_white_space_is_bounded(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
-    constraint = compiled(compiler, schema(POINT)).start()
-    constraint.advance(tokenizer.token_to_id["{"])
-    space = tokenizer.encode(" ")[0]
-    for _ in range(40):
-        assert space in allowed(constraint.mask())
-        constraint.advance(space)
-    assert space not in allowed(constraint.mask())
+def test_white_space_comes_to_an_end(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    pretty = json.dumps({"x": 1}, indent=2)
+    for text, outcome in [
+        (pretty, "whole"),
+        ('{"x": 1 }', "whole"),
+        ('{"x":1}', "whole"),
+        ('{\n"x"\n:\n1\n}', "whole"),
+        ("{\n" + " " * 32, "goes on"),
+        ("{\n" + " " * 33, "not  "),
+        ("{  ", "not  "),
+        ("{\n\n", "not \n"),
+    ]:
+        constraint = compiled(compiler, schema(POINT)).start()
+        assert spoken(tokenizer, constraint, *text) == outcome, text
 
 
 def spoken(tokenizer: Tokenizer, constraint: GrammarConstraint, *parts: str) -> str:

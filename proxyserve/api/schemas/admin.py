@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchem
 from pydantic_core import CoreSchema, PydanticCustomError
 
 from proxyserve.api.presets import parse_fusion
-from proxyserve.api.schemas.base import RequestModel
+from proxyserve.api.schemas.base import RequestModel, at_least_one
 from proxyserve.api.schemas.common import MAX_NAME
 from proxyserve.api.schemas.rule_models import AnyFusion
 from proxyserve.errors import InvalidRequest
@@ -78,6 +78,8 @@ class PartObject(RequestModel):
 class SourceObject(RequestModel):
     """Where a model's weights come from: a `path`, or a `merge` of several, or `of` alone for a small model that is
     loaded already."""
+
+    model_config = ConfigDict(json_schema_extra=at_least_one("path", "merge", "of"))
 
     path: _Path | None = Field(None, description=_PATH)
     format: Format | None = Field(None, description=_FORMAT)

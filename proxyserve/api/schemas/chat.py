@@ -14,7 +14,7 @@ from proxyserve.api.schemas.fusion import FusionSummary
 from proxyserve.api.schemas.message import Message
 from proxyserve.api.schemas.responses import ChoiceExtras, FinishReasonName, PromptExtras, UsageBody
 from proxyserve.api.schemas.structured import GrammarReport, ResponseFormat
-from proxyserve.api.schemas.tools import ToolBody, ToolChoice
+from proxyserve.api.schemas.tools import ReasoningEffort, ToolBody, ToolChoice
 
 
 def _scalars(value: Any) -> Any:
@@ -57,7 +57,7 @@ class ChatRequest(GenerationRequest):
     parallel_tool_calls: bool | None = Field(
         None, description="false: the answer ends with its first call. Default true."
     )
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
+    reasoning_effort: ReasoningEffort | None = Field(
         None, description="For chat templates that read `reasoning_effort`; refused where none does."
     )
     thinking_budget: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = Field(

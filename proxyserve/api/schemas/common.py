@@ -119,19 +119,19 @@ class EngineRequest(RequestModel):
         None,
         description="Tags of your own for the server's log and traces: up to 16, keys of 64 characters, values of 512.",
     )
-
     timeout: Annotated[float, Field(gt=0.0, le=MAX_COUNT)] | None = Field(
         None, description="Seconds from the request's arrival until it is given up, wherever it is then."
     )
+
     moderation: Annotated[Any, NotYet()] = None
     prompt_cache_options: Annotated[Any, NotYet()] = None
     prompt_cache_retention: Annotated[Any, NotYet()] = None
     service_tier: Annotated[Any, NotYet("auto", "default")] = None
 
 
-class GenerationRequest(EngineRequest):
-    """Fields of `/v1/chat/completions` and `/v1/completions` alike. `proxyserve.types.SamplingParams` says what the
-    sampling fields do and in which order."""
+class SampledRequest(EngineRequest):
+    """Fields of every request for generated text: how its tokens are drawn, and where it ends.
+    `proxyserve.types.SamplingParams` says what they do and in which order."""
 
     structured_outputs: StructuredOutputs | None = Field(
         None, description="A form that the whole text must have; vLLM's way of asking."
@@ -160,7 +160,7 @@ class GenerationRequest(EngineRequest):
     frequency_penalty: Penalty | None = Field(
         None, description="Subtracted once per time that the answer already has the token. Default 0."
     )
-    repetition_penalty: Annotated[float, Field(gt=0.0, le=10.0)] | None = Field(
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10.0)] | None = Field(
         None,
         description="Divides positive and multiplies negative scores of tokens that prompt or answer already have. "
         "Default 1, off.",
@@ -177,10 +177,6 @@ class GenerationRequest(EngineRequest):
         "spellings of the same text in tokens are not ruled out.",
     )
 
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = Field(
-        None,
-        description="Most tokens of the answer. 0, to score the prompt alone, needs `prompt_logprobs` or `echo`.",
-    )
     min_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = Field(
         None, description="Before this many tokens no token comes that would end the answer. Default 0."
     )
@@ -195,6 +191,18 @@ class GenerationRequest(EngineRequest):
         None, description="Leave special tokens out of the answer's text. Default true."
     )
 
+    stream: bool | None = Field(
+        None, description="Send the answer in pieces, as server-sent events. Default false."
+    )
+
+
+class GenerationRequest(SampledRequest):
+    """Fields of `/v1/chat/completions` and `/v1/completions` alike."""
+
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = Field(
+        None,
+        description="Most tokens of the answer. 0, to score the prompt alone, needs `prompt_logprobs` or `echo`.",
+    )
     prompt_logprobs: Annotated[int, Field(ge=0)] | None = Field(
         None,
         description="Give the log-probability of each token of the base's prompt, and this many likeliest tokens.",
@@ -207,9 +215,6 @@ class GenerationRequest(EngineRequest):
     )
 
     n: Count | None = Field(None, description="Answers per prompt. Default 1.")
-    stream: bool | None = Field(
-        None, description="Send the answer in pieces, as server-sent events. Default false."
-    )
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
 
     @property

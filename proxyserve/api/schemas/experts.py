@@ -18,11 +18,12 @@ LONGEST_NAME = 64
 
 _WEIGHT = {"type": "number", "description": "Multiplies the expert's delta. The server's policy bounds it."}
 _SCHEDULE = {
-    "type": "array",
+    "type": ["array", "null"],
     "description": "Pairs of a generated token's number, rising from 0, and the factor of the weight from there on.",
+    "minItems": 1,
     "items": {
         "type": "array",
-        "prefixItems": [{"type": "integer"}, {"type": "number"}],
+        "prefixItems": [{"type": "integer", "minimum": 0, "maximum": 2**31 - 1}, {"type": "number"}],
         "minItems": 2,
         "maxItems": 2,
     },
@@ -125,6 +126,7 @@ ExpertWeights = Annotated[
             "anyOf": [
                 {
                     "type": "object",
+                    "propertyNames": {"minLength": 1, "maxLength": LONGEST_NAME},
                     "additionalProperties": {
                         "anyOf": [
                             _WEIGHT,
@@ -136,7 +138,10 @@ ExpertWeights = Annotated[
                     "type": "array",
                     "items": {
                         "type": "object",
-                        "properties": {"expert": {"type": "string"}, **_ENTRY},
+                        "properties": {
+                            "expert": {"type": "string", "minLength": 1, "maxLength": LONGEST_NAME},
+                            **_ENTRY,
+                        },
                         "required": ["expert"],
                         "additionalProperties": False,
                     },

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from proxyserve.api.errors import field_path
-from proxyserve.api.schemas.base import NotYet, RequestModel
+from proxyserve.api.schemas.base import NotYet, RequestModel, at_least_one, exactly_one
 from proxyserve.api.schemas.experts import LONGEST_NAME
 from proxyserve.api.schemas.message import Message, rendered
 from proxyserve.errors import InvalidRequest
@@ -25,6 +25,8 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_leng
 
 class SupportObject(RequestModel):
     """Keep only tokens that at least one law of `of` finds likely."""
+
+    model_config = ConfigDict(json_schema_extra=at_least_one("top_p", "top_k", "min_p"))
 
     of: Annotated[list[LaneName], Field(min_length=1, max_length=16)] = Field(
         description="`base`, `tuned` (of every expert), `fused`, or names of lanes."
@@ -51,6 +53,8 @@ class GateObject(RequestModel):
 class LanePromptObject(RequestModel):
     """A prompt of a lane's own; give one field. `prefix` goes before the request's prompt. `"chat"` is short for
     `{"route": "chat"}`."""
+
+    model_config = ConfigDict(json_schema_extra=exactly_one("route", "text", "tokens", "messages", "prefix"))
 
     route: Literal["chat", "plain"] | None = None
     text: Annotated[str, Field(min_length=1)] | None = None

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError, from_json
 
-from proxyserve.api.schemas.base import NotYet, RequestModel
+from proxyserve.api.schemas.base import GIVEN, LEFT_OUT, NotYet, RequestModel
 from proxyserve.api.schemas.tools import FunctionName
 from proxyserve.errors import InvalidRequest
 
@@ -77,9 +77,54 @@ class ToolCall(RequestModel):
     index: Annotated[Any, NotYet(*range(MAX_CALLS))] = None
 
 
+_NO_CALLS = {"tool_calls": {"maxItems": 0}}
+_NO_THOUGHTS = {"reasoning": {"maxLength": 0}, "reasoning_content": {"maxLength": 0}}
+_ANSWERS_NO_CALL = {"tool_call_id": LEFT_OUT}
+
+#: What `_check_role` asks of each role.
+_BY_ROLE: dict[str, Any] = {
+    "anyOf": [
+        {
+            "properties": {
+                "role": {"enum": ["system", "developer", "user"]},
+                "content": GIVEN,
+                **_NO_CALLS,
+                **_NO_THOUGHTS,
+                **_ANSWERS_NO_CALL,
+            },
+            "required": ["content"],
+        },
+        {
+            "properties": {"role": {"const": "assistant"}, "content": GIVEN, **_ANSWERS_NO_CALL},
+            "required": ["content"],
+        },
+        {
+            "properties": {
+                "role": {"const": "assistant"},
+                "tool_calls": {"type": "array", "minItems": 1},
+                **_ANSWERS_NO_CALL,
+            },
+            "required": ["tool_calls"],
+        },
+        {
+            "properties": {
+                "role": {"const": "tool"},
+                "content": GIVEN,
+                "tool_call_id": GIVEN,
+                **_NO_CALLS,
+                **_NO_THOUGHTS,
+            },
+            "required": ["content", "tool_call_id"],
+        },
+    ]
+}
+
+
 class Message(RequestModel):
     """One turn. `developer` is OpenAI's newer name for `system` and is rendered as that. `content` may be left out of
     an assistant's turn with `tool_calls`. A `tool` turn answers the call with its `tool_call_id`."""
+
+    model_config = ConfigDict(json_schema_extra=_BY_ROLE)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
@@ -121,7 +166,12 @@ def rendered(messages: Sequence[Message], param: str = "messages") -> list[dict[
         turn |= {name: value for name, value in given.items() if value is not None}
         if message.tool_calls:
             turn["tool_calls"] = [
-                _rendered_call(call, f"{where}.tool_calls[{index}]")
+                rendered_call(
+                    call.id,
+                    call.function.name,
+                    call.function.arguments,
+                    f"{where}.tool_calls[{index}].function.arguments",
+                )
                 for index, call in enumerate(message.tool_calls)
             ]
             calls.update(call.id for call in message.tool_calls)
@@ -161,14 +211,13 @@ def _check_role(message: Message, where: str) -> None:
         )
 
 
-def _rendered_call(call: ToolCall, where: str) -> dict[str, Any]:
+def rendered_call(call_id: str, name: str, arguments: str, param: str) -> dict[str, Any]:
+    """A call of an earlier turn as chat templates want it. `param` is the field that `arguments`, JSON text, come from.
+    Raises InvalidRequest if they are no object."""
     try:
-        arguments = from_json(call.function.arguments, allow_inf_nan=False)
+        given = from_json(arguments, allow_inf_nan=False)
     except ValueError:
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise InvalidRequest(
-            "It must be the JSON text of an object, such as {}.", param=f"{where}.function.arguments"
-        )
-    function = {"name": call.function.name, "arguments": arguments}
-    return {"id": call.id, "type": "function", "function": function}
+        given = None
+    if not isinstance(given, dict):
+        raise InvalidRequest("It must be the JSON text of an object, such as {}.", param=param)
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": given}}

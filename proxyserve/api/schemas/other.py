@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from proxyserve.api.schemas.base import RequestModel
+from proxyserve.api.schemas.base import RequestModel, exactly_one
 from proxyserve.api.schemas.common import ModelName, TokenId
 from proxyserve.api.schemas.message import Message
 
@@ -27,6 +27,8 @@ class ModelList(BaseModel):
 class TokenizeRequest(RequestModel):
     """Give `prompt` or `messages`. Messages are rendered with the chat template of the base, or the one that the base
     borrows from an expert named in `model`; they hold their own special tokens."""
+
+    model_config = ConfigDict(json_schema_extra=exactly_one("prompt", "messages"))
 
     model: ModelName | None = Field(None, description="Default: the base.")
     prompt: str | None = Field(None, description="A text.")

@@ -78,7 +78,10 @@ def _model_of(rule: type[Rule]) -> type[FusionObject]:
     """The fusion object with the parameters of one rule. Null means left out, as everywhere."""
     hints = get_type_hints(rule)
     required = {parameter.name for parameter in fields(rule) if parameter.default is MISSING}  # type: ignore[arg-type]
-    parameters: dict[str, Any] = {"rule": (Literal[rule.name] | None, None)}
+    # An object without a rule is of the default one.
+    parameters: dict[str, Any] = {
+        "rule": (Literal[rule.name] | None, None) if rule.name == DEFAULT_RULE else (Literal[rule.name], ...)
+    }
     for parameter in fields(rule):  # type: ignore[arg-type]
         bounds = {
             keyword: parameter.metadata[name]

@@ -2,16 +2,55 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
+from proxyserve.api.schemas.base import GIVEN, LEFT_OUT
 from proxyserve.api.schemas.common import EngineRequest, TokenId
 from proxyserve.api.schemas.completions import PROMPT_SCHEMA, Prompt, parse_prompt
 from proxyserve.api.schemas.fusion import FusionSummary
 from proxyserve.api.schemas.responses import UsageBody
 
 TextOrIds = Annotated[Prompt, PlainValidator(parse_prompt), WithJsonSchema(PROMPT_SCHEMA)]
+
+
+_OFF = {"enum": [None, False]}
+
+_WHAT_IS_SCORED: dict[str, Any] = {
+    "oneOf": [
+        {
+            "required": ["prompt", "continuations"],
+            "properties": {
+                "prompt": GIVEN,
+                "continuations": GIVEN,
+                "label_token_ids": LEFT_OUT,
+                "texts": LEFT_OUT,
+                "normalize": _OFF,
+            },
+        },
+        {
+            "required": ["prompt", "label_token_ids"],
+            "properties": {
+                "prompt": GIVEN,
+                "continuations": LEFT_OUT,
+                "label_token_ids": GIVEN,
+                "texts": LEFT_OUT,
+                "logprobs": LEFT_OUT,
+            },
+        },
+        {
+            "required": ["texts"],
+            "properties": {
+                "prompt": LEFT_OUT,
+                "continuations": LEFT_OUT,
+                "label_token_ids": LEFT_OUT,
+                "texts": GIVEN,
+                "normalize": _OFF,
+            },
+        },
+    ]
+}
 
 
 class ScoreRequest(EngineRequest):
@@ -23,6 +62,8 @@ class ScoreRequest(EngineRequest):
     apart. Special tokens that a tokenizer adds by itself, such as one at the beginning of every text, are before the
     prompt and before each text.
     """
+
+    model_config = ConfigDict(json_schema_extra=_WHAT_IS_SCORED)
 
     prompt: TextOrIds | None = Field(
         None, description="What comes before, as text or token ids; not scored itself."

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from proxyserve.api.schemas.base import RequestModel
+from proxyserve.api.schemas.base import RequestModel, exactly_one
 
 JsonSchema = Annotated[
     dict[str, Any], Field(description="A JSON schema (2020-12 unless `$schema` says otherwise).")
@@ -62,6 +62,10 @@ class StructuralTag(RequestModel):
 class StructuredOutputs(RequestModel):
     """Exactly one of these. The whole text matches; `regex` has the syntax of Rust's `regex`, `grammar` that of
     llguidance's Lark."""
+
+    model_config = ConfigDict(
+        json_schema_extra=exactly_one("json", "regex", "choice", "grammar", "structural_tag")
+    )
 
     json_: JsonSchema | None = Field(None, alias="json")
     regex: Annotated[str, Field(min_length=1)] | None = None

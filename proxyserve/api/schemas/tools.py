@@ -12,6 +12,9 @@ from proxyserve.api.schemas.base import RequestModel
 FunctionName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
 
 
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
 class FunctionBody(RequestModel):
     """`parameters` is a JSON Schema; without it the function takes no arguments. With `strict` the arguments of calls
     are sure to follow it."""
@@ -72,6 +75,23 @@ def _word_or_object(value: Any) -> Any:
 
 _WORDS = ("none", "auto", "required")
 
+_NAMED_TOOL = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "minLength": 1, "maxLength": 64, "pattern": "^[A-Za-z0-9_-]+$"}
+            },
+            "required": ["name"],
+            "additionalProperties": False,
+        },
+    },
+    "required": ["type", "function"],
+    "additionalProperties": False,
+}
+
 ToolChoice = Annotated[
     ToolChoiceBody,
     BeforeValidator(_word_or_object),
@@ -79,20 +99,7 @@ ToolChoice = Annotated[
         {
             "anyOf": [
                 {"enum": list(_WORDS)},
-                {
-                    "type": "object",
-                    "properties": {
-                        "type": {"const": "function"},
-                        "function": {
-                            "type": "object",
-                            "properties": {"name": {"type": "string"}},
-                            "required": ["name"],
-                            "additionalProperties": False,
-                        },
-                    },
-                    "required": ["type", "function"],
-                    "additionalProperties": False,
-                },
+                _NAMED_TOOL,
                 {
                     "type": "object",
                     "properties": {
@@ -101,7 +108,7 @@ ToolChoice = Annotated[
                             "type": "object",
                             "properties": {
                                 "mode": {"enum": ["auto", "required"]},
-                                "tools": {"type": "array", "items": {"type": "object"}, "minItems": 1},
+                                "tools": {"type": "array", "items": _NAMED_TOOL, "minItems": 1},
                             },
                             "required": ["mode", "tools"],
                             "additionalProperties": False,
