@@ -128,9 +128,9 @@ class ChatShape:
         return ChatChunkChoice(index=number, delta=delta, **{**empty, **more})
 
     def _finish(self, reason: FinishReason | None, reading: _Reading) -> Any:
-        """`tool_calls` where the model has called and has not been cut off; OpenAI says `stop` where the client itself
-        has named the tool."""
-        calls = reading.calls and reason is FinishReason.STOP and not self._names_tool
+        """`tool_calls` where the model has called and no call was cut off; OpenAI says `stop` where the client itself has
+        named the tool."""
+        calls = reading.has_called and reason is FinishReason.STOP and not self._names_tool
         return "tool_calls" if calls else finish_name(reason)
 
     def _counted(self, more: dict[str, Any]) -> dict[str, Any]:
@@ -164,8 +164,9 @@ class _Reading:
         return self._reader.reasoning_tokens
 
     @property
-    def calls(self) -> int:
-        return self._reader.calls
+    def has_called(self) -> bool:
+        """Whether there are calls, all of them whole: a stop string may come in the middle of one."""
+        return 0 < self._reader.calls == self._reader.ended_calls
 
     def read(self, text: str, tokens: int) -> Sequence[Piece]:
         return self._reader.push(text, tokens)

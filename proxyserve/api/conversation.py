@@ -94,6 +94,11 @@ def chat_grammar(
             "Beside tools the answer can have the form of a JSON schema, and no other; leave one of them out.",
             param=given.param,
         )
+    if given is not None and tools.forced:
+        raise InvalidRequest(
+            "With this 'tool_choice' the answer is a call, and has no other form; leave one of them out.",
+            param=given.param,
+        )
     if not (tools.forced or tools.bound or given):
         return None
     for number, tool in enumerate(tools.callable):
@@ -106,7 +111,7 @@ def chat_grammar(
             tools.callable,
             several=tools.several,
             special=special,
-            otherwise=None if tools.forced or given is None else json.loads(given.text),
+            otherwise=None if given is None else json.loads(given.text),
         )
     else:
         text = free_calls(form.tool_format, tools.callable, special=special)
@@ -114,14 +119,19 @@ def chat_grammar(
 
 
 def chat_constraints(
-    form: AnswerFormat, asked: AskedChat, tokenizer: Tokenizer, compiled: Sequence[Constrains] = ()
+    form: AnswerFormat,
+    asked: AskedChat,
+    tokenizer: Tokenizer,
+    compiled: Sequence[Constrains] = (),
+    *,
+    ends: frozenset[int] = frozenset(),
 ) -> tuple[Constrains, ...]:
-    """What limits the tokens of the answer; `compiled` are forms of what comes after the reasoning. Raises
-    InvalidRequest."""
+    """What limits the tokens of the answer; `compiled` are forms of what comes after the reasoning, `ends` the tokens
+    that end a text. Raises InvalidRequest."""
     constraints: list[Constrains] = list(compiled)
     if form.reasoning is not None:
         thinking = Thinking(form.reasoning, tokenizer, begun=form.thinking)
-        constraints = [AfterThinking(thinking, each) for each in compiled]
+        constraints = [AfterThinking(thinking, each, ends) for each in compiled]
         if asked.thinking_budget is not None:
             constraints.append(ThinkingBudget(thinking, asked.thinking_budget))
     elif asked.thinking_budget is not None:

@@ -26,7 +26,7 @@ from proxyserve.api.prepare import (
 )
 from proxyserve.api.schemas.common import SampledRequest
 from proxyserve.api.state import ServerState, server_state
-from proxyserve.api.structured import compiled, constraints_of
+from proxyserve.api.structured import compiled, constraints_of, end_ids
 from proxyserve.engine.caller import Caller
 from proxyserve.engine.prompts import Messages, chat_prompts
 from proxyserve.engine.submission import Submission
@@ -78,7 +78,13 @@ async def converse(
 
     conversation, submission, form, grammar = await prepared(request, prepare)
     ready = await compiled(state, grammar, body.stop_token_ids)
-    constraints = chat_constraints(form, conversation.asked, state.models.base.tokenizer, ready)
+    constraints = chat_constraints(
+        form,
+        conversation.asked,
+        state.models.base.tokenizer,
+        ready,
+        ends=end_ids(state, body.stop_token_ids),
+    )
     generation = Generation(request, [replace(submission, constraints=constraints)], lease)
     return Conversing(generation, form, submission.prompts.default)
 

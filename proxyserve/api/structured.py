@@ -53,9 +53,12 @@ async def compiled(
     if grammar is None:
         return ()
     ready = await asyncio.wrap_future(state.grammars.compile(grammar))
-    # A text is as whole to a grammar whichever model's token ends it.
-    ends = frozenset().union(*(model.eos_ids for model in state.models.models.values()))
-    return (ready.ending_with(ends.union(stop_token_ids or ())),)
+    return (ready.ending_with(end_ids(state, stop_token_ids)),)
+
+
+def end_ids(state: ServerState, stop_token_ids: Sequence[int] | None) -> frozenset[int]:
+    """A text is as whole to a grammar whichever model's token ends it."""
+    return frozenset(stop_token_ids or ()).union(*(model.eos_ids for model in state.models.models.values()))
 
 
 def grammar_report(removed_mass: float | None) -> dict[str, Any]:

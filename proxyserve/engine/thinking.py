@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -124,10 +125,12 @@ class _Budget:
 @dataclass(frozen=True, slots=True)
 class AfterThinking:
     """`Constrains`: what `inner` asks of the answer, which begins where the reasoning ends. A model that has not begun
-    to think may do so instead of beginning its answer."""
+    to think may do so instead of beginning its answer. `ends` are tokens that end the text; none of them comes while it
+    thinks, since there would be no answer then."""
 
     thinking: Thinking
     inner: Constrains
+    ends: frozenset[int] = frozenset()
 
     def start(self) -> Constraint:
         return _After(self)
@@ -138,6 +141,9 @@ class _After:
         self._follower = after.thinking.follow()
         self._inner = after.inner.start()
         self._start = after.thinking.start_ids
+        self._going_on = (
+            all_but(after.ends, after.thinking.tokenizer.vocabulary_size) if after.ends else None
+        )
 
     @property
     def complete(self) -> bool:
@@ -148,7 +154,7 @@ class _After:
         if self._follower.rest.strip():
             raise ConstraintFailed("The reasoning ended in the middle of a token.")
         if self._follower.phase is Phase.THINKING:
-            return None
+            return self._going_on
         mask = self._inner.mask()
         # A mark of several tokens cannot be offered beside the answer: half of it would be neither.
         if mask is None or len(self._start) != 1 or not self._follower.untouched:
@@ -165,10 +171,24 @@ class _After:
 
 def only(token: int) -> Tensor:
     """The mask [words] that allows one token."""
-    words = [0] * (token // _WORD + 1)
+    words = torch.zeros(token // _WORD + 1, dtype=torch.int32)
+    words[-1] = _bit(token)
+    return words
+
+
+def all_but(tokens: Iterable[int], count: int) -> Tensor:
+    """The mask [words] that allows ids 0 to `count` (exclusive) without `tokens`."""
+    words = torch.full((-(-count // _WORD),), -1, dtype=torch.int32)
+    for token in tokens:
+        if token < count:
+            words[token // _WORD] &= ~_bit(token)
+    return words
+
+
+def _bit(token: int) -> int:
+    """The bit of `token` in its word, as a signed number."""
     bit = 1 << token % _WORD
-    words[-1] = bit - 2**_WORD if bit >= 2 ** (_WORD - 1) else bit
-    return torch.tensor(words, dtype=torch.int32)
+    return bit - 2**_WORD if bit >= 2 ** (_WORD - 1) else bit
 
 
 def _united(one: Tensor, other: Tensor) -> Tensor:

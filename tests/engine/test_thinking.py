@@ -47,6 +47,17 @@ def driven(constraint: Constraint, wanted: Sequence[int], steps: int) -> list[in
     return written
 
 
+def test_the_text_does_not_end_before_the_answer() -> None:
+    """Else a form that must be met would be met by nothing."""
+    ends = frozenset({2, 33})
+    thinking = Thinking(ReasoningMarks(), WHOLE, begun=True)
+    constraint = AfterThinking(thinking, Fixed([5]), ends).start()
+    assert allowed(constraint.mask()) == set(range(len(constraint.mask()) * 32)) - ends
+    for token in thinking.end_ids:
+        constraint.advance(token)
+    assert allowed(constraint.mask()) == {5}
+
+
 def test_masks_of_single_tokens() -> None:
     for token in (0, 1, 31, 32, 63, 64, 1000):
         mask = only(token)
