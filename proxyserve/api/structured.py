@@ -34,7 +34,7 @@ def constraints_of(
     if body.structured_outputs is not None:
         if grammar is not None:
             raise InvalidRequest(
-                f"The form of the answer is given in '{grammar.param}' as well; use one of them.",
+                f"The form of the answer is given both here and in '{grammar.param}'; use one of them.",
                 param="structured_outputs",
             )
         grammar = _structured_outputs(body.structured_outputs, limits)
