@@ -100,6 +100,17 @@ def test_greedy_continuation(live: Live, reference: Reference) -> None:
     assert right["is_greedy"] and not wrong["is_greedy"]
 
 
+def test_usage_has_what_a_gate_saved(live: Live) -> None:
+    """As in other answers; labels have a token that a gate may leave to the base, others have none."""
+    body = {"prompt": CONTEXT, "fusion": {"gate": {"confidence": 0.000001}}}
+    usage = ask(live, **body, label_token_ids=[70, 75])["usage"]
+    assert usage["gated_tokens"] == usage["completion_tokens"] == 1
+    assert usage["skipped_lane_tokens"]["small"] > 0
+    texts = ask(live, **body, continuations=[" London", " nobody"])["usage"]
+    assert texts["gated_tokens"] == 0
+    assert texts["prompt_tokens"] == texts["total_tokens"] > usage["prompt_tokens"]
+
+
 def test_top_of_each_position(live: Live, reference: Reference) -> None:
     body = {"prompt": CONTEXT, "continuations": [" London"]}
     (plain,) = ask(live, **body)["continuations"]
