@@ -145,12 +145,14 @@ class SamplingParams:
 class TokenLogprob:
     """Natural-log probabilities of one position under the fused law before bias, penalties, temperature and
     filters, over the shared vocabulary. `top` is ordered from most to least likely, ties by lowest id; `listed` has the
-    ids of `SamplingParams.logprob_token_ids` in their order. A token that is in several has one value."""
+    ids of `SamplingParams.logprob_token_ids` in their order. A token that is in several has one value. `rank` is 1 for
+    the likeliest token, None for one that the law rules out."""
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
     listed: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

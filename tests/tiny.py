@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer as RawTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -44,6 +44,24 @@ class TinyFamily:
     base: Path
     untuned: Path
     experts: Mapping[str, Path]
+
+
+def make_sentencepiece() -> PreTrainedTokenizerFast:
+    """In the manner of Llama 2's: a text begins with a space that decoding strips, and bytes stand for characters that
+    the vocabulary lacks. A token is a letter, a space, a space with a letter, or a byte."""
+    letters = [chr(letter) for letter in range(ord("!"), ord("~") + 1)]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *letters]
+    merges = [("▁", letter) for letter in letters]
+    vocabulary = {token: number for number, token in enumerate([*tokens, *map("".join, merges)])}
+    raw = RawTokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 def make_tokenizer(vocabulary: int = 384, extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:

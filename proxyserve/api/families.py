@@ -79,7 +79,13 @@ PREEMPTIONS = _counter("num_preemptions", "Choices whose KV blocks were taken ba
 KEY_REQUESTS = _counter(
     "key_requests", "Choices that ended, by the name of the key that asked for them.", "key"
 )
-KEY_TOKENS = _counter("key_tokens", "Tokens of those choices; kind is prompt or generation.", "key", "kind")
+KEY_TOKENS = _counter(
+    "key_tokens",
+    "Tokens of those choices; kind is prompt or generation. "
+    "A prompt counts once however many choices (`n`) continue it.",
+    "key",
+    "kind",
+)
 
 # Tokens -----------------------------------------------------------------------------------------------------------
 

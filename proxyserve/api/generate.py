@@ -129,25 +129,12 @@ class Generation:
 
     def usage(self) -> UsageBody:
         """Over all choices. A prompt counts once however many choices continue it."""
-        prompts = [usage for number, usage in self._usage.items() if number % self._n == 0]
-        prompt_tokens = sum(usage.prompt_tokens for usage in prompts)
-        completion_tokens = sum(usage.completion_tokens for usage in self._usage.values())
-        body = UsageBody(
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
-            total_tokens=prompt_tokens + completion_tokens,
-            prompt_tokens_details=PromptTokensDetails(
-                cached_tokens=sum(usage.cached_tokens for usage in prompts)
-            ),
-            lane_tokens=_added(usage.lane_tokens for usage in self._usage.values()),
-        )
-        gated = [usage.gated_tokens for usage in self._usage.values() if usage.gated_tokens is not None]
-        if gated:
-            body.gated_tokens = sum(gated)
-            body.skipped_lane_tokens = _added(
-                usage.skipped_lane_tokens or {} for usage in self._usage.values()
-            )
-        return body
+        return total_usage([self])
+
+    @property
+    def costs(self) -> list[tuple[Usage, bool]]:
+        """Of each choice that finished, and whether it is the one that its prompt is counted with."""
+        return [(usage, number % self._n == 0) for number, usage in self._usage.items()]
 
     def fusion(self) -> FusionSummary | None:
         """Over all choices, None for requests to a plain base of this server. `mean_kl` weighs every generated position
@@ -217,6 +204,29 @@ class _PromptsFirst:
         return replace(
             event, prompt_logprobs=found.prompt_logprobs, prompt_explanations=found.prompt_explanations
         )
+
+
+def total_usage(generations: Iterable[Generation]) -> UsageBody:
+    """What they cost together. A prompt counts once however many choices continue it."""
+    costs = [cost for generation in generations for cost in generation.costs]
+    prompts = [usage for usage, counts_prompt in costs if counts_prompt]
+    usages = [usage for usage, _ in costs]
+    prompt_tokens = sum(usage.prompt_tokens for usage in prompts)
+    completion_tokens = sum(usage.completion_tokens for usage in usages)
+    body = UsageBody(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+        prompt_tokens_details=PromptTokensDetails(
+            cached_tokens=sum(usage.cached_tokens for usage in prompts)
+        ),
+        lane_tokens=_added(usage.lane_tokens for usage in usages),
+    )
+    gated = [usage.gated_tokens for usage in usages if usage.gated_tokens is not None]
+    if gated:
+        body.gated_tokens = sum(gated)
+        body.skipped_lane_tokens = _added(usage.skipped_lane_tokens or {} for usage in usages)
+    return body
 
 
 def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

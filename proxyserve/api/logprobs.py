@@ -160,12 +160,13 @@ def listed_logprobs(entries: Iterable[TokenLogprob | None]) -> list[dict[int, fl
 
 
 def _ranked(entry: TokenLogprob, tokenizer: Tokenizer, top: int) -> dict[int, PromptLogprob]:
-    ranks = {token: rank for rank, (token, _) in enumerate(entry.top, 1)}
+    ranks: dict[int, int | None] = {token: rank for rank, (token, _) in enumerate(entry.top, 1)}
+    ranks[entry.token_id] = entry.rank
     values = dict([(entry.token_id, entry.logprob), *entry.top[:top]])
     return {
         token: PromptLogprob(
             logprob=finite(value),
-            rank=ranks.get(token),
+            rank=ranks[token],
             decoded_token=tokenizer.token_bytes(token).decode(errors="replace"),
         )
         for token, value in values.items()

@@ -6,9 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from proxyserve.api.generate import Answer, Generation
+from proxyserve.api.generate import Answer, Generation, total_usage
 from proxyserve.api.logprobs import TokenNames, finite
-from proxyserve.api.schemas.responses import PromptTokensDetails, UsageBody
 from proxyserve.api.schemas.score import LabelScore, ScoreRequest, TextScore
 from proxyserve.engine.submission import Submission
 from proxyserve.types import TokenLogprob
@@ -53,7 +52,7 @@ class Scored:
 
     def totals(self) -> dict[str, Any]:
         fusion = self._generations[-1].fusion()
-        usage = _added([generation.usage() for generation in self._generations])
+        usage = total_usage(self._generations)
         return {"usage": usage} if fusion is None else {"usage": usage, "fusion": fusion}
 
 
@@ -105,19 +104,3 @@ def _labels(listed: Iterable[tuple[int, float]], names: TokenNames, *, normalize
             score.probability = None if math.isnan(total) else mass / total
         scores.append(score)
     return scores
-
-
-def _added(usages: Sequence[UsageBody]) -> UsageBody:
-    lanes: dict[str, int] = {}
-    for usage in usages:
-        for model, tokens in usage.lane_tokens.items():
-            lanes[model] = lanes.get(model, 0) + tokens
-    return UsageBody(
-        prompt_tokens=sum(usage.prompt_tokens for usage in usages),
-        completion_tokens=sum(usage.completion_tokens for usage in usages),
-        total_tokens=sum(usage.total_tokens for usage in usages),
-        prompt_tokens_details=PromptTokensDetails(
-            cached_tokens=sum(usage.prompt_tokens_details.cached_tokens for usage in usages)
-        ),
-        lane_tokens=lanes,
-    )

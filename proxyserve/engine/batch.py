@@ -63,6 +63,15 @@ class FusedRow:
             return sampling.prompt_logprobs
         return 0 if sampling.logprobs is None and sampling.logprob_token_ids else sampling.logprobs
 
+    @property
+    def number(self) -> int:
+        """Of the token in the answer, which schedules of weights go by. A prompt's tokens from `prompt_logprobs_from`
+        on are scored as the answer to those before; in a prompt that is scored whole, each as an answer's first."""
+        scoring, start = self.choice.scoring, self.choice.submission.sampling.prompt_logprobs_from
+        if self.target is None or scoring is None:
+            return len(self.choice.output)
+        return scoring.first + len(scoring.scores) + self.nth - start if start else 0
+
 
 class LogitRows:
     """Where the logits of each lane's tokens lie: in what the models returned in this step, or, for the base of a
@@ -202,8 +211,8 @@ def build_batch(rows: Sequence[FusedRow], logits: LogitRows, *, highest: bool = 
         ]
         positive.append([*(plus for plus, _ in places), *unused * rest])
         negative.append([*(minus for _, minus in places), *unused * rest])
-        token = len(row.choice.output)
-        weights.append([*(term.weight_at(token) for term in terms), *[0.0] * rest])
+        number = row.number
+        weights.append([*(term.weight_at(number) for term in terms), *[0.0] * rest])
     B = len(rows)
     plain = all(row.alone or row.choice.program.is_linear for row in rows)
     return RowBatch(
@@ -350,9 +359,10 @@ def token_logprobs(
     if logprobs is None:
         return [None] * len(tokens)
     entries: list[TokenLogprob | None] = []
-    chosen, all_ids, all_values = logprobs.chosen.tolist(), logprobs.ids.tolist(), logprobs.values.tolist()
-    for token, value, ids, values in zip(tokens, chosen, all_ids, all_values, strict=True):
-        entries.append(TokenLogprob(token, value, _pairs(ids, values)))
+    chosen, ranks = logprobs.chosen.tolist(), logprobs.ranks.tolist()
+    tops = map(_pairs, logprobs.ids.tolist(), logprobs.values.tolist())
+    for token, value, before, top in zip(tokens, chosen, ranks, tops, strict=True):
+        entries.append(TokenLogprob(token, value, top, rank=None if before < 0 else before + 1))
     if listed is None or logprobs.listed is None:
         return entries
     named = zip(entries, listed.tolist(), logprobs.listed.tolist(), strict=True)
@@ -383,7 +393,8 @@ def weights_used(row: FusedRow, solved: Sequence[float]) -> tuple[float, ...]:
         return ()
     if program.law is not None:
         return tuple(solved[: len(program.terms)])
-    return tuple(term.weight_at(len(row.choice.output)) for term in program.terms)
+    number = row.number
+    return tuple(term.weight_at(number) for term in program.terms)
 
 
 def _ints(values: Iterable[object]) -> Tensor:

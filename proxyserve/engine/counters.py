@@ -111,8 +111,9 @@ class KeyCounts:
 @dataclass(slots=True)
 class EngineCounters:
     """Since start; written on the engine's thread. `finished` counts choices by finish reason, `by_key` what they cost
-    by the name of the caller (those without a name are not counted); `prefix_queries` and `prefix_hits` are tokens of
-    prompts by model. Prompt and cached tokens are those of base lanes."""
+    by the name of the caller (those without a name are not counted), a prompt once however many choices continue it;
+    `prefix_queries` and `prefix_hits` are tokens of prompts by model. Prompt and cached tokens are those of base
+    lanes."""
 
     steps: int = 0
     tokens_generated: int = 0
@@ -187,7 +188,8 @@ class EngineCounters:
             if name:
                 counts = self.by_key.setdefault(name, KeyCounts())
                 counts.choices += 1
-                counts.prompt_tokens += event.usage.prompt_tokens
+                if choice.index == 0:  # as in the answer's usage
+                    counts.prompt_tokens += event.usage.prompt_tokens
                 counts.generation_tokens += event.usage.completion_tokens
         if event.removed_mass is not None:
             self.histograms.constraint_removed_mass.observe(event.removed_mass)

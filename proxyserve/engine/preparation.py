@@ -110,6 +110,7 @@ def prepare(
                 detokenizer=Detokenizer(
                     catalog.models.base.tokenizer,
                     submission.sampling.stop,
+                    prompt=submission.prompts.of(BASE_LANE),
                     skip_special_tokens=submission.sampling.skip_special_tokens,
                 ),
                 seed=choice_seed(submission.sampling.seed, index),

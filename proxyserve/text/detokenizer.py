@@ -6,9 +6,14 @@ with the beginning of a stop string. Both are held back until the next tokens de
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from proxyserve.text.tokenizer import Tokenizer
 
 _REPLACEMENT = "�"
+
+#: Ids of the prompt that are looked at. One would do, were none a special token or a part of a character.
+_TAIL = 5
 
 
 class Detokenizer:
@@ -17,19 +22,29 @@ class Detokenizer:
 
     A window of ids is decoded together with the ids before it and the common part is cut off, because the text of a
     token can depend on its predecessor (leading spaces). The window moves on whenever it decodes to whole characters.
+    It begins with the end of the prompt: tokenizers in SentencePiece's manner strip the space that a text begins with,
+    and the first word of an answer is not the beginning of a text.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), *, skip_special_tokens: bool = True
+        self,
+        tokenizer: Tokenizer,
+        stop: tuple[str, ...] = (),
+        *,
+        prompt: Sequence[int] = (),
+        skip_special_tokens: bool = True,
     ) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
         self._skip = skip_special_tokens
-        self._ids: list[int] = []
+        self._ids = list(prompt[-_TAIL:])
         self._window_start = 0  # ids before are context no longer needed
-        self._read = 0  # ids whose text has been produced
+        self._read = len(self._ids)  # ids whose text has been produced
         self._held = ""  # produced text that may be the beginning of a stop string
         self.stopped_by: str | None = None
+        if self._decode(self._read).endswith(_REPLACEMENT):
+            # The answer may complete the prompt's last character, which would then be in neither text.
+            self._ids, self._read = [], 0
 
     def push(self, token_id: int, *, may_stop: bool = True) -> str:
         """Add one id. Returns text that is now final; after a stop string was met (`stopped_by` is set) that is the

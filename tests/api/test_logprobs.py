@@ -112,13 +112,15 @@ def test_offsets_never_leave_the_text() -> None:
     assert text_offsets(tokenizer, [0, 1, 0], "f") == [0, 1, 1]
 
 
-def test_ranks_are_known_for_the_likeliest_only() -> None:
+def test_ranks_are_known_whatever_is_listed() -> None:
     tokenizer: Any = ByteTokenizer(b"a", b"b", b"c")
-    inside = TokenLogprob(1, -2.0, ((0, -1.0), (1, -2.0)))
-    outside = TokenLogprob(2, -math.inf, ((0, -1.0), (1, -2.0)))
-    first, second, third = prompt_logprobs([None, inside, outside], tokenizer, 1)
+    inside = TokenLogprob(1, -2.0, ((0, -1.0), (1, -2.0)), rank=2)
+    outside = TokenLogprob(1, -2.0, ((0, -1.0),), rank=7)
+    impossible = TokenLogprob(2, -math.inf, ((0, -1.0), (1, -2.0)))
+    first, second, other, third = prompt_logprobs([None, inside, outside, impossible], tokenizer, 1)
     assert first is None
-    assert second is not None and third is not None
+    assert second is not None and third is not None and other is not None
+    assert [(token, entry.rank) for token, entry in other.items()] == [(1, 7), (0, 1)]
     assert {token: (entry.logprob, entry.rank) for token, entry in second.items()} == {
         1: (-2.0, 2),
         0: (-1.0, 1),

@@ -100,6 +100,35 @@ def test_greedy_continuation(live: Live, reference: Reference) -> None:
     assert right["is_greedy"] and not wrong["is_greedy"]
 
 
+def test_a_schedule_counts_from_the_continuation(live: Live, reference: Reference) -> None:
+    """The score of an answer is the log-probs that it was generated with."""
+    fusion = {"experts": {"qa": {"weight": 1, "schedule": [[0, 1.0], [2, 0.0]]}}}
+    ids = reference.tokenizer.encode(CONTEXT)
+    wish = {"model": "atlas", "prompt": ids, "fusion": fusion}
+    (answer,) = live.post(
+        "/v1/completions",
+        **wish,
+        max_tokens=5,
+        temperature=0,
+        logprobs=0,
+        ignore_eos=True,
+        return_token_ids=True,
+    ).json()["choices"]
+    (score,) = ask(live, **wish, continuations=[answer["token_ids"]])["continuations"]
+    assert score["token_logprobs"] == pytest.approx(answer["logprobs"]["token_logprobs"], abs=1e-4)
+
+
+def test_usage_has_what_a_gate_saved(live: Live) -> None:
+    """As in other answers; labels have a token that a gate may leave to the base, others have none."""
+    body = {"prompt": CONTEXT, "fusion": {"gate": {"confidence": 0.000001}}}
+    usage = ask(live, **body, label_token_ids=[70, 75])["usage"]
+    assert usage["gated_tokens"] == usage["completion_tokens"] == 1
+    assert usage["skipped_lane_tokens"]["small"] > 0
+    texts = ask(live, **body, continuations=[" London", " nobody"])["usage"]
+    assert texts["gated_tokens"] == 0
+    assert texts["prompt_tokens"] == texts["total_tokens"] > usage["prompt_tokens"]
+
+
 def test_top_of_each_position(live: Live, reference: Reference) -> None:
     body = {"prompt": CONTEXT, "continuations": [" London"]}
     (plain,) = ask(live, **body)["continuations"]

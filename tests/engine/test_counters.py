@@ -250,6 +250,15 @@ def test_keys_and_prefixes_add_up(tiny_models: ModelSet) -> None:
     assert counters.prefix_hits == {"atlas": 96, "qa.tuned": 32, "small": 32}
 
 
+def test_a_prompt_counts_once_for_its_key(tiny_models: ModelSet) -> None:
+    """As in the answer's usage and in the key's rates."""
+    engine = small_engine(tiny_models)
+    made = submission("a", list(range(1, 41)), n=3, max_tokens=3)
+    run(engine, [Submission(made.request_id, made.prompts, made.sampling, n=3, caller=Caller("alice"))])
+    alice = engine.counters.by_key["alice"]
+    assert (alice.choices, alice.prompt_tokens, alice.generation_tokens) == (3, 40, 9)
+
+
 def test_removed_mass_is_counted_where_a_constraint_took_part(tiny_models: ModelSet) -> None:
     engine = small_engine(tiny_models)
     (choice,) = engine.prepare(submission("a", [5]), engine.offers.lease())

@@ -90,6 +90,12 @@ def check_scores(
     for token, entry, law in zip(prompt[unknown:], entries[unknown:], laws, strict=True):
         assert entry is not None and entry.token_id == token, what
         assert entry.logprob == near(float(law[token])), what
+        likelier = int((law > law[token] + 1e-4).sum())  # one rounding may order near ties otherwise
+        if law[token] == -math.inf:
+            assert entry.rank is None, what
+        else:
+            assert entry.rank is not None, what
+            assert likelier < entry.rank <= int((law > law[token] - 1e-4).sum()), what
         assert len(entry.top) <= top
         assert len(entry.top) == top or bool((law == -math.inf).any())
         for listed, value in entry.top:
@@ -275,6 +281,39 @@ def test_a_context_in_the_cache_is_not_run_again(plain: Plain) -> None:
     # A token that is to be scored needs the row before it, whatever the cache has.
     again = run(engine, [submission("y", [*context, *answers[0]], {A: 1.0}, prompt_logprobs=0)])["y/0"]
     assert again.last is not None and again.last.usage is not None and again.last.usage.cached_tokens == 0
+
+
+def test_an_answer_is_scored_by_the_schedule_that_it_was_generated_by(plain: Plain) -> None:
+    """Whatever the chunks, and where a lane has less of the prompt. Prompts scored whole have the first weights."""
+    schedule = {"weight": 1.5, "schedule": [[0, 1.0], [2, 0.0], [4, -0.5]]}
+    fusion = parse_fusion({"experts": {A: schedule}, "explain": 1})
+    engine = small_engine(plain.models)
+    for by_lane in ({}, {f"{A}.tuned": PROMPT[4:]}):
+        answer = run(
+            engine, [submission("x", PROMPT, fusion=fusion, by_lane=by_lane, max_tokens=7, logprobs=1)]
+        )["x/0"]
+        text = [*PROMPT, *answer.tokens]
+        longer = {lane: [*ids, *answer.tokens] for lane, ids in by_lane.items()}
+        wish = submission(
+            "y",
+            text,
+            fusion=fusion,
+            by_lane=longer,
+            max_tokens=0,
+            prompt_logprobs=1,
+            prompt_logprobs_from=len(PROMPT),
+        )
+        result = run(engine, [wish])["y/0"]
+        assert scores(result) == near([entry.logprob for entry in answer.logprobs])
+        weights = [entry.weights[A] for entry in result.prompt_explanations or () if entry is not None]
+        assert weights == [entry.weights[A] for entry in answer.explanations]
+        assert weights == [1.5, 1.5, 0.0, 0.0, -0.75, -0.75, -0.75]
+    whole = run(engine, [submission("z", text, fusion=fusion, max_tokens=0, prompt_logprobs=0)])["z/0"]
+    fused = [
+        papers.proxy(each["base"], (1.5, each[f"{A}.tuned"], each["small"]))
+        for each in plain.laws({"base": text}, len(text) - 1)
+    ]
+    check_scores(whole.prompt_logprobs, text, fused, 0)
 
 
 def test_a_prompt_of_one_token_has_nothing_to_score(plain: Plain) -> None:

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from proxyserve.text.detokenizer import Detokenizer
 from proxyserve.text.tokenizer import Tokenizer
-from tests.tiny import EOS, make_tokenizer
+from tests.tiny import EOS, make_sentencepiece, make_tokenizer
 
 TOKENIZER = Tokenizer(make_tokenizer())
+SENTENCEPIECE = Tokenizer(make_sentencepiece())
 
 
 def stream(ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], str | None]:
@@ -84,6 +85,35 @@ def test_text_of_special_tokens() -> None:
     assert "".join(pieces) + kept.finish() == f"a{EOS}é b" and EOS in pieces
     stopped = Detokenizer(TOKENIZER, ("text|>é",), skip_special_tokens=False)
     assert "".join(stopped.push(token) for token in ids[:-1]) == "a<|endof" and stopped.stopped_by
+
+
+def answer(tokenizer: Tokenizer, prompt: list[int], ids: list[int]) -> str:
+    detokenizer = Detokenizer(tokenizer, prompt=prompt)
+    return "".join(detokenizer.push(token) for token in ids) + detokenizer.finish()
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.text("ab é🙂", min_size=1, max_size=20), st.data())
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, SENTENCEPIECE], ids=["byte-level", "SentencePiece"])
+def test_prompt_and_answer_make_the_text(tokenizer: Tokenizer, text: str, data: st.DataObject) -> None:
+    """Wherever the prompt ends, but inside a character, which is then in no text whole."""
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    cut = data.draw(st.integers(0, len(ids)))
+    before = tokenizer.decode(ids[:cut])
+    after = answer(tokenizer, ids[:cut], ids[cut:])
+    if text.startswith(before):
+        assert before + after == text
+    else:
+        assert after == tokenizer.decode(ids[cut:])
+
+
+def test_first_word_keeps_its_space() -> None:
+    ids = SENTENCEPIECE.encode("a b")
+    assert SENTENCEPIECE.decode(ids[2:]) == "b", "what makes the prompt matter"
+    assert answer(SENTENCEPIECE, ids[:2], ids[2:]) == " b"
+    assert answer(SENTENCEPIECE, [*ids[:2], 2], ids[2:]) == " b", "a special token at the prompt's end"
+    assert answer(SENTENCEPIECE, ids[:1], ids[1:]) == "a b", "the answer is the beginning of the text"
 
 
 def test_a_possible_beginning_is_held_back_and_then_released() -> None:

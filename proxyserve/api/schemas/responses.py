@@ -12,8 +12,8 @@ FinishReasonName = Literal["stop", "length", "tool_calls"]
 
 
 class PromptLogprob(BaseModel):
-    """One token at one position of a prompt, as vLLM writes it. `rank` is 1 for the most likely token, and null for a
-    token that is not among those asked for. -9999.0 stands for minus infinity."""
+    """One token at one position of a prompt, as vLLM writes it. `rank` is 1 for the most likely token, and null for one
+    that the law rules out. -9999.0 stands for minus infinity."""
 
     logprob: float
     rank: int | None
