@@ -59,9 +59,7 @@ def make_sentencepiece() -> PreTrainedTokenizerFast:
     raw.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def make_tokenizer(vocabulary: int = 384, extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:

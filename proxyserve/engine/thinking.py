@@ -141,9 +141,7 @@ class _After:
         self._follower = after.thinking.follow()
         self._inner = after.inner.start()
         self._start = after.thinking.start_ids
-        self._going_on = (
-            all_but(after.ends, after.thinking.tokenizer.vocabulary_size) if after.ends else None
-        )
+        self._going_on = all_but(after.ends, after.thinking.tokenizer.vocabulary_size) if after.ends else None
 
     @property
     def complete(self) -> bool:
