@@ -72,6 +72,13 @@ class Ask:
     def may_time_out(self) -> bool:
         return "timeout" in self.body
 
+    @property
+    def may_be_cornered(self) -> bool:
+        """Whether its rule or its support may rule out all that the required form allows."""
+        form = self.body.keys() & {"structured_outputs", "response_format", "tools"}
+        fusion = self.body.get("fusion", {})
+        return bool(form) and (fusion.get("rule") == "contrast" or "support" in fusion)
+
 
 def next_ask(rng: random.Random) -> Ask:
     make = rng.choices((_completion, _chat, _response, _score), (5, 4, 2, 1))[0]
