@@ -45,11 +45,14 @@ _MANNERS = {
 
 
 class Outcome(Enum):
+    """How a request may end. CORNERED: what it asks for leaves no token that may come next."""
+
     ANSWERED = auto()
     REFUSED = auto()
     CANCELLED = auto()
     TIMED_OUT = auto()
     LEFT = auto()
+    CORNERED = auto()
 
 
 class Fault(Exception):
@@ -225,6 +228,8 @@ class Client:
             return Outcome.TIMED_OUT
         if "cancelled by its id" in problem and manner is Manner.ABORT and answer.status in (200, 499):
             return Outcome.CANCELLED
+        if "No token may come next" in problem and ask.may_be_cornered and answer.status in (200, 400):
+            return Outcome.CORNERED
         raise Fault(f"{answer.status} {problem}")
 
 

@@ -52,8 +52,9 @@ LAWS = [
     *TEMPLATED,
     {"model": "atlas"},
     {"model": "atlas", "fusion": {"rule": "mixture", "models": {"base": 0.5, "qa.tuned": 0.5}}},
-    {"model": "atlas", "fusion": {"rule": "guidance", "scale": 1.5, "negative_prompt": "No."}},
 ]
+#: The prompt is scored by no lane that has another one, so that this does not go with `echo` and `/v1/score`.
+GUIDANCE = {"model": "atlas", "fusion": {"rule": "guidance", "scale": 1.5, "negative_prompt": "No."}}
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,13 @@ class Ask:
     @property
     def may_time_out(self) -> bool:
         return "timeout" in self.body
+
+    @property
+    def may_be_cornered(self) -> bool:
+        """Whether its rule or its support may rule out all that the required form allows."""
+        form = self.body.keys() & {"structured_outputs", "response_format", "tools"}
+        fusion = self.body.get("fusion", {})
+        return bool(form) and (fusion.get("rule") == "contrast" or "support" in fusion)
 
 
 def next_ask(rng: random.Random) -> Ask:
@@ -118,6 +126,8 @@ def _completion(rng: random.Random) -> Ask:
             body["structured_outputs"] = {"regex": "(yes|no)[.!]"}
         case 4:
             body.update(ignore_eos=True, repetition_penalty=1.2, top_p=0.9)
+        case 5:
+            body.update(GUIDANCE)
     return Ask("/v1/completions", body, choices=n * prompts)
 
 
