@@ -128,8 +128,8 @@ class ChatShape:
         return ChatChunkChoice(index=number, delta=delta, **{**empty, **more})
 
     def _finish(self, reason: FinishReason | None, reading: _Reading) -> Any:
-        """`tool_calls` where the model has called and no call was cut off; OpenAI says `stop` where the client itself has
-        named the tool."""
+        """`tool_calls` where the model has called and no call was cut off; OpenAI says `stop` where the client itself
+        has named the tool."""
         calls = reading.has_called and reason is FinishReason.STOP and not self._names_tool
         return "tool_calls" if calls else finish_name(reason)
 

@@ -44,16 +44,25 @@ def error_answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return answers
 
 
-def event_stream(chunk: str, *, end: str = "then `[DONE]`") -> dict[str, Any]:
+def event_stream(chunk: str, *, end: str = "then `[DONE]`, or an error in its place") -> dict[str, Any]:
     """The 200 of a route that streams on request, beside its JSON. `chunk` names the schema of each event's data, `end`
     says how the stream ends."""
-    return {
-        "description": f"The answer; with `stream`, server-sent events whose data is a `{chunk}` each, {end}.",
-        "content": {
-            "text/event-stream": {
-                "schema": {"type": "string", "description": f"The data of each event is a `{chunk}`."}
+    data = [{"$ref": f"#/components/schemas/{name}"} for name in (chunk, ErrorBody.__name__)]
+    event = {
+        "type": "object",
+        "properties": {
+            "data": {
+                "type": "string",
+                "contentMediaType": "application/json",
+                "contentSchema": {"anyOf": data},
             }
         },
+        "required": ["data"],
+    }
+    return {
+        "description": f"The answer; with `stream`, server-sent events whose data is a `{chunk}` each, {end}.",
+        # `schema` would describe the whole stream, which is no JSON.
+        "content": {"text/event-stream": {"itemSchema": event}},
     }
 
 
