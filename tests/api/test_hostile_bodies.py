@@ -36,8 +36,8 @@ PROMPT = {**MODEL, "prompt": "a"}
 
 
 def loops(schema: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lists and maps in a core schema whose entries are looked at, with where they are. Dataclasses are what parsers
-    of our own have made of a body."""
+    """The lists and maps in a core schema whose entries are looked at, with where they are. Dataclasses are what
+    parsers of our own have made of a body."""
     if isinstance(schema, dict) and schema.get("type") != "dataclass":
         kind = schema.get("type")
         if kind in ("list", "tuple", "set", "frozenset") or (
