@@ -96,7 +96,8 @@ class GrammarLimits:
 class Limits:
     """Caps on what one request, or all waiting requests together, may ask for. Each has its own error message.
     `max_choices` are those of all prompts (or texts to score) together; `max_prompt_logprobs` are values in a whole
-    response. `header_seconds` and `body_seconds` are how long a request's headers and its body may take to come,
+    response; `max_tokenized_characters` and `max_tokenized_ids` are for the tokenizer's routes. `header_seconds` and
+    `body_seconds` are how long a request's headers and its body may take to come,
     `max_unread_tokens` how far the engine may be ahead of whoever reads a stream. All must be above 0."""
 
     max_n: int = 16
@@ -110,6 +111,8 @@ class Limits:
     max_prompt_logprobs: int = 1_000_000
     max_batched_prompts: int = 256
     max_body_bytes: int = 8 * 2**20
+    max_tokenized_characters: int = 2**20
+    max_tokenized_ids: int = 2**18
     max_tools: int = 128
     max_tool_bytes: int = 256 * 1024
     max_tool_depth: int = 32

@@ -44,6 +44,8 @@ _LIMITS: Mapping[str, str] = {
     "max_tool_depth": "levels of nesting in `tools`",
     "max_template_variables": "`chat_template_kwargs`",
     "max_template_variable_length": "characters of one of them",
+    "max_tokenized_characters": "characters of a text for `/tokenize`",
+    "max_tokenized_ids": "ids for `/detokenize`, and of a text whose `token_strs` are asked for",
     "max_body_bytes": "bytes of a body (413)",
     "max_waiting_requests": "choices that wait, of all requests together (429)",
     "max_waiting_tokens": "prompt tokens that wait, of all choices together (429)",

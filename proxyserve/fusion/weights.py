@@ -12,7 +12,7 @@ from proxyserve.errors import InvalidRequest
 #: `((0, 1.0), (32, 0.25))`: from generated token 0 on the weight counts fully, from token 32 on a quarter of it.
 Schedule = tuple[tuple[int, float], ...]
 
-_LONGEST_SCHEDULE = 64
+LONGEST_SCHEDULE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +47,9 @@ def check_schedule(schedule: Schedule, where: str) -> None:
         raise InvalidRequest(f"The token numbers of '{where}' must rise.", param=where)
     if not all(math.isfinite(factor) for _, factor in schedule):
         raise InvalidRequest(f"The factors of '{where}' must be finite numbers.", param=where)
-    if len(schedule) > _LONGEST_SCHEDULE:
+    if len(schedule) > LONGEST_SCHEDULE:
         raise InvalidRequest(
-            f"'{where}' has {len(schedule)} entries; at most {_LONGEST_SCHEDULE} are allowed.", param=where
+            f"'{where}' has {len(schedule)} entries; at most {LONGEST_SCHEDULE} are allowed.", param=where
         )
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import proxyserve
+from proxyserve.config import Limits
 from proxyserve.models.model_set import ModelSet
 from proxyserve.text.tokenizer import Tokenizer
 from tests.api.live import Live
@@ -55,6 +58,41 @@ def test_names_of_tokens(live: Live, tiny_models: ModelSet) -> None:
     assert names[:3] == ["The", " qu", "ick"]
     assert all(name.startswith("bytes:") for name in names[3:])
     assert "token_strs" not in live.post("/tokenize", prompt="The quick").json()
+
+
+def test_the_tokenizer_is_given_so_much_at_most(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = live.server.config.app.state.proxyserve  # type: ignore[union-attr]
+    limits = Limits(max_tokenized_characters=8, max_tokenized_ids=4)
+    monkeypatch.setattr(
+        "proxyserve.api.tokenize.server_state",
+        lambda _: replace(state, config=replace(state.config, limits=limits)),
+    )
+    ids = live.post("/tokenize", prompt="12345678").json()["tokens"]
+    assert len(ids) > 4
+    say = {"messages": [{"role": "user", "content": "123456789"}]}
+    for path, body, param in (
+        ("/tokenize", {"prompt": "123456789"}, "prompt"),
+        ("/tokenize", say, "messages"),
+        ("/tokenize", {"prompt": "12345678", "return_token_strs": True}, "return_token_strs"),
+        ("/detokenize", {"tokens": ids}, "tokens"),
+    ):
+        refused = live.post(path, **body)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+        assert "this server allows" in refused.json()["error"]["message"]
+
+
+def test_large_texts_are_named_on_another_thread(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With everything that goes into the answer; the event loop's thread only sends it."""
+    threads = set()
+
+    def name(tokenizer: Tokenizer, token: int) -> str:
+        threads.add(threading.current_thread().name)
+        return "x"
+
+    monkeypatch.setattr("proxyserve.api.tokenize.text_name", name)
+    answer = live.post("/tokenize", prompt="The quick " * 4000, return_token_strs=True).json()
+    assert set(answer["token_strs"]) == {"x"} and len(answer["token_strs"]) == answer["count"]
+    assert len(threads) == 1 and "worker" in threads.pop().lower()
 
 
 def test_special_tokens_can_be_left_out(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchem
 from pydantic_core import CoreSchema, PydanticCustomError
 
 from proxyserve.api.presets import parse_fusion
-from proxyserve.api.schemas.base import RequestModel, at_least_one
+from proxyserve.api.schemas.base import AtMost, RequestModel, at_least_one
 from proxyserve.api.schemas.common import MAX_NAME
 from proxyserve.api.schemas.rule_models import AnyFusion
 from proxyserve.errors import InvalidRequest
@@ -86,7 +86,7 @@ class SourceObject(RequestModel):
     of: _Name | None = Field(None, description=_OF)
     scale: float | None = Field(None, description=_SCALE)
     layers: LayersObject | None = Field(None, description=_LAYERS)
-    merge: Annotated[list[PartObject], Field(min_length=1, max_length=_MAX_PARTS)] | None = Field(
+    merge: Annotated[list[PartObject], Field(min_length=1), AtMost(_MAX_PARTS)] | None = Field(
         None,
         description="`of` + sum of weight * (model - `of`): task arithmetic; a soup if the weights sum to 1.",
     )

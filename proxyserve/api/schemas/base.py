@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+#: No list or map of a body has more entries, whatever it is for. What a server allows is in `Limits`, far below.
+MAX_ENTRIES: Final = 65_536
+#: Most token ids of one prompt, above any model's context.
+MAX_PROMPT_IDS: Final = 2**20
+#: Most experts, models or lanes that a request names.
+MAX_NAMED: Final = 1024
 
 
 class RequestModel(BaseModel):
@@ -15,6 +29,56 @@ class RequestModel(BaseModel):
     model_config = ConfigDict(
         strict=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True, frozen=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_floods_of_unknown_fields(cls, value: Any) -> Any:
+        """Of an object with more fields than there are, the first unknown one is reported; the validator itself would
+        report each of them, which takes minutes for millions."""
+        if not isinstance(value, Mapping) or len(value) <= len(cls.model_fields):
+            return value
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = next(name for name in value if name not in known)
+        raise ValidationError.from_exception_data(
+            cls.__name__, [{"type": "extra_forbidden", "loc": (unknown,), "input": None}]
+        )
+
+
+class AtMost:
+    """Annotates a list or a map of a body: more than `most` entries are refused before any of them is looked at, and
+    the first bad entry ends the validation. Validators collect an error for each otherwise, on the event loop."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        inner: Any = schema
+        while inner["type"] not in ("list", "dict") and "schema" in inner:
+            inner = inner["schema"]
+        if inner["type"] in ("list", "dict"):
+            inner["fail_fast"] = True
+        return core_schema.no_info_before_validator_function(self._require_few, schema)
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        document = handler(schema)
+        for form in document.get("anyOf", [document]):
+            if form.get("type") == "array":
+                form["maxItems"] = self._most
+            elif form.get("type") == "object":
+                form["maxProperties"] = self._most
+        return document
+
+    def _require_few(self, value: Any) -> Any:
+        if isinstance(value, list | dict) and len(value) > self._most:
+            raise PydanticCustomError(
+                "too_many",
+                "It has {count} entries; {most} are the most",
+                {"count": len(value), "most": self._most},
+            )
+        return value
 
 
 #: JSON schemas, for `json_schema_extra`, of fields that must be given or left out. Null is a field left out.

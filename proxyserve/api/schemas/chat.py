@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from proxyserve.api.schemas.base import NotYet
+from proxyserve.api.schemas.base import MAX_ENTRIES, AtMost, NotYet
 from proxyserve.api.schemas.common import MAX_COUNT, Count, GenerationRequest
 from proxyserve.api.schemas.explain import ExplainedToken
 from proxyserve.api.schemas.fusion import FusionSummary
-from proxyserve.api.schemas.message import Message
+from proxyserve.api.schemas.message import Messages
 from proxyserve.api.schemas.responses import ChoiceExtras, FinishReasonName, PromptExtras, UsageBody
 from proxyserve.api.schemas.structured import GrammarReport, ResponseFormat
 from proxyserve.api.schemas.tools import ReasoningEffort, ToolBody, ToolChoice
@@ -31,13 +31,14 @@ TemplateVariables = Annotated[
     dict[str, Any],
     BeforeValidator(_scalars),
     WithJsonSchema({"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}}),
+    AtMost(MAX_ENTRIES),
 ]
 
 
 class ChatRequest(GenerationRequest):
     """`max_tokens` (or its newer name `max_completion_tokens`) defaults to what is left of the context."""
 
-    messages: Annotated[list[Message], Field(min_length=1)] = Field(description="The conversation so far.")
+    messages: Messages = Field(description="The conversation so far.")
     max_completion_tokens: Count | None = Field(None, description="The newer name of `max_tokens`.")
     logprobs: bool | None = Field(
         None, description="Give the log-probability of each generated token. Default false."
@@ -46,7 +47,7 @@ class ChatRequest(GenerationRequest):
         None, description="How many of the most likely tokens to give at each position; needs `logprobs`."
     )
 
-    tools: list[ToolBody] | None = Field(
+    tools: Annotated[list[ToolBody], AtMost(MAX_ENTRIES)] | None = Field(
         None, description="Functions that the model may call; the client runs them."
     )
     tool_choice: ToolChoice | None = Field(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from proxyserve.api.schemas.base import NotYet, RequestModel
+from proxyserve.api.schemas.base import MAX_ENTRIES, AtMost, NotYet, RequestModel
 from proxyserve.api.schemas.rule_models import AnyFusion
 from proxyserve.api.schemas.structured import StructuredOutputs
 from proxyserve.types import MAX_SEED
@@ -60,6 +60,7 @@ Stop = Annotated[
     list[str],
     BeforeValidator(_one_or_many),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+    AtMost(MAX_ENTRIES),
 ]
 LogitBias = Annotated[
     dict[int, Annotated[float, Field(ge=-100.0, le=100.0)]],
@@ -71,13 +72,14 @@ LogitBias = Annotated[
             "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
         }
     ),
+    AtMost(MAX_ENTRIES),
 ]
 Metadata = Annotated[
     dict[
         Annotated[str, Field(min_length=1, max_length=MAX_METADATA_KEY)],
         Annotated[str, Field(max_length=MAX_METADATA_VALUE)],
     ],
-    Field(max_length=MAX_METADATA),
+    AtMost(MAX_METADATA),
 ]
 
 
@@ -168,10 +170,10 @@ class SampledRequest(EngineRequest):
     logit_bias: LogitBias | None = Field(
         None, description='Added to the scores of tokens, by id: `{"50256": -100}`.'
     )
-    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = Field(
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1), AtMost(MAX_ENTRIES)] | None = Field(
         None, description="No other token comes."
     )
-    bad_words: list[Annotated[str, Field(min_length=1)]] | None = Field(
+    bad_words: Annotated[list[Annotated[str, Field(min_length=1)]], AtMost(MAX_ENTRIES)] | None = Field(
         None,
         description="Texts that never come, as the tokenizer writes them with and without a leading space. Other "
         "spellings of the same text in tokens are not ruled out.",
@@ -181,7 +183,7 @@ class SampledRequest(EngineRequest):
         None, description="Before this many tokens no token comes that would end the answer. Default 0."
     )
     stop: Stop | None = Field(None, description="Strings that end the answer; they are not part of it.")
-    stop_token_ids: list[TokenId] | None = Field(
+    stop_token_ids: Annotated[list[TokenId], AtMost(MAX_ENTRIES)] | None = Field(
         None, description="Tokens that end the answer, beside the models' own; they are not part of its text."
     )
     ignore_eos: bool | None = Field(
@@ -207,7 +209,7 @@ class GenerationRequest(SampledRequest):
         None,
         description="Give the log-probability of each token of the base's prompt, and this many likeliest tokens.",
     )
-    logprob_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = Field(
+    logprob_token_ids: Annotated[list[TokenId], Field(min_length=1), AtMost(MAX_ENTRIES)] | None = Field(
         None, description="Give the log-probabilities of these tokens at each position, in `listed_logprobs`."
     )
     return_token_ids: bool | None = Field(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from proxyserve.api.schemas.base import NotYet
+from proxyserve.api.schemas.base import MAX_ENTRIES, MAX_PROMPT_IDS, NotYet
 from proxyserve.api.schemas.common import MAX_COUNT, Count, GenerationRequest
 from proxyserve.api.schemas.explain import ExplainedToken
 from proxyserve.api.schemas.fusion import FusionSummary
@@ -34,6 +34,13 @@ def _parse_prompts(value: Any) -> tuple[Prompt, ...]:
     if isinstance(value, str):
         return (_require_text(value),)
     if isinstance(value, list) and value:
+        # A list of token ids is longer than one of prompts may be.
+        if len(value) > MAX_ENTRIES and isinstance(value[0], str | list):
+            raise PydanticCustomError(
+                "too_many",
+                "It has {count} prompts; {most} are the most",
+                {"count": len(value), "most": MAX_ENTRIES},
+            )
         if all(isinstance(entry, str) for entry in value):
             return tuple(_require_text(entry) for entry in value)
         if all(isinstance(entry, list) for entry in value):
@@ -57,12 +64,23 @@ def _require_text(text: str) -> str:
 def _require_ids(ids: list[Any]) -> tuple[int, ...]:
     if not ids:
         raise PydanticCustomError("empty", "It must not be empty")
+    if len(ids) > MAX_PROMPT_IDS:
+        raise PydanticCustomError(
+            "too_many",
+            "It has {count} token ids; {most} are the most",
+            {"count": len(ids), "most": MAX_PROMPT_IDS},
+        )
     if not all(type(token) is int and 0 <= token <= MAX_COUNT for token in ids):
         raise PydanticCustomError("token_id", "Token ids must be whole numbers, 0 or more")
     return tuple(ids)
 
 
-_IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": MAX_COUNT}}
+_IDS = {
+    "type": "array",
+    "minItems": 1,
+    "maxItems": MAX_PROMPT_IDS,
+    "items": {"type": "integer", "minimum": 0, "maximum": MAX_COUNT},
+}
 _TEXT = {"type": "string", "minLength": 1}
 
 #: What `parse_prompt` takes.
@@ -75,9 +93,9 @@ Prompts = Annotated[
         {
             "anyOf": [
                 _TEXT,
-                {"type": "array", "minItems": 1, "items": _TEXT},
+                {"type": "array", "minItems": 1, "maxItems": MAX_ENTRIES, "items": _TEXT},
                 _IDS,
-                {"type": "array", "minItems": 1, "items": _IDS},
+                {"type": "array", "minItems": 1, "maxItems": MAX_ENTRIES, "items": _IDS},
             ],
             "examples": ["Once upon a time"],
         }

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 from pydantic import PlainValidator, WithJsonSchema
 
 from proxyserve.api.errors import field_path, shorten
+from proxyserve.api.schemas.base import MAX_NAMED, AtMost
 from proxyserve.errors import InvalidRequest, UnknownModel
-from proxyserve.fusion.weights import ExpertWeight, Schedule
+from proxyserve.fusion.weights import LONGEST_SCHEDULE, ExpertWeight, Schedule
 
 _PATH = ("fusion", "experts")
 
@@ -82,6 +83,10 @@ def _schedule(value: Any, path: Path) -> Schedule:
         return ()
     where = field_path(path)
     pairs = value if isinstance(value, list) else [None]
+    if len(pairs) > LONGEST_SCHEDULE:
+        raise InvalidRequest(
+            f"'{where}' has {len(pairs)} entries; at most {LONGEST_SCHEDULE} are allowed.", param=where
+        )
     if not pairs or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise InvalidRequest(
             f"'{where}' must be a list of [token number, factor], such as [[0, 1.0], [32, 0.25]].",
@@ -150,4 +155,5 @@ ExpertWeights = Annotated[
             "examples": [{"qa": 0.8}, {"qa": {"weight": 0.8}}, [{"expert": "qa", "weight": 0.8}]],
         }
     ),
+    AtMost(MAX_NAMED),
 ]

@@ -9,9 +9,17 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from proxyserve.api.errors import field_path
-from proxyserve.api.schemas.base import NotYet, RequestModel, at_least_one, exactly_one
+from proxyserve.api.schemas.base import (
+    MAX_NAMED,
+    MAX_PROMPT_IDS,
+    AtMost,
+    NotYet,
+    RequestModel,
+    at_least_one,
+    exactly_one,
+)
 from proxyserve.api.schemas.experts import LONGEST_NAME
-from proxyserve.api.schemas.message import Message, rendered
+from proxyserve.api.schemas.message import Message, Messages, rendered
 from proxyserve.errors import InvalidRequest
 from proxyserve.fusion.fusion import Fusion, Gate, Support
 from proxyserve.fusion.lane_prompt import LanePrompt
@@ -20,7 +28,7 @@ from proxyserve.fusion.rules import RULES
 from proxyserve.fusion.weights import ExpertWeight
 
 LaneName = Annotated[str, Field(max_length=3 * LONGEST_NAME)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1), AtMost(MAX_PROMPT_IDS)]
 
 
 class SupportObject(RequestModel):
@@ -28,7 +36,7 @@ class SupportObject(RequestModel):
 
     model_config = ConfigDict(json_schema_extra=at_least_one("top_p", "top_k", "min_p"))
 
-    of: Annotated[list[LaneName], Field(min_length=1, max_length=16)] = Field(
+    of: Annotated[list[LaneName], Field(min_length=1), AtMost(16)] = Field(
         description="`base`, `tuned` (of every expert), `fused`, or names of lanes."
     )
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
@@ -59,7 +67,7 @@ class LanePromptObject(RequestModel):
     route: Literal["chat", "plain"] | None = None
     text: Annotated[str, Field(min_length=1)] | None = None
     tokens: TokenIds | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     prefix: Annotated[str, Field(min_length=1)] | None = None
 
     def lane_prompt(self, param: str) -> LanePrompt:
@@ -91,7 +99,7 @@ class FusionObject(RequestModel):
         description="Nats. Solve the temperature at each position so that the fused law has this entropy.",
     )
     gate: GateObject | None = None
-    prompts: dict[LaneName, LanePromptEntry] | None = Field(
+    prompts: Annotated[dict[LaneName, LanePromptEntry], AtMost(MAX_NAMED)] | None = Field(
         None,
         description="Per lane (`base`, `EXPERT.tuned`, `EXPERT.untuned`, `base@VARIANT`): `chat` renders the request's "
         "messages with a chat template, `plain` gives the lane their text alone, an object gives a prompt of its own.",

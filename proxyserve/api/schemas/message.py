@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError, from_json
 
-from proxyserve.api.schemas.base import GIVEN, LEFT_OUT, NotYet, RequestModel
+from proxyserve.api.schemas.base import GIVEN, LEFT_OUT, MAX_ENTRIES, AtMost, NotYet, RequestModel
 from proxyserve.api.schemas.tools import FunctionName
 from proxyserve.errors import InvalidRequest
 
@@ -57,6 +57,7 @@ Content = Annotated[
             ]
         }
     ),
+    AtMost(MAX_ENTRIES),
 ]
 
 
@@ -131,7 +132,7 @@ class Message(RequestModel):
     name: Annotated[str, Field(min_length=1, max_length=MAX_NAME_OF_SPEAKER)] | None = Field(
         None, description="Who speaks, for chat templates that show it."
     )
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS)] | None = None
+    tool_calls: Annotated[list[ToolCall], AtMost(MAX_CALLS)] | None = None
     tool_call_id: Annotated[str, Field(min_length=1, max_length=MAX_CALL_ID)] | None = None
     reasoning_content: str | None = Field(
         None,
@@ -145,6 +146,9 @@ class Message(RequestModel):
     function_call: Annotated[Any, NotYet()] = None
     parsed: Annotated[Any, NotYet()] = None
     refusal: Annotated[Any, NotYet()] = None
+
+
+Messages = Annotated[list[Message], Field(min_length=1), AtMost(MAX_ENTRIES)]
 
 
 def rendered(messages: Sequence[Message], param: str = "messages") -> list[dict[str, Any]]:

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from proxyserve.api.schemas.base import RequestModel, exactly_one
+from proxyserve.api.schemas.base import MAX_PROMPT_IDS, AtMost, RequestModel, exactly_one
 from proxyserve.api.schemas.common import ModelName, TokenId
-from proxyserve.api.schemas.message import Message
+from proxyserve.api.schemas.message import Messages
 
 
 class ModelBody(BaseModel):
@@ -32,9 +32,7 @@ class TokenizeRequest(RequestModel):
 
     model: ModelName | None = Field(None, description="Default: the base.")
     prompt: str | None = Field(None, description="A text.")
-    messages: Annotated[list[Message], Field(min_length=1)] | None = Field(
-        None, description="A conversation, as for chat."
-    )
+    messages: Messages | None = Field(None, description="A conversation, as for chat.")
     add_special_tokens: bool | None = Field(None, description="For `prompt` only; on unless switched off.")
     return_token_strs: bool | None = Field(
         None, description="Give the tokens' names as well, as in `logprobs`. Default false."
@@ -50,7 +48,7 @@ class TokenizeResponse(BaseModel):
 
 class DetokenizeRequest(RequestModel):
     model: ModelName | None = Field(None, description="Default: the base.")
-    tokens: list[TokenId] = Field(description="Token ids of the base.")
+    tokens: Annotated[list[TokenId], AtMost(MAX_PROMPT_IDS)] = Field(description="Token ids of the base.")
 
 
 class DetokenizeResponse(BaseModel):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, GetJsonSchemaHandler, Tag
 from pydantic_core import CoreSchema
 
-from proxyserve.api.schemas.base import NotYet, RequestModel
+from proxyserve.api.schemas.base import MAX_ENTRIES, AtMost, NotYet, RequestModel
 from proxyserve.api.schemas.message import MAX_CALL_ID
 from proxyserve.api.schemas.tools import FunctionName
 
@@ -44,7 +44,7 @@ class _OrText:
         return {"anyOf": [{"type": "string"}, handler(schema)]}
 
 
-Parts = Annotated[list[TextPart], BeforeValidator(_as_part), _OrText()]
+Parts = Annotated[list[TextPart], BeforeValidator(_as_part), AtMost(MAX_ENTRIES), _OrText()]
 
 
 def joined(parts: list[TextPart]) -> str:
@@ -70,7 +70,7 @@ class ReasoningInput(_Item):
     """What the model thought before the items that follow; the chat template decides what becomes of it."""
 
     type: Literal["reasoning"]
-    content: list[ReasoningPart] | None = None
+    content: Annotated[list[ReasoningPart], AtMost(MAX_ENTRIES)] | None = None
     summary: Annotated[Any, NotYet([])] = None
     encrypted_content: Annotated[Any, NotYet()] = None
 
@@ -123,5 +123,6 @@ Input = Annotated[
     list[InputItem],
     Field(min_length=1),
     BeforeValidator(_as_items),
+    AtMost(MAX_ENTRIES),
     _OrText(),
 ]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
-from proxyserve.api.schemas.base import NotYet, RequestModel
+from proxyserve.api.schemas.base import MAX_ENTRIES, AtMost, NotYet, RequestModel
 from proxyserve.api.schemas.structured import JsonObjectFormat, NamedSchema, TextFormat
 from proxyserve.api.schemas.tools import (
     AllowedTools,
@@ -64,7 +64,7 @@ class AllowedFunctions(RequestModel):
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedFunction], Field(min_length=1)]
+    tools: Annotated[list[NamedFunction], Field(min_length=1), AtMost(MAX_ENTRIES)]
 
     def for_chat(self) -> AllowedTools:
         return AllowedTools(mode=self.mode, tools=[tool.for_chat() for tool in self.tools])

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from proxyserve.api.schemas.base import NotYet, RequestModel
+from proxyserve.api.schemas.base import MAX_ENTRIES, AtMost, NotYet, RequestModel
 from proxyserve.api.schemas.common import Count, SampledRequest
 from proxyserve.api.schemas.response_input import Input
 from proxyserve.api.schemas.response_tools import FunctionTool, TextConfig, ToolChoice
@@ -37,14 +37,14 @@ class ResponsesRequest(SampledRequest):
         None,
         description="Most tokens of reasoning, text and calls together. Default: what is left of the context.",
     )
-    include: list[Literal["message.output_text.logprobs"]] | None = Field(
+    include: Annotated[list[Literal["message.output_text.logprobs"]], AtMost(MAX_ENTRIES)] | None = Field(
         None,
         description="`message.output_text.logprobs`: give the log-probability of each token of the text.",
     )
     top_logprobs: Annotated[int, Field(ge=0)] | None = Field(
         None, description="How many of the most likely tokens to give at each position; needs `include`."
     )
-    tools: list[FunctionTool] | None = Field(
+    tools: Annotated[list[FunctionTool], AtMost(MAX_ENTRIES)] | None = Field(
         None, description="Functions that the model may call; the client runs them."
     )
     tool_choice: ToolChoice | None = Field(

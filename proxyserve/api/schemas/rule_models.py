@@ -14,9 +14,10 @@ from pydantic import Discriminator, Field, PlainValidator, Tag, WithJsonSchema, 
 from pydantic_core import PydanticCustomError
 
 from proxyserve.api.errors import shorten
+from proxyserve.api.schemas.base import MAX_NAMED, MAX_PROMPT_IDS, AtMost
 from proxyserve.api.schemas.experts import ExpertWeights
 from proxyserve.api.schemas.fusion import FusionObject, LaneName
-from proxyserve.api.schemas.message import Message
+from proxyserve.api.schemas.message import Messages
 from proxyserve.errors import InvalidRequest
 from proxyserve.fusion.rule import Rule
 from proxyserve.fusion.rules import RULES
@@ -29,7 +30,7 @@ def _text_or_ids(value: Any) -> str | tuple[int, ...]:
         return value
     if (
         isinstance(value, list)
-        and value
+        and 0 < len(value) <= MAX_PROMPT_IDS
         and all(type(token) is int and 0 <= token < 2**31 for token in value)
     ):
         return tuple(value)
@@ -55,6 +56,7 @@ _JSON_TYPES: Mapping[str, Any] = {
                     {
                         "type": "array",
                         "minItems": 1,
+                        "maxItems": MAX_PROMPT_IDS,
                         "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1},
                     },
                 ]
@@ -68,8 +70,8 @@ _JSON_TYPES: Mapping[str, Any] = {
             {"anyOf": [{"type": "number", "minimum": -100, "maximum": 100}, {"enum": ["inf", "-inf"]}]}
         ),
     ],
-    "negative_messages": Annotated[list[Message], Field(min_length=1)],
-    "models": dict[LaneName, float],
+    "negative_messages": Messages,
+    "models": Annotated[dict[LaneName, float], AtMost(MAX_NAMED)],
     "formula": Annotated[str, Field(min_length=1, max_length=2000)],
 }
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
-from proxyserve.api.schemas.base import GIVEN, LEFT_OUT
+from proxyserve.api.schemas.base import GIVEN, LEFT_OUT, MAX_ENTRIES, AtMost
 from proxyserve.api.schemas.common import EngineRequest, TokenId
 from proxyserve.api.schemas.completions import PROMPT_SCHEMA, Prompt, parse_prompt
 from proxyserve.api.schemas.fusion import FusionSummary
@@ -68,16 +68,16 @@ class ScoreRequest(EngineRequest):
     prompt: TextOrIds | None = Field(
         None, description="What comes before, as text or token ids; not scored itself."
     )
-    continuations: Annotated[list[TextOrIds], Field(min_length=1)] | None = Field(
+    continuations: Annotated[list[TextOrIds], Field(min_length=1), AtMost(MAX_ENTRIES)] | None = Field(
         None, description="Texts or lists of token ids; each is scored as what follows `prompt`."
     )
-    label_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = Field(
+    label_token_ids: Annotated[list[TokenId], Field(min_length=1), AtMost(MAX_ENTRIES)] | None = Field(
         None, description="Tokens; each is scored as the one that follows `prompt`."
     )
     normalize: bool | None = Field(
         None, description="Give the labels' probabilities among themselves as well. Default false."
     )
-    texts: Annotated[list[TextOrIds], Field(min_length=1)] | None = Field(
+    texts: Annotated[list[TextOrIds], Field(min_length=1), AtMost(MAX_ENTRIES)] | None = Field(
         None, description="Texts or lists of token ids; each is scored as a whole, from its second token on."
     )
     logprobs: Annotated[int, Field(ge=0)] | None = Field(

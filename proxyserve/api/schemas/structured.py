@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from proxyserve.api.schemas.base import RequestModel, exactly_one
+from proxyserve.api.schemas.base import MAX_ENTRIES, AtMost, RequestModel, exactly_one
 
 JsonSchema = Annotated[
     dict[str, Any], Field(description="A JSON schema (2020-12 unless `$schema` says otherwise).")
@@ -55,8 +55,8 @@ class TaggedJson(RequestModel):
 class StructuralTag(RequestModel):
     """Free text, in which each trigger begins one of the structures. A `begin` starts with exactly one trigger."""
 
-    structures: Annotated[list[TaggedJson], Field(min_length=1)]
-    triggers: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    structures: Annotated[list[TaggedJson], Field(min_length=1), AtMost(MAX_ENTRIES)]
+    triggers: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1), AtMost(MAX_ENTRIES)]
 
 
 class StructuredOutputs(RequestModel):
@@ -69,7 +69,9 @@ class StructuredOutputs(RequestModel):
 
     json_: JsonSchema | None = Field(None, alias="json")
     regex: Annotated[str, Field(min_length=1)] | None = None
-    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
+    choice: (
+        Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1), AtMost(MAX_ENTRIES)] | None
+    ) = None
     grammar: Annotated[str, Field(min_length=1)] | None = None
     structural_tag: StructuralTag | None = None
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from proxyserve.api.schemas.base import RequestModel
+from proxyserve.api.schemas.base import MAX_ENTRIES, AtMost, RequestModel
 
 FunctionName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
 
@@ -52,7 +52,7 @@ class AllowedTools(RequestModel):
     """All tools are shown to the model, and these alone may be called."""
 
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedTool], Field(min_length=1)]
+    tools: Annotated[list[NamedTool], Field(min_length=1), AtMost(MAX_ENTRIES)]
 
 
 class ToolChoiceBody(RequestModel):
@@ -108,7 +108,12 @@ ToolChoice = Annotated[
                             "type": "object",
                             "properties": {
                                 "mode": {"enum": ["auto", "required"]},
-                                "tools": {"type": "array", "items": _NAMED_TOOL, "minItems": 1},
+                                "tools": {
+                                    "type": "array",
+                                    "items": _NAMED_TOOL,
+                                    "minItems": 1,
+                                    "maxItems": MAX_ENTRIES,
+                                },
                             },
                             "required": ["mode", "tools"],
                             "additionalProperties": False,
