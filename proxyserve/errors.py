@@ -15,6 +15,10 @@ class ProxyserveError(Exception):
         self.message = message
 
 
+#: `InvalidRequest.code` where a request's own fields, or its grammar, leave no token that could come next.
+NO_TOKEN_LEFT = "no_token_left"
+
+
 class InvalidRequest(ProxyserveError):
     """A request that can never be served as it stands.
 

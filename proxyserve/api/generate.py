@@ -20,7 +20,7 @@ from proxyserve.api.schemas.fusion import FusionSummary
 from proxyserve.api.schemas.responses import PromptTokensDetails, UsageBody
 from proxyserve.api.state import server_state
 from proxyserve.engine.submission import Submission
-from proxyserve.errors import InvalidRequest, ProxyserveError
+from proxyserve.errors import NO_TOKEN_LEFT, InvalidRequest, ProxyserveError
 from proxyserve.types import (
     FinishReason,
     FusionReport,
@@ -100,7 +100,7 @@ class Generation:
                     raise self._early
                 if event.finish_reason is FinishReason.ERROR:
                     if event.refused:
-                        raise InvalidRequest(event.error or "", code="no_token_left")
+                        raise InvalidRequest(event.error or "", code=NO_TOKEN_LEFT)
                     raise GenerationFailed(event.error or "The engine could not finish this request.")
                 if event.finish_reason is FinishReason.CANCELLED:  # not by the client, who closes `events`
                     raise ServerStopping

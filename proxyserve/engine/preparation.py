@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from proxyserve.engine.adjustments import ChoiceAdjustments
 from proxyserve.engine.choice import Choice, choice_seed
@@ -12,8 +12,8 @@ from proxyserve.engine.offer import Offer
 from proxyserve.engine.scoring import plan_scoring
 from proxyserve.engine.seen_tokens import SeenTokens
 from proxyserve.engine.submission import LanePrompts, Submission
-from proxyserve.engine.token_rules import TokenRules, conflict_message
-from proxyserve.errors import ExpertParked, Forbidden, InvalidRequest
+from proxyserve.engine.token_rules import GRAMMAR, TokenRules, conflict_message, narrow
+from proxyserve.errors import NO_TOKEN_LEFT, ExpertParked, Forbidden, InvalidRequest
 from proxyserve.fusion.binding import BoundProgram, LaneSpec, bind
 from proxyserve.fusion.catalog import Catalog
 from proxyserve.fusion.fusion import Fusion
@@ -124,6 +124,7 @@ def prepare(
                 scoring=None if choices else scoring,
             )
         )
+    _check_first_token(choices[0].adjustments)  # all begin alike
     return choices
 
 
@@ -232,8 +233,35 @@ def _token_rules(submission: Submission, program: BoundProgram, stop_ids: frozen
     rules = TokenRules.of(submission.sampling, program.vocabulary, stop_ids)
     fields = rules.conflict(())
     if fields:
-        raise InvalidRequest(conflict_message(fields), param=fields[0])
+        raise _no_token(fields)
     return rules
+
+
+def _check_first_token(choice: ChoiceAdjustments) -> None:
+    """Refuses constraints and fields that exclude each other from the first token on. What takes longer to show ends
+    the choice then."""
+    if not choice.constraints or not choice.rules.say_something(()):
+        return
+    try:
+        if choice.whole() is not None:
+            return
+        left = choice.rules.known.copy()
+        for constraint in choice.constraints:
+            mask = constraint.mask()
+            if mask is not None:
+                narrow(left, mask)
+    except ConstraintFailed as error:
+        raise InvalidRequest(str(error), code=NO_TOKEN_LEFT) from error
+    except Exception:  # the first step meets it again, and ends this choice alone
+        return
+    fields = choice.rules.conflict((), left)
+    if fields and not choice.rules.is_whole((), left):
+        raise _no_token(fields)
+
+
+def _no_token(fields: Sequence[str]) -> InvalidRequest:
+    named = (field for field in fields if field != GRAMMAR)
+    return InvalidRequest(conflict_message(fields), param=next(named, None), code=NO_TOKEN_LEFT)
 
 
 def _seen_tokens(submission: Submission, program: BoundProgram) -> SeenTokens | None:

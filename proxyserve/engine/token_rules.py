@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from proxyserve.models.vocabulary import SharedVocabulary
 from proxyserve.types import SamplingParams
@@ -42,6 +43,13 @@ def forbid(mask: Words, ids: Iterable[int]) -> None:
     """Take `ids` out of `mask`, in place."""
     for token in ids:
         mask[token // 32] &= ~np.uint32(1 << token % 32)
+
+
+def narrow(mask: Words, allowed: Tensor) -> None:
+    """Leave in `mask`, in place, what `allowed` has too: int32 [words, any number], on the host."""
+    own: Words = allowed.numpy().view(np.uint32)[: len(mask)]
+    mask[: len(own)] &= own
+    mask[len(own) :] = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

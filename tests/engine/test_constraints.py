@@ -137,13 +137,25 @@ def test_fields_that_leave_nothing(engine: Engine) -> None:
         with pytest.raises(InvalidRequest, match="exclude each other") as refusal:
             engine.submit(submission("a", PROMPT, **fields))
         assert refusal.value.param == param
+    for constraints, fields, param in (
+        ([among(7, 8)], {"allowed_token_ids": (9, 10)}, "allowed_token_ids"),
+        ([among(7, 8)], {"bad_words": ((7,), (8,))}, "bad_words"),
+        ([among(7, 8), among(8, 9)], {"allowed_token_ids": (7, 9)}, None),
+        ([among(7), among(8)], {"allowed_token_ids": (7, 8)}, None),
+    ):
+        made = submission("a", PROMPT, **fields)
+        with pytest.raises(InvalidRequest, match="No token may come next") as refusal:
+            engine.submit(replace(made, constraints=tuple(constraints)))
+        assert refusal.value.code == "no_token_left"
+        assert param is None or refusal.value.param == param
+    assert not engine.has_work
     support = {"experts": {"qa": 1}, "support": {"of": ["base"], "top_k": 1}}
     best = run(engine, [submission("best", PROMPT, max_tokens=1)])["best/0"].tokens[0]
     other = replace(constrained("ruled", among(best + 1)), fusion=parse_fusion(support))
     results = run(
         engine,
         [
-            constrained("grammar", among(7, 8), allowed_token_ids=(9, 10)),
+            constrained("grammar", Ruled(lambda seen: {8, 9} if seen else {7}), allowed_token_ids=(7, 10)),
             submission("word", PROMPT, allowed_token_ids=(7,), bad_words=((7, 7, 7),)),
             other,
             submission("free", PROMPT, {"qa": 1.0}),
@@ -151,6 +163,8 @@ def test_fields_that_leave_nothing(engine: Engine) -> None:
     )
     reason, message = ended(results["grammar/0"])
     assert reason is FinishReason.ERROR and "allowed_token_ids" in message and "response_format" in message
+    assert results["grammar/0"].tokens == [7]
+    assert all(result.last and result.last.refused for name, result in results.items() if name != "free/0")
     reason, message = ended(results["word/0"])
     assert results["word/0"].tokens == [7, 7] and reason is FinishReason.ERROR
     assert "allowed_token_ids and bad_words exclude each other" in message
