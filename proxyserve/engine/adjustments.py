@@ -29,7 +29,7 @@ _ALL = np.uint32(0xFFFFFFFF)
 
 class Halt(NamedTuple):
     """Why a choice ends before its next token; `message` for ERROR, and `refused` where the request brought it about:
-    its fields leave no token, or its grammar takes too much work."""
+    its fields leave no token, its grammar takes too much work, or its weights are too large."""
 
     reason: FinishReason
     message: str | None = None
@@ -95,6 +95,14 @@ class ChoiceAdjustments:
             "whose support or whose remote base rules it out.",
             refused=True,
         )
+
+
+#: Of a row whose models are sound.
+NO_FINITE_SCORE = Halt(
+    FinishReason.ERROR,
+    "The fusion gives no token a finite score here, though its models do; use smaller weights.",
+    refused=True,
+)
 
 
 def failed(error: Exception) -> Halt:

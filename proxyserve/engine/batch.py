@@ -226,6 +226,17 @@ def build_batch(rows: Sequence[FusedRow], logits: LogitRows, *, highest: bool = 
     )
 
 
+def models_are_sound(batch: RowBatch, number: int) -> bool:
+    """Whether all scores that row `number` is made of are those of laws: no NaN, no +inf, and some token possible. If
+    the fused row is none all the same, then the request's own numbers are why."""
+    width = int(batch.widths[number])
+    places = [*batch.positive[number].tolist(), *batch.negative[number].tolist(), batch.base[number].tolist()]
+    # The largest of a row with a NaN is NaN.
+    return all(
+        math.isfinite(batch.sources[source][row, :width].max()) for source, row in places if source != ABSENT
+    )
+
+
 def _rules(rows: Sequence[FusedRow], logits: LogitRows, bases: Sequence[Place]) -> Rules:
     """What is not linear. Rows without rules get the values that change nothing."""
     base_weight, power, one_sided, normalise, reference = [], [], [], [], []

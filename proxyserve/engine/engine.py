@@ -16,7 +16,7 @@ from time import perf_counter
 import torch
 
 from proxyserve.config import EngineConfig, Limits
-from proxyserve.engine.adjustments import Adjuster, Halt
+from proxyserve.engine.adjustments import NO_FINITE_SCORE, Adjuster, Halt
 from proxyserve.engine.arena import Arena, Layout
 from proxyserve.engine.batch import (
     FusedRow,
@@ -24,6 +24,7 @@ from proxyserve.engine.batch import (
     build_batch,
     build_controls,
     is_sure,
+    models_are_sound,
     shared_heads,
     target_entropies,
     token_logprobs,
@@ -383,26 +384,36 @@ class Engine:
     def _ruled_out(
         self, rows: Sequence[FusedRow], batch: RowBatch, valid: Sequence[bool]
     ) -> list[Halt | None]:
-        """Why rows end that do have a law, but no token, because of their masks. One more call of the kernels where any
-        row is without a token and any has a mask."""
+        """Why rows end without a token though their models are sound: because of their masks, or of what the request
+        multiplies with. One more call of the kernels where any row is without a token and any has a mask."""
+        halts: list[Halt | None] = [None] * len(rows)
+        if all(valid):
+            return halts
         adjusted = [row.choice.adjustments for row in rows]
-        if all(valid) or max(choice.mask for choice in adjusted) < 0:
-            return [None] * len(rows)
-        lawful = self.backend.pick(batch, PickControls.greedy(len(rows))).valid.tolist()
-        return [
-            choice.lawless() if law and not token else None
-            for choice, law, token in zip(adjusted, lawful, valid, strict=True)
-        ]
+        lawful = [False] * len(rows)
+        if max(choice.mask for choice in adjusted) >= 0:
+            lawful = self.backend.pick(batch, PickControls.greedy(len(rows))).valid.tolist()
+        for number, choice in enumerate(adjusted):
+            if valid[number]:
+                continue
+            if lawful[number]:
+                halts[number] = choice.lawless()
+            elif models_are_sound(batch, number):
+                halts[number] = NO_FINITE_SCORE
+        return halts
 
     def _accept_scores(
-        self, counts: Mapping[Choice, int], scores: Mapping[Choice, Sequence[Score | None]]
+        self, counts: Mapping[Choice, int], scores: Mapping[Choice, Sequence[Score | Halt | None]]
     ) -> list[OutputEvent]:
         """The events of choices that end with the scores of this step. Others tell them with their first token."""
         events = []
         for choice in counts:
             scoring, found = choice.scoring, scores.get(choice, ())
-            known = [score for score in found if score is not None]
-            if len(known) < len(found):
+            known = [score for score in found if isinstance(score, Score)]
+            halt = next((score for score in found if isinstance(score, Halt)), None)
+            if halt is not None:
+                events.append(self._halt(choice, halt))
+            elif len(known) < len(found):
                 events.append(self._fail_numerically(choice))
             elif scoring is not None:
                 scoring.add(known)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from proxyserve.engine.adjustments import NO_FINITE_SCORE, Halt
 from proxyserve.engine.batch import (
     FusedRow,
     LogitRows,
     build_batch,
     build_scoring,
     is_sure,
+    models_are_sound,
     token_logprobs,
     wanted,
     weights_used,
@@ -39,20 +41,21 @@ def rows_to_score(choice: Choice, count: int) -> list[FusedRow]:
 
 def score(
     backend: Backend, rows: Sequence[FusedRow], logits: LogitRows, at_once: int
-) -> dict[Choice, list[Score | None]]:
-    """Scores of the rows' targets by choice, in their order; None where the law is NaN, infinite or empty. At most
+) -> dict[Choice, list[Score | Halt | None]]:
+    """Scores of the rows' targets by choice, in their order; None where the models gave no law, and a Halt where they
+    did, but their fusion is none. At most
     `at_once` rows are fused together, since each takes several times the vocabulary of memory."""
-    found: dict[Choice, dict[int, Score | None]] = {}
+    found: dict[Choice, dict[int, Score | Halt | None]] = {}
     for start in range(0, len(rows), at_once):
         some = rows[start : start + at_once]
         for row, result in zip(some, _scores(backend, some, logits), strict=True):
-            if not row.alone or result is None or is_sure(row.choice, result.law):
+            if not row.alone or not isinstance(result, Score) or is_sure(row.choice, result.law):
                 # What the base alone decides comes first, and stands.
                 found.setdefault(row.choice, {}).setdefault(row.nth, _as_asked(row, result))
     return {choice: list(scores.values()) for choice, scores in found.items()}
 
 
-def _scores(backend: Backend, rows: Sequence[FusedRow], logits: LogitRows) -> list[Score | None]:
+def _scores(backend: Backend, rows: Sequence[FusedRow], logits: LogitRows) -> list[Score | Halt | None]:
     """Of each row, with the tokens that are listed for any end."""
     batch = with_solved_weights(backend, rows, build_batch(rows, logits))
     controls = build_scoring(rows)
@@ -72,12 +75,17 @@ def _scores(backend: Backend, rows: Sequence[FusedRow], logits: LogitRows) -> li
         for number, target in enumerate(targets)
     ]
     reasons = explain(backend, rows, logits, sampled, laws)
-    return [
-        Score(law, reason) if law is not None and good else None
-        for law, reason, good in zip(laws, reasons, valid, strict=True)
-    ]
+    scores: list[Score | Halt | None] = []
+    for number, law in enumerate(laws):
+        if law is not None and valid[number]:
+            scores.append(Score(law, reasons[number]))
+        else:
+            scores.append(NO_FINITE_SCORE if models_are_sound(batch, number) else None)
+    return scores
 
 
-def _as_asked(row: FusedRow, score: Score | None) -> Score | None:
-    law = None if score is None else wanted(row, score.law)
-    return None if score is None or law is None else score._replace(law=law)
+def _as_asked(row: FusedRow, score: Score | Halt | None) -> Score | Halt | None:
+    if not isinstance(score, Score):
+        return score
+    law = wanted(row, score.law)
+    return None if law is None else score._replace(law=law)

@@ -99,6 +99,25 @@ async def test_parse_async_and_streamed(live: Live) -> None:
         assert await asyncio.gather(*map(streamed, range(3))) == wholes
 
 
+def test_fields_that_leave_no_token(live: Live) -> None:
+    """The request's own fault: a 400 while nothing is sent, however late it shows, and the same body in a stream."""
+    letter = make_tokenizer().get_vocab()["a"]
+    asked = {**TEXT, "structured_outputs": {"regex": "ab"}}
+    at_once = live.post("/v1/completions", **asked, allowed_token_ids=[letter + 4])
+    assert at_once.status_code == 400, at_once.text
+    assert at_once.json()["error"]["param"] == "allowed_token_ids"
+    later = live.post("/v1/completions", **asked, allowed_token_ids=[letter])
+    assert later.status_code == 400 and "allowed_token_ids" in later.json()["error"]["message"]
+    assert {answer.json()["error"]["code"] for answer in (at_once, later)} == {"no_token_left"}
+    streamed = live.post("/v1/completions", **asked, allowed_token_ids=[letter], stream=True)
+    *_, last = streamed.text.split("data: ")
+    assert json.loads(last)["error"] == later.json()["error"]
+    infinite = {**TEXT, "model": "atlas", "fusion": {"rule": "formula", "formula": "1e38*base + qa"}}
+    for stream in (False, True):  # before the first byte
+        answer = live.post("/v1/completions", **infinite, stream=stream)
+        assert answer.status_code == 400 and answer.json()["error"]["code"] == "no_token_left"
+
+
 def test_report_comes_once_in_a_stream(live: Live) -> None:
     for path, body in (("/v1/chat/completions", CHAT), ("/v1/completions", TEXT)):
         asked = {**body, "structured_outputs": {"choice": ["quick", "brown fox"]}, "temperature": 0}

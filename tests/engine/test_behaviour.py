@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from proxyserve.api.presets import parse_fusion
 from proxyserve.config import EngineConfig, KernelChoice
 from proxyserve.engine.engine import Engine
 from proxyserve.engine.runner import Runner
@@ -156,10 +157,27 @@ def test_nan_fails_alone_and_leaves_nothing_behind(engine: Engine) -> None:
             embedding.copy_(saved)
     bad = results["bad/0"].last
     assert bad is not None and bad.finish_reason is FinishReason.ERROR and "finite" in (bad.error or "")
+    assert not bad.refused
     assert results["good/0"].tokens == clean.tokens
     after = run(engine, [submission("after", PROMPT, {"qa": 1.0}, max_tokens=20, logprobs=0)])["after/0"]
     assert after.last and after.last.finish_reason is FinishReason.LENGTH
     assert all(math.isfinite(entry.logprob) for entry in after.logprobs)
+
+
+def test_weights_beyond_floats_are_the_requests_own_fault(engine: Engine) -> None:
+    """Infinite is what the request made of finite scores: of the next token's, or of its prompt's."""
+    fusion = parse_fusion({"rule": "formula", "formula": "1e38*base + qa"})
+    bad = [
+        submission("drawn", PROMPT, fusion=fusion),
+        submission("scored", PROMPT, fusion=fusion, prompt_logprobs=1, max_tokens=0),
+        submission("ruled", PROMPT, fusion=fusion, allowed_token_ids=(7, 8)),
+    ]
+    results = run(engine, [*bad, submission("good", PROMPT, {"qa": 1.0})])
+    for wish in bad:
+        last = results[f"{wish.request_id}/0"].last
+        assert last is not None and last.finish_reason is FinishReason.ERROR and last.refused
+        assert "smaller weights" in (last.error or "")
+    assert len(results["good/0"].tokens) == 12
 
 
 def test_stop_ids_of_all_lanes(engine: Engine) -> None:
