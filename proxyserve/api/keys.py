@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from proxyserve.api.errors import StartupError, field_path
 from proxyserve.engine.caller import Caller, CallerLimits
 
-Role = Literal["user", "admin"]
+Role = Literal["user", "admin", "monitor"]
 
 #: 256 random bits: nobody finds a key by trying, so that one round of SHA-256 is enough to hide it.
 _KEY_BYTES = 32
@@ -89,6 +89,7 @@ class KeyRecord(BaseModel):
         return Caller(
             name=self.name,
             admin=self.role == "admin",
+            monitor=self.role == "monitor",
             experts=None if self.experts is None else frozenset(self.experts),
             explain=self.explain,
             priority=self.priority,

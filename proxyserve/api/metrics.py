@@ -45,10 +45,11 @@ router = APIRouter(tags=["operation"])
     "/metrics",
     summary="Prometheus metrics",
     response_class=Response,
-    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **error_answers(401)},
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **error_answers(401, 403)},
 )
 async def read_metrics(request: Request) -> Response:
-    """Prometheus text format. Needs a key where the server has any, since labels name models."""
+    """Prometheus text format. Where the server has keys, it takes an administrator's or a monitor's: labels name
+    models and whose keys there are."""
     text = await run_in_threadpool(server_state(request).metrics.render)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 

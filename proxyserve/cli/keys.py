@@ -27,6 +27,9 @@ _Limit = Annotated[
 def new_command(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is; work is accounted to it.")],
     admin: Annotated[bool, typer.Option("--admin", help="An administrator's key.")] = False,
+    monitor: Annotated[
+        bool, typer.Option("--monitor", help="A key for /metrics and /load, and nothing else.")
+    ] = False,
     expert: Annotated[
         list[str] | None,
         typer.Option("--expert", help="Expert that it may use; several times for several. Default: all."),
@@ -47,11 +50,13 @@ def new_command(
     priority: Annotated[int, typer.Option("--priority", help="Of its requests; lower goes first.")] = 0,
 ) -> None:
     """Make a key. It is shown once, on stderr; the record for the key file, on stdout, has its digest alone."""
+    if admin and monitor:
+        raise typer.BadParameter("a key has one role", param_hint="--monitor")
     key = new_key()
     given: dict[str, Any] = {
         "name": name,
         "sha256": digest_of(key).hex(),
-        "role": "admin" if admin else "user",
+        "role": "admin" if admin else "monitor" if monitor else "user",
         "experts": expert or None,
         "explain": explain,
         "max_logprobs": max_logprobs,

@@ -23,12 +23,14 @@ class CallerLimits:
 @dataclass(frozen=True, slots=True)
 class Caller:
     """`name` is what the work is accounted to (the name of a key): callers share the engine fairly, and limits are per
-    caller. `admin`: may do what the policy keeps for administrators. `experts` are those that the caller may use, None
-    for all. `explain`: may ask what each model thought of a token; None leaves that to the server's policy.
+    caller. `admin`: may do what the policy keeps for administrators. `monitor`: may watch the
+    server, and nothing else. `experts` are those that the caller may use, None for all. `explain`: may ask what each
+    model thought of a token; None leaves that to the server's policy.
     `priority` is that of requests that do not say, and the lowest that may be asked for (administrators: any)."""
 
     name: str = ""
     admin: bool = True
+    monitor: bool = False
     experts: frozenset[str] | None = None
     explain: bool | None = None
     priority: int = 0

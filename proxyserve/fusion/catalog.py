@@ -55,7 +55,11 @@ class Catalog:
             )
         canonical = self._canonical(model)
         if canonical is None:
-            raise UnknownModel(f"There is no model '{model}' here; use {self._known()}.", param=param)
+            raise UnknownModel(
+                f"There is no model '{model}' here; use {BASE_LANE}, EXPERT.tuned, EXPERT.untuned or the name of an "
+                "expert's untuned model.",
+                param=param,
+            )
         return f"{canonical}{at}{variant}"
 
     def _canonical(self, model: str) -> str | None:
@@ -80,16 +84,6 @@ class Catalog:
             if expert.untuned is not None and expert.untuned.name == name:
                 return expert.untuned
         return None
-
-    def _known(self) -> str:
-        names = [BASE_LANE]
-        own = {expert.untuned.name for expert in self.models.experts.values() if expert.untuned is not None}
-        names += sorted(own - {self.models.base.name})
-        for name, expert in self.models.experts.items():
-            names.append(f"{name}.tuned")
-            if expert.untuned is not None:
-                names.append(f"{name}.untuned")
-        return ", ".join(dict.fromkeys(names))
 
     def model(self, lane: str) -> AnyModel:
         """The model of a lane that `lane` or a rule has named."""

@@ -32,8 +32,7 @@ class _Names:
 
     def expert(self, name: str, *, param: str) -> _NamedPair:
         if name not in self.experts:
-            known = ", ".join(sorted(self.experts)) or "none"
-            raise UnknownModel(f"There is no expert '{name}' here. Experts: {known}.", param=param)
+            raise UnknownModel(f"There is no expert '{name}' here.", param=param)
         return self.experts[name]
 
 

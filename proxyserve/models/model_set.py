@@ -39,13 +39,16 @@ class ModelSet:
         self.experts: Mapping[str, Expert] = MappingProxyType(by_name)
 
     def expert(self, name: str, *, param: str = "fusion.experts") -> Expert:
-        """Raises UnknownModel, listing what there is, and ExpertParked for one that must be loaded first."""
+        """Raises UnknownModel, and ExpertParked for one that must be loaded first."""
         expert = self.experts.get(name)
         if expert is None:
             if name in self.parked:
                 raise ExpertParked(name)
-            known = ", ".join(sorted({*self.experts, *self.parked})) or "none"
-            raise UnknownModel(f"There is no expert '{name}' here. Experts: {known}.", param=param)
+            # Which others there are is not for every caller.
+            raise UnknownModel(
+                f"There is no expert '{name}' here; GET /v1/models lists those that the key may use.",
+                param=param,
+            )
         return expert
 
     @property

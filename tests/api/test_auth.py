@@ -24,6 +24,7 @@ from proxyserve.models.model_set import ModelSet
 from proxyserve.types import OutputEvent
 from tests.api.admin_fakes import ADMIN_KEY, USER_KEY, FakeManager, with_keys
 from tests.api.fakes import FakeEngine, last
+from tests.api.test_keys import as_key, record, write
 
 PLAIN, HASHED = "sk-plain-key", "sk-hashed-key"
 
@@ -87,12 +88,26 @@ async def test_every_route_needs_the_right_key(engine: Any, tmp_path: Path) -> N
                 statuses.append(answer.status_code if answer.status_code in (401, 403) else 0)
         if path in PUBLIC_PATHS:
             expected = [0, 0, 0, 0]
-        elif path.startswith("/admin/") and (method, path) not in unknown:
+        elif path == "/metrics" or (path.startswith("/admin/") and (method, path) not in unknown):
             expected = [401, 401, 403, 0]
         else:
             expected = [401, 401, 0, 0]
         assert statuses == expected, (method, path)
     assert sorted(PUBLIC_PATHS) == ["/health", "/ready", "/version"]
+
+
+async def test_a_monitor_may_watch_and_nothing_else(engine: Any, tmp_path: Path) -> None:
+    keys = write(tmp_path / "keys.yaml", record("prometheus", role="monitor"))
+    app = create_app(engine, ServerConfig(api_key_file=keys), FakeManager())  # type: ignore[arg-type]
+    allowed = set()
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(app), base_url="http://test", headers=as_key("prometheus")
+    ) as client:
+        for method, path in routes_of(app):
+            answer = await client.request(method, re.sub(r"{\w+(:path)?}", "x", path))
+            if answer.status_code != 403:
+                allowed.add(path)
+    assert allowed == PUBLIC_PATHS | {"/metrics", "/load"}
 
 
 @pytest.mark.parametrize("authorization", [f"Bearer {PLAIN}", f"bearer  {HASHED} ", f"BEARER {HASHED}"])

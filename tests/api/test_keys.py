@@ -194,6 +194,8 @@ def test_experts_of_a_key(keyed: Live) -> None:
     for path in ("/v1/chat/completions", "/tokenize"):
         assert keyed.http.post(path, json=chat, headers=as_key("bob")).status_code == 403
         assert keyed.http.post(path, json=chat, headers=as_key("ann")).status_code == 200
+    ids = {"model": "atlas+record", "tokens": [70]}
+    assert keyed.http.post("/detokenize", json=ids, headers=as_key("bob")).status_code == 403
     score = {"model": "atlas+record", "texts": ["The quick"]}
     assert keyed.http.post("/v1/score", json=score, headers=as_key("bob")).status_code == 403
 
@@ -207,6 +209,19 @@ def test_models_are_listed_by_key(keyed: Live) -> None:
     assert listed("bob") == {"atlas", "atlas+qa", "house"}
     for model, status in (("atlas+qa:0.3", 200), ("atlas+record", 403), ("mixed", 403), ("atlas+x", 404)):
         assert keyed.http.get(f"/v1/models/{model}", headers=as_key("bob")).status_code == status
+
+
+def test_errors_list_no_experts(keyed: Live) -> None:
+    """They would tell a key the names of those that it may not use."""
+    for body in (
+        {"model": "nope"},
+        {"model": "atlas+nope"},
+        {"fusion": {"experts": {"nope": 1}}},
+        {"fusion": {"rule": "formula", "formula": "base + nope"}},
+    ):
+        answer = complete(keyed, "bob", **body)
+        assert answer.status_code == 404
+        assert "record" not in answer.text and "mixed" not in answer.text
 
 
 def test_explanations_and_log_probabilities(keyed: Live) -> None:
