@@ -12,12 +12,9 @@ tries more than the few examples per operation that a test run can afford.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,7 +27,7 @@ from proxyserve.api.schemas.completions import Completion
 from proxyserve.api.schemas.errors import ErrorBody
 from proxyserve.config import ServerConfig
 from tests.api.live import Live, assert_idle, serve
-from tests.experts.shelf import Shelf, open_state, save_tiny
+from tests.experts.shelf import open_state, save_tiny
 
 ADMIN = "sk-of-the-admin"
 EXAMPLES = int(os.environ.get("HARDEN_EXAMPLES", "12"))
@@ -46,7 +43,7 @@ UNSAID: Mapping[str, str] = {
     r"model$": "the name must be of a model that this server has, and go with `fusion`",
     r"name$": "the path's name may be taken by another thing",
     r"fusion\.": "experts, lanes, formulas and weights are this server's and its policy's; rules bind fields together",
-    r"messages(\[|$)": "calls and their answers go in pairs, arguments are JSON inside a string, a template must be there",
+    r"messages(\[|$)": "calls and their answers go in pairs, arguments are JSON in a string; a template is needed",
     r"(prompt|texts|continuations|tokens)(\[|$)": "ids must be in the vocabulary; a text to score has two tokens; the "
     "context is limited",
     r"(stop|bad_words|stop_token_ids|allowed_token_ids|logprob_token_ids|label_token_ids|logit_bias)(\[|\.|$)": "ids "
@@ -199,7 +196,7 @@ def failures_of(schema: Any) -> tuple[list[str], int]:
                         f"{request.path_parameters} {request.query} {request.body!r:.2000}\n"
                         f"{response and response.status_code} {response and response.text:.500}"
                     )
-        for case, interaction in event.recorder.interactions.items():
+        for interaction in event.recorder.interactions.values():
             if interaction.response is not None:
                 found.extend(wrong_events(interaction.response))
     return found, answers
