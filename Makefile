@@ -5,7 +5,8 @@
 #                 one in constraints.txt. Plain `pip` may fetch a build with CUDA: larger, and it runs on a CPU as well.
 # CONSTRAINTS     empty installs the newest versions instead of the pinned ones (GPU machines, see constraints.txt)
 # EXTRAS          optional parts of the project to install
-# ARGS            extra arguments for serve, bench, eval; PYTEST_ARGS for test
+# ARGS            extra arguments for serve, bench, eval; PYTEST_ARGS for test and load
+# LOAD_SECONDS    how long the clients of `make load` ask
 
 PYTHON ?= python3
 TORCH_PIP_ARGS ?=
@@ -14,6 +15,7 @@ EXTRAS ?= dev,eval,otel
 ARGS ?=
 PYTEST_ARGS ?=
 PYTEST_WORKERS ?= 2
+LOAD_SECONDS ?= 120
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,7 +26,7 @@ PIN := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint format typecheck pytest bench eval clean
+.PHONY: help install serve test lint format typecheck pytest load bench eval clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +60,9 @@ typecheck: install ## mypy over the server, the kernels and the Python client
 
 pytest: install
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+load: install ## two minutes of 200 clients that stream, leave and abort at random, and what it did to the server
+	PROXYSERVE_LOAD_SECONDS=$(LOAD_SECONDS) $(TEST_ENV) $(BIN)/python -m pytest -s tests/api/test_load.py $(PYTEST_ARGS)
 
 bench: install ## proxyserve beside the plain Hugging Face loop; what solving, swaps and many experts cost
 	$(BIN)/proxyserve bench $(ARGS)
