@@ -180,13 +180,17 @@ FIELDS: dict[str, dict[str, Evidence]] = {
         "tool_call_id": Shown(f"{TOOLS}::test_conversation_with_calls_comes_back"),
         "reasoning_content": Shown(f"{TOOLS}::test_reasoning_comes_back_in_the_prompt"),
         "reasoning": Shown(f"{TOOLS}::test_reasoning_comes_back_in_the_prompt"),
+        "parsed": Described("OpenAI's client sends back what it has read; `content` is rendered"),
     },
     "ToolCall": dict.fromkeys(
         ("id", "type", "function"), Shown(f"{TOOLS}::test_conversation_with_calls_comes_back")
     ),
-    "CalledFunction": dict.fromkeys(
-        ("name", "arguments"), Shown(f"{TOOLS}::test_conversation_with_calls_comes_back")
-    ),
+    "CalledFunction": {
+        **dict.fromkeys(("name", "arguments"), Shown(f"{TOOLS}::test_conversation_with_calls_comes_back")),
+        "parsed_arguments": Described(
+            "OpenAI's client sends back what it has read; `arguments` are rendered"
+        ),
+    },
     "ToolBody": dict.fromkeys(("type", "function"), Shown(f"{TOOLS}::test_calls_whole")),
     "FunctionBody": dict.fromkeys(
         ("name", "description", "parameters", "strict"), Shown(f"{TOOLS}::test_calls_whole")

@@ -274,6 +274,19 @@ async def test_openai_parse(stubborn: tuple[Stubborn, Live]) -> None:
             parallel_tool_calls=False,
         ) as stream:
             streamed = stream.get_final_completion()
+        # The loop of an agent: the client sends back what it has read into `parsed` and `parsed_arguments` too.
+        message = parsed.choices[0].message
+        assert message.tool_calls
+        result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "Rain."}
+        said = client.chat.completions.parse(
+            model="atlas",
+            messages=[*USER, message, result],
+            response_format=Weather,
+            max_tokens=99,  # type: ignore[list-item]
+        )
+        assert isinstance(said.choices[0].message.parsed, Weather)
+        again = [*USER, said.choices[0].message, *USER]
+        client.chat.completions.create(model="atlas", messages=again, max_tokens=1)  # type: ignore[arg-type]
     async with openai.AsyncOpenAI(base_url=f"{live.url}/v1", api_key="x", max_retries=0) as client_:
         awaited = await client_.chat.completions.parse(
             model="atlas",

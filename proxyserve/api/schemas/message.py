@@ -65,7 +65,9 @@ class CalledFunction(RequestModel):
     name: FunctionName
     arguments: Annotated[str, Field(description="JSON text of an object.")]
 
-    parsed_arguments: Annotated[Any, NotYet()] = None
+    parsed_arguments: Any = Field(
+        None, description="OpenAI's client adds `arguments` as it read them. They change nothing."
+    )
 
 
 class ToolCall(RequestModel):
@@ -144,7 +146,7 @@ class Message(RequestModel):
     annotations: Annotated[Any, NotYet([])] = None
     audio: Annotated[Any, NotYet()] = None
     function_call: Annotated[Any, NotYet()] = None
-    parsed: Annotated[Any, NotYet()] = None
+    parsed: Any = Field(None, description="OpenAI's client adds `content` as it read it. It changes nothing.")
     refusal: Annotated[Any, NotYet()] = None
 
 
