@@ -41,8 +41,9 @@ def tool_use(
     kind = "auto" if choice is None else choice.type
     _check_parts(choice)
     if not shown:
-        if choice is not None and kind != "none":
-            raise InvalidRequest("'tool_choice' needs 'tools'.", param="tool_choice")
+        for name, given in (("tool_choice", choice), ("parallel_tool_calls", several)):
+            if given is not None:
+                raise InvalidRequest(f"'{name}' needs 'tools'.", param=name)
         return ToolUse()
     if kind == "none":
         return ToolUse()

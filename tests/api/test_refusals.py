@@ -61,11 +61,11 @@ def test_unsupported_field_is_named(live: Live, body: dict[str, Any], field: str
 @pytest.mark.parametrize(
     ("body", "extra"),
     [
-        (CHAT, {"tools": None, "tool_choice": "none", "functions": [], "function_call": None}),
+        (CHAT, {"tools": None, "tool_choice": None, "functions": [], "function_call": None}),
         (CHAT, {"response_format": {"type": "text"}, "store": False, "modalities": ["text"]}),
         (
             CHAT,
-            {"metadata": {}, "service_tier": "auto", "parallel_tool_calls": False, "stream_options": None},
+            {"metadata": {}, "service_tier": "auto", "parallel_tool_calls": None, "stream_options": None},
         ),
         (
             CHAT,
@@ -218,7 +218,7 @@ def test_unknown_expert_in_fusion(live: Live) -> None:
     assert refusal(live, {**BASE, "fusion": {"support": support}}, 404)["param"] == "fusion.support.of"
     error = refusal(live, {**BASE, "fusion": {"experts": {"ghost": 1}}}, 404)
     assert error["param"] == "fusion.experts.ghost"
-    assert "qa" in error["message"]
+    assert "qa" not in error["message"]  # a key may not know it
 
 
 VALUES: list[tuple[dict[str, Any], str, Any, str]] = [
@@ -317,7 +317,9 @@ VALUES: list[tuple[dict[str, Any], str, Any, str]] = [
     (CHAT, "messages", [{"role": "critic", "content": "x"}], "messages[0].role"),
     (CHAT, "tools", [{}], "tools[0].type"),
     (CHAT, "tool_choice", "auto", "tool_choice"),
+    (CHAT, "tool_choice", "none", "tool_choice"),
     (CHAT, "parallel_tool_calls", "yes", "parallel_tool_calls"),
+    (CHAT, "parallel_tool_calls", False, "parallel_tool_calls"),
     (CHAT, "reasoning_effort", "high", "reasoning_effort"),
     (CHAT, "thinking_budget", 1.5, "thinking_budget"),
     (CHAT, "chat_template_kwargs", [], "chat_template_kwargs"),
