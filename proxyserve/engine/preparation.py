@@ -182,6 +182,7 @@ def _check_logprobs(submission: Submission) -> None:
         ("logprobs", sampling.logprobs or 0),
         ("prompt_logprobs", sampling.prompt_logprobs or 0),
         ("logprob_token_ids", len(sampling.logprob_token_ids)),
+        ("fusion.explain", submission.fusion.explain),
     ):
         if asked > most:
             raise Forbidden(

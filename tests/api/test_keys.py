@@ -151,6 +151,7 @@ RECORDS = [
     record("ann"),
     record("bob", experts=["qa"], max_logprobs=2),
     record("carl", explain=True, priority=3),
+    record("cleo", explain=True, max_logprobs=0),
     record("dora", explain=False, requests_per_minute=2, tokens_per_minute=1000),
     record("emil", requests_per_minute=1),
     record("old", expires="2020-01-01"),
@@ -230,6 +231,11 @@ def test_explanations_and_log_probabilities(keyed: Live) -> None:
         name: complete(keyed, name, **explain).status_code for name in ("root", "ann", "carl", "dora")
     }
     assert explained == {"root": 200, "ann": 403, "carl": 200, "dora": 403}
+    assert refused(complete(keyed, "cleo", **explain)) == (403, "fusion.explain", "forbidden")
+    score = {"model": "atlas", "texts": ["The quick"]}
+    answer = keyed.http.post("/v1/score", json=score, headers=as_key("cleo"))
+    assert refused(answer) == (403, "logprobs", "forbidden")
+    assert "max_logprobs" in answer.json()["error"]["message"]
     assert complete(keyed, "bob", logprobs=2).status_code == 200
     assert refused(complete(keyed, "bob", logprobs=3)) == (403, "logprobs", "forbidden")
     chat = {"model": "atlas+qa", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
