@@ -38,13 +38,13 @@ SECONDS = float(os.environ.get("PROXYSERVE_LOAD_SECONDS", "15"))
 #: How many clients each key has: one floods the server, one has always something to ask, one is held to a rate.
 CLIENTS = {"flood": 140, "ann": 40, "ben": 20}
 KEYS = (
-    record("flood", max_waiting_requests=40, max_running=12),
+    record("flood", max_waiting_requests=40),
     record("ann"),
-    record("ben", requests_per_minute=20),
+    record("ben", requests_per_minute=20, max_running=4),
 )
 
 #: Caps that so many clients reach, and KV memory that is short, so that choices are preempted.
-OPTIONS = ("--max-batch", "16", "--kv-memory", "2MiB", "--max-waiting-requests", "80", "--log-format", "json")
+OPTIONS = ("--max-batch", "16", "--kv-memory", "2MiB", "--max-waiting-requests", "55", "--log-format", "json")
 
 START_SECONDS = 120.0
 STOP_SECONDS = 60.0
@@ -52,8 +52,8 @@ IDLE_SECONDS = 60.0
 
 #: Grows with what allocators keep and with caches that have a bound, whatever the duration.
 MOST_GROWTH = 100 * 2**20
-#: The pipes of the processes that compile grammars, which stay.
-HELPER_FILES = 4
+#: The pipes to the process that compiles grammars, which stays.
+HELPER_FILES = 2
 #: Threads that wait for the next blocking call end after a while: at most the event loop's pool of 40.
 POOL_THREADS = 40
 
@@ -219,8 +219,9 @@ def test_a_crowd(server: Server) -> None:
     assert all(tally.of(outcome) for outcome in set(Outcome) - {Outcome.CORNERED})
     assert {code for _, code in tally.refusals} == {"queue_full", "key_limit", "rate_limit"}
     assert preemptions > 0
-    # Whoever has always something to ask gets half of the server, less what it misses by leaving and being refused.
-    assert tokens["ann"] > 0.3 * tokens["flood"]
+    # Who has always something to ask gets as much as who floods the server, less what it misses by being refused: the
+    # caps leave it few places in the queue.
+    assert tokens["ann"] > 0.35 * tokens["flood"]
 
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(STOP_SECONDS) == 0, server.log.read_text()
