@@ -74,6 +74,16 @@ class Tally:
     def of(self, outcome: Outcome) -> int:
         return sum(count for (_, what), count in self.outcomes.items() if what is outcome)
 
+    def __str__(self) -> str:
+        keys = sorted({key for key, _ in self.outcomes})
+        lines = [
+            f"{key}: "
+            + ", ".join(f"{self.outcomes[key, what]} {what.name.lower()}" for what in Outcome)
+            + f" { ({code: count for (of, code), count in self.refusals.items() if of == key}) }"
+            for key in keys
+        ]
+        return "\n".join(["", *lines])
+
     def fault(self, what: str) -> None:
         if len(self.faults) < 20:
             self.faults.append(what)
