@@ -110,7 +110,9 @@ def _score_field_names(body: ScoreRequest) -> Iterator[None]:
     except Forbidden as error:  # more log-probabilities per token than the key may have
         error.param = {**names, "prompt_logprobs": "logprobs"}.get(error.param or "", error.param)
         if error.param == "logprobs" and not body.logprobs:
-            error.message = "Scoring needs the likeliest token's log-probability; this key may have none (its max_logprobs is 0)."
+            error.message = (
+                "Scoring looks at the likeliest token's log-probability, and this key may have none: its max_logprobs is 0."
+            )
         raise
     except InvalidRequest as error:
         if error.param is not None:
