@@ -237,6 +237,7 @@ VALUES: list[tuple[dict[str, Any], str, Any, str]] = [
     (TEXT, "presence_penalty", 2.1, "presence_penalty"),
     (TEXT, "frequency_penalty", -2.1, "frequency_penalty"),
     (TEXT, "repetition_penalty", 0, "repetition_penalty"),
+    (TEXT, "repetition_penalty", 1e-300, "repetition_penalty"),
     (TEXT, "max_tokens", 0, "max_tokens"),
     (TEXT, "max_tokens", -1, "max_tokens"),
     (CHAT, "max_tokens", 0, "max_tokens"),
@@ -330,6 +331,7 @@ VALUES: list[tuple[dict[str, Any], str, Any, str]] = [
     (CHAT, "messages", [{"role": "user", "content": ["x"]}], "messages[0].content"),
     (CHAT, "messages", [{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content"),
     (CHAT, "messages", [{"role": "user", "content": [{"type": "text"}]}], "messages[0].content"),
+    (CHAT, "messages", [{"role": "user", "content": [{"type": None, "text": "a"}]}], "messages[0].content"),
     (CHAT, "messages", [{"role": "user", "content": "a", "name": ""}], "messages[0].name"),
     (
         CHAT,

@@ -29,7 +29,7 @@ def _join_parts(value: Any) -> Any:
             raise PydanticCustomError(
                 "content_part", f"Part {index} is not text; other parts are not supported yet"
             )
-        if not isinstance(part, dict) or set(part) != {"type", "text"} or not isinstance(part["text"], str):
+        if kind != "text" or set(part) != {"type", "text"} or not isinstance(part["text"], str):
             raise PydanticCustomError(
                 "content_part", f'Part {index} must be {{"type": "text", "text": string}}'
             )
