@@ -41,6 +41,7 @@ KEYS = (
     record("flood", max_waiting_requests=40),
     record("ann"),
     record("ben", requests_per_minute=20, max_running=4),
+    record("watch", role="monitor"),
 )
 
 #: Caps that so many clients reach, and KV memory that is short, so that choices are preempted.
@@ -69,7 +70,7 @@ class Server:
     def metric(self, name: str, *, label: str = "") -> float:
         """The sum of its samples, or of those that have `label`."""
         with httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30) as client:
-            text = client.get("/metrics", headers={"Authorization": "Bearer sk-ann"}).text
+            text = client.get("/metrics", headers={"Authorization": "Bearer sk-watch"}).text
         samples = re.findall(rf"^({name}(?:{{.*}})?) (\S+)$", text, re.MULTILINE)
         assert samples, f"there is no metric {name}"
         return sum(float(value) for sample, value in samples if label in sample)
