@@ -111,7 +111,8 @@ def _score_field_names(body: ScoreRequest) -> Iterator[None]:
         error.param = {**names, "prompt_logprobs": "logprobs"}.get(error.param or "", error.param)
         if error.param == "logprobs" and not body.logprobs:
             error.message = (
-                "Scoring looks at the likeliest token's log-probability, and this key may have none: its max_logprobs is 0."
+                "Scoring looks at the likeliest token's log-probability, and this key may have none: its max_logprobs "
+                "is 0."
             )
         raise
     except InvalidRequest as error:
