@@ -4,7 +4,7 @@ and every answer is as documented. All of its checks are on.
 What a document cannot say is whether a request fits this very server. `fitting` makes generated requests fit where that
 is a matter of names and sizes, and `UNSAID` lists the fields that may be refused all the same, with the reason.
 
-    HARDEN_EXAMPLES=500 pytest tests/api/test_openapi.py
+    PROXYSERVE_OPENAPI_EXAMPLES=500 pytest tests/api/test_openapi.py
 
 tries more than the few examples per operation that a test run can afford.
 """
@@ -29,7 +29,7 @@ from tests.api.live import Live, assert_idle, serve
 from tests.experts.shelf import open_state, save_tiny
 
 ADMIN = "sk-of-the-admin"
-EXAMPLES = int(os.environ.get("HARDEN_EXAMPLES", "12"))
+EXAMPLES = int(os.environ.get("PROXYSERVE_OPENAPI_EXAMPLES", "12"))
 
 #: Of these, schemathesis would take half a minute to think of the thousands of edges of all their fields together.
 MANY_FIELDS = (
