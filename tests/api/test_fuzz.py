@@ -65,6 +65,11 @@ def shared_server(tiny_models: ModelSet) -> Iterator[Live]:
     limits = Limits(max_body_bytes=2**20, header_seconds=BODY_SECONDS, body_seconds=BODY_SECONDS)
     chat = ChatConfig(template=TEMPLATE, tool_parser="hermes")
     with serve(engine, ServerConfig(limits=limits, chat=chat)) as live:
+        # Begins the process that compiles grammars, which stays.
+        form = {"structured_outputs": {"regex": "a"}}
+        assert (
+            live.post("/v1/completions", model="atlas", prompt="a", max_tokens=1, **form).status_code == 200
+        )
         yield live
     engine.close()
 
