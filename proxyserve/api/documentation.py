@@ -48,15 +48,10 @@ def event_stream(chunk: str, *, end: str = "then `[DONE]`, or an error in its pl
     """The 200 of a route that streams on request, beside its JSON. `chunk` names the schema of each event's data, `end`
     says how the stream ends."""
     data = [{"$ref": f"#/components/schemas/{name}"} for name in (chunk, ErrorBody.__name__)]
+    json = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": data}}
     event = {
         "type": "object",
-        "properties": {
-            "data": {
-                "type": "string",
-                "contentMediaType": "application/json",
-                "contentSchema": {"anyOf": data},
-            }
-        },
+        "properties": {"data": {"anyOf": [{"const": "[DONE]"}, json]} if "[DONE]" in end else json},
         "required": ["data"],
     }
     return {
