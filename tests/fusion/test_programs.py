@@ -75,7 +75,7 @@ def test_lanes_and_sum_of_weights(
 
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str, str]] = [
-    ({"experts": {"ghost": 1}}, UnknownModel, "fusion.experts.ghost", "qa"),
+    ({"experts": {"ghost": 1}}, UnknownModel, "fusion.experts.ghost", "no expert"),
     ({"experts": {"solo": 1}}, InvalidRequest, "fusion.experts.solo", "without an untuned"),
     (
         {"rule": "mixture", "models": {"solo.untuned": 1}},
