@@ -159,7 +159,12 @@ class Client:
         begun = time.monotonic()
         self.wait_until_ready()
         self.seconds_to_start = time.monotonic() - begun
-        self.observe()
+        try:
+            self.observe()
+        except Gone:
+            # This life has said what became of it, and nobody could ask what it published.
+            self._accepted = None
+            raise
         for number in count():
             if number == changes:
                 then()
