@@ -13,6 +13,10 @@ LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 ToolParser = Literal["auto", "hermes", "llama"]
 ReasoningParser = Literal["auto", "deepseek", "none"]
+Speculate = int | Literal["auto", "off"]
+
+#: How many tokens a text may go ahead of what is verified: state that must come back is kept for as many.
+MOST_DRAFTS = 32
 
 #: As browsers send it: no path, and no capitals.
 _ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
@@ -28,6 +32,9 @@ class EngineConfig:
     (the memory plan sets theirs aside). `kv_memory` is in bytes for the KV caches of all models together; None lets the
     plan choose. `threads` None leaves torch's own choice. `kernels` names the backend of the logit arithmetic: "torch",
     "triton", or "auto", which is triton on a CUDA device.
+
+    `speculate` says how many tokens are drafted ahead for each request, and verified together: that many where it can
+    be done, "off" for none, or "auto" for as many as measured acceptance and times make worth it, at most `max_drafts`.
     """
 
     device: str = "auto"
@@ -40,6 +47,8 @@ class EngineConfig:
     prefix_cache: bool = True
     threads: int | None = None
     kernels: KernelChoice = "auto"
+    speculate: Speculate = "auto"
+    max_drafts: int = 8
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_batch_tokens", "max_scored_rows", "block_size"):
@@ -47,6 +56,17 @@ class EngineConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.kernels not in ("auto", "torch", "triton"):
             raise ValueError(f"kernels must be auto, torch or triton, not '{self.kernels}'")
+        if self.speculate not in ("auto", "off") and not (
+            isinstance(self.speculate, int) and 1 <= self.speculate <= MOST_DRAFTS
+        ):
+            raise ValueError(
+                f"speculate must be auto, off, or a number from 1 to {MOST_DRAFTS}, not '{self.speculate}'"
+            )
+        if not 1 <= self.max_drafts <= MOST_DRAFTS:
+            raise ValueError(
+                f"max_drafts must be from 1 to {MOST_DRAFTS}, not {self.max_drafts}; "
+                "to draft nothing, set speculate to off"
+            )
         if self.max_batch_tokens < self.max_batch:
             raise ValueError(
                 f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_batch ({self.max_batch}), "

@@ -1,7 +1,8 @@
 """What changes the scores of a step's rows before a token is drawn: logit bias, penalties, and which tokens may come.
 
 Each choice carries what it needs from step to step; a step writes its masks into one buffer, which is used again, and
-joins the rest without walking through any text.
+joins the rest without walking through any text. A choice can go ahead of its text by drafts, tokens that are only
+supposed, and come back; the rows that are ruled on the way stay as they were.
 """
 
 from __future__ import annotations
@@ -46,9 +47,8 @@ class _Wish(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class ChoiceAdjustments:
-    """Of one choice. `output` is its list of generated ids, which grows elsewhere. `seen` is None where nothing is
-    penalised. `mask` and `removed_by` are the rows of its masks in the buffer, -1 for none; valid in the step that
-    wrote them."""
+    """Of one choice. `output` is its list of generated ids, which grows elsewhere, and not while drafts are supposed to
+    follow it. `seen` is None where nothing is penalised."""
 
     params: SamplingParams
     output: Sequence[int]
@@ -57,21 +57,30 @@ class ChoiceAdjustments:
     constraints: tuple[Constraint, ...] = ()
     bias_ids: npt.NDArray[np.int64] = field(init=False)
     bias_values: npt.NDArray[np.float32] = field(init=False)
-    mask: int = -1
-    removed_by: int = -1
+    drafts: list[int] = field(default_factory=list)
+    _ahead: list[int] = field(
+        default_factory=list
+    )  # of `output` as far as it was when drafts were last supposed
+    _latest: RowAdjustments | None = None  # which reads `seen` itself
 
     def __post_init__(self) -> None:
         bias = self.params.logit_bias
         self.bias_ids = np.fromiter(bias.keys(), dtype=np.int64, count=len(bias))
         self.bias_values = np.fromiter(bias.values(), dtype=np.float32, count=len(bias))
 
+    @property
+    def text(self) -> Sequence[int]:
+        """What was generated, and the drafts."""
+        return self._ahead if self.drafts else self.output
+
     def add(self, token: int) -> None:
-        """`token` was generated."""
+        """`token` was generated. No drafts are supposed. Voids the choice's row."""
         if self.seen is not None:
             self.seen.add(token)
 
     def advance(self, token: int) -> Halt | None:
-        """Tell the constraints of `token`, unless it was the last. Why the choice ends, if it does."""
+        """Tell the constraints of `token`, unless it was the last. Why the choice ends, if it does. No drafts are
+        supposed."""
         try:
             for constraint in self.constraints:
                 constraint.advance(token)
@@ -79,14 +88,92 @@ class ChoiceAdjustments:
         except Exception as error:
             return failed(error)
 
+    def suppose(self, token: int) -> Halt | None:
+        """Go ahead as if `token`, a draft, came next. If constraints would end the choice with it or fail: why; the
+        draft is not supposed then. What else may end a text (stop ids and strings, lengths) is not looked at, nor
+        whether `token` may come: see `Adjuster.allows`."""
+        advanced = 0
+        try:
+            for constraint in self.constraints:
+                advanced += 1
+                constraint.advance(token)
+            halt = self.whole()
+        except Exception as error:
+            halt = failed(error)
+        if halt is not None:
+            for constraint in self.constraints[:advanced]:
+                constraint.rollback(1)
+            return halt
+        self._detach()
+        if not self.drafts:
+            self._ahead += self.output[len(self._ahead) :]
+        self._ahead.append(token)
+        self.drafts.append(token)
+        if self.seen is not None:
+            self.seen.add(token)
+        return None
+
+    def take_back(self, count: int | None = None) -> None:
+        """Suppose the last `count` drafts no longer, by default all."""
+        count = len(self.drafts) if count is None else count
+        if not count:
+            return
+        self._detach()
+        for constraint in self.constraints:
+            constraint.rollback(count)
+        for _ in range(count):
+            self._ahead.pop()
+            token = self.drafts.pop()
+            if self.seen is not None:
+                self.seen.take_back(token)
+
+    def row(self, mask: int, removed_by: int) -> RowAdjustments:
+        """Of the text as it is now."""
+        seen = self.seen or None  # nothing seen, nothing penalised
+        row = RowAdjustments(
+            self,
+            len(self.output) + len(self.drafts),
+            mask,
+            removed_by,
+            None if seen is None else seen.ids,
+            None if seen is None else seen.counts,
+        )
+        self._latest = None if seen is None else row
+        return row
+
+    def _detach(self) -> None:
+        """Before `seen` changes under a row that is still needed."""
+        if self._latest is not None:
+            self._latest.detach()
+            self._latest = None
+
     def whole(self) -> Halt | None:
         """Whether a constraint says that nothing may follow."""
         return Halt(FinishReason.STOP) if any(one.complete for one in self.constraints) else None
 
+
+@dataclass(slots=True, eq=False)
+class RowAdjustments:
+    """For the token that follows the first `written` tokens of a choice's text, drafts among them. `mask` and
+    `removed_by` are rows of the Adjuster's buffer, -1 for none, and valid until its next `begin`; `seen_ids` int64 [n]
+    and `seen_counts` float32 [n], None where nothing is penalised, until the choice is told of a generated token."""
+
+    choice: ChoiceAdjustments
+    written: int
+    mask: int
+    removed_by: int
+    seen_ids: npt.NDArray[np.int64] | None
+    seen_counts: npt.NDArray[np.float32] | None
+
+    def detach(self) -> None:
+        """Keep what has been seen so far, whatever comes."""
+        if self.seen_ids is not None and self.seen_counts is not None:
+            self.seen_ids, self.seen_counts = self.seen_ids.copy(), self.seen_counts.copy()
+
     def lawless(self) -> Halt | None:
         """What to tell where tokens may come, and the fused law gives none of them any probability. None if the request
         rules none out."""
-        fields = self.rules.fields(self.output, constrained=bool(self.constraints))
+        fields = self.choice.rules.fields(self.written, constrained=bool(self.choice.constraints))
         if not fields:
             return None
         return Halt(
@@ -120,48 +207,72 @@ class Adjuster:
         self._masks = np.zeros((0, 0), dtype=np.uint32)
         self._used = 0
 
-    def rule(self, choices: Mapping[str, ChoiceAdjustments]) -> dict[str, Halt]:
-        """Find which tokens may come in each of a step's choices, by key. Returns those that end here, and why; the
-        others can be adjusted for until the next call."""
+    def begin(self) -> None:
+        """A step begins: the rows of the one before are void."""
+        self._used = 0
+
+    def rule(
+        self, choices: Mapping[str, ChoiceAdjustments]
+    ) -> tuple[dict[str, RowAdjustments], dict[str, Halt]]:
+        """Find which tokens may come next in each of these choices, by key, drafts supposed. Returns a row for each
+        that goes on, and for the others why they end here. May be called again in the same step, for the same choices
+        further ahead or others."""
         halted: dict[str, Halt] = {}
-        ruled: dict[str, ChoiceAdjustments] = {}
+        first, rows = self._used, {}
+        ruled: list[tuple[str, ChoiceAdjustments]] = []
         for key, choice in choices.items():
-            choice.mask = choice.removed_by = -1
+            text = choice.text
             try:
-                halt = None if choice.output else choice.whole()
+                halt = None if text else choice.whole()
             except Exception as error:
                 halt = failed(error)
             if halt is not None:
                 halted[key] = halt
-            elif choice.constraints or choice.rules.say_something(choice.output):
-                ruled[key] = choice
+            elif choice.constraints or choice.rules.say_something(text):
+                ruled.append((key, choice))
+            else:
+                rows[key] = choice.row(-1, -1)
         if not ruled:
-            return halted
+            return rows, halted
         wishes: list[_Wish] = []
-        for row, (key, choice) in enumerate(ruled.items()):
-            choice.mask = row
-            for constraint in choice.constraints:
-                wishes.append(_Wish(key, constraint, len(ruled) + len(wishes)))
-        self._reserve(len(ruled) + len(wishes), max(len(choice.rules.known) for choice in ruled.values()))
+        removed_by: list[int] = []
+        for key, choice in ruled:
+            after = first + len(ruled) + len(wishes)
+            removed_by.append(after if choice.constraints else -1)
+            wishes += (
+                _Wish(key, constraint, after + nth) for nth, constraint in enumerate(choice.constraints)
+            )
+        self._reserve(len(ruled) + len(wishes), max(len(choice.rules.known) for _, choice in ruled))
         halted |= self._ask(wishes)
-        for wish in wishes:
-            choice = ruled[wish.key]
-            if choice.removed_by < 0:
-                choice.removed_by = wish.row
-            else:  # a token must be allowed by all of them
-                self._masks[choice.removed_by] &= self._masks[wish.row]
-        for choice in ruled.values():
-            choice.rules.write(self._masks[choice.mask], choice.output, self._constrained(choice))
-        for key, choice in ruled.items():
-            if key not in halted and not self._masks[choice.mask].any():
-                halted[key] = self._nothing_left(choice)
-        return halted
+        for place, (key, choice) in enumerate(ruled):
+            if key in halted:
+                continue
+            mask, allowed = first + place, removed_by[place]
+            constrained = None if allowed < 0 else self._masks[allowed]
+            for nth in range(1, len(choice.constraints)):  # a token must be allowed by all of them
+                self._masks[allowed] &= self._masks[allowed + nth]
+            choice.rules.write(self._masks[mask], choice.text, constrained)
+            if self._masks[mask].any():
+                rows[key] = choice.row(mask, allowed)
+            else:
+                halted[key] = _nothing_left(choice, constrained)
+        return rows, halted
+
+    def allows(self, row: RowAdjustments, token: int) -> bool:
+        """Whether the mask of a row of this step lets `token` come."""
+        return row.mask < 0 or bool(
+            self._masks[row.mask, token // 32] >> np.uint32(token % 32) & np.uint32(1)
+        )
 
     def _reserve(self, rows: int, words: int) -> None:
+        """Room for `rows` more; those in use stay as they are. A choice's own words fit into the rows that it has, so
+        what is added to them says nothing."""
         height, width = self._masks.shape
-        if rows > height or words > width:
-            self._masks = np.zeros((max(rows, height), max(words, width)), dtype=np.uint32)
-        self._used = rows
+        used, self._used = self._used, self._used + rows
+        if self._used > height or words > width:
+            masks = np.zeros((max(self._used, height), max(words, width)), dtype=np.uint32)
+            masks[:used, :width] = self._masks[:used]
+            self._masks = masks
 
     def _ask(self, wishes: Sequence[_Wish]) -> dict[str, Halt]:
         """Write what the constraints allow to their rows. Returns the choices of those that fail."""
@@ -195,38 +306,30 @@ class Adjuster:
         self._masks[row, : len(own)] = own
         self._masks[row, len(own) :] = 0
 
-    def _constrained(self, choice: ChoiceAdjustments) -> Words | None:
-        """What its constraints allow; None if it has none."""
-        return None if choice.removed_by < 0 else self._masks[choice.removed_by]
-
-    def _nothing_left(self, choice: ChoiceAdjustments) -> Halt:
-        constrained = self._constrained(choice)
-        if constrained is not None and choice.rules.is_whole(choice.output, constrained):
-            return Halt(FinishReason.STOP)
-        fields = choice.rules.conflict(choice.output, constrained)
-        return Halt(FinishReason.ERROR, conflict_message(fields), refused=True)
-
     def _tensor(self) -> Tensor:
         return torch.from_numpy(self._masks[: self._used].view(np.int32))
 
-    def adjustments(self, choices: Sequence[ChoiceAdjustments]) -> Adjustments | None:
-        """Of a batch with one row per choice, all of them ruled in this step; None if nothing changes a score."""
-        biased = [row for row, choice in enumerate(choices) if len(choice.bias_ids)]
-        penalised = [(row, choice.seen) for row, choice in enumerate(choices) if choice.seen]
-        mask_of = [choice.mask for choice in choices]
-        removed_by = [choice.removed_by for choice in choices]
+    def adjustments(self, rows: Sequence[RowAdjustments]) -> Adjustments | None:
+        """Of a batch of rows of this step, any of them and in any order; None if nothing changes a score."""
+        biased = [number for number, row in enumerate(rows) if len(row.choice.bias_ids)]
+        ids = [row.seen_ids for row in rows if row.seen_ids is not None]
+        counts = [row.seen_counts for row in rows if row.seen_counts is not None]
+        penalised = [number for number, row in enumerate(rows) if row.seen_ids is not None]
+        mask_of = [row.mask for row in rows]
+        removed_by = [row.removed_by for row in rows]
         masked = max(mask_of) >= 0
         if not biased and not penalised and not masked:
             return None
-        lengths = [len(seen) for _, seen in penalised]
-        params = [choices[row].params for row, _ in penalised]
+        bias = [rows[number].choice for number in biased]
+        lengths = [len(seen) for seen in ids]
+        params = [rows[number].choice.params for number in penalised]
         return Adjustments(
-            bias_rows=_repeated(biased, [len(choices[row].bias_ids) for row in biased], np.int64),
-            bias_ids=_joined([choices[row].bias_ids for row in biased], np.int64),
-            bias_values=_joined([choices[row].bias_values for row in biased], np.float32),
-            seen_rows=_repeated([row for row, _ in penalised], lengths, np.int64),
-            seen_ids=_joined([seen.ids for _, seen in penalised], np.int64),
-            counts=_joined([seen.counts for _, seen in penalised], np.float32),
+            bias_rows=_repeated(biased, [len(choice.bias_ids) for choice in bias], np.int64),
+            bias_ids=_joined([choice.bias_ids for choice in bias], np.int64),
+            bias_values=_joined([choice.bias_values for choice in bias], np.float32),
+            seen_rows=_repeated(penalised, lengths, np.int64),
+            seen_ids=_joined(ids, np.int64),
+            counts=_joined(counts, np.float32),
             repetition=_repeated([one.repetition_penalty for one in params], lengths, np.float32),
             presence=_repeated([one.presence_penalty for one in params], lengths, np.float32),
             frequency=_repeated([one.frequency_penalty for one in params], lengths, np.float32),
@@ -234,6 +337,14 @@ class Adjuster:
             mask_of=torch.tensor(mask_of) if masked else None,
             removed_by=torch.tensor(removed_by) if max(removed_by) >= 0 else None,
         )
+
+
+def _nothing_left(choice: ChoiceAdjustments, constrained: Words | None) -> Halt:
+    if constrained is not None and choice.rules.is_whole(choice.text, constrained):
+        return Halt(FinishReason.STOP)
+    return Halt(
+        FinishReason.ERROR, conflict_message(choice.rules.conflict(choice.text, constrained)), refused=True
+    )
 
 
 def _joined(parts: Sequence[npt.NDArray[Any]], dtype: type[np.generic]) -> Tensor:

@@ -17,24 +17,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from proxyserve.engine.adjustments import Adjuster
+from proxyserve.engine.adjustments import Adjuster, RowAdjustments
 from proxyserve.engine.batch import FusedRow, LogitRows, build_batch
 from proxyserve.engine.choice import Certificate
 from proxyserve_kernels import Backend, PickControls
 
 
 def certify(
-    backend: Backend, rows: Sequence[FusedRow], logits: LogitRows, adjuster: Adjuster
+    backend: Backend,
+    rows: Sequence[FusedRow],
+    adjusted: Sequence[RowAdjustments],
+    logits: LogitRows,
+    adjuster: Adjuster,
 ) -> list[Certificate | None]:
     """An entry per row, None for those that no remote law takes part in. One more call of the kernels over the others;
-    none if there are none."""
+    none if there are none. `adjusted` are the adjustments of each row."""
     found: list[Certificate | None] = [None] * len(rows)
     places = [place for place, row in enumerate(rows) if row.choice.program.remote_weights]
     if not places:
         return found
     own = [rows[place] for place in places]
     batch = build_batch(own, logits, highest=True)
-    adjustments = adjuster.adjustments([row.choice.adjustments for row in own])
+    adjustments = adjuster.adjustments([adjusted[place] for place in places])
     controls = replace(PickControls.greedy(len(own)), adjustments=adjustments, compare=False)
     best = backend.pick(batch, controls).tokens.tolist()
     for place, row, token in zip(places, own, best, strict=True):

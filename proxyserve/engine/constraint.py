@@ -13,12 +13,16 @@ class Constraint(Protocol):
 
     def mask(self) -> Tensor | None:
         """Which tokens may come next: int32 [words] on the host, bit `i % 32` of word `i // 32` set where id i may;
-        ids beyond the words may not. None where every token may. Valid until the next `advance`.
+        ids beyond the words may not. None where every token may. Valid until the next `advance` or `rollback`.
 
         Raises ConstraintFailed if that cannot be found within the constraint's limits, which ends the choice."""
 
     def advance(self, token: int) -> None:
-        """`token` has been chosen."""
+        """`token` has been chosen, or is supposed to be."""
+
+    def rollback(self, count: int) -> None:
+        """Undo the last `count` calls of `advance`, one that raised among them: everything is as if they had never been
+        made. At most MOST_DRAFTS of them."""
 
     @property
     def complete(self) -> bool:

@@ -16,7 +16,7 @@ from time import perf_counter
 import torch
 
 from proxyserve.config import EngineConfig, Limits
-from proxyserve.engine.adjustments import NO_FINITE_SCORE, Adjuster, Halt
+from proxyserve.engine.adjustments import NO_FINITE_SCORE, Adjuster, Halt, RowAdjustments
 from proxyserve.engine.arena import Arena, Layout
 from proxyserve.engine.batch import (
     FusedRow,
@@ -307,11 +307,13 @@ class Engine:
             failures = forward.failures
             rows = [row for row in rows if row.choice.key not in failures]
             computed = perf_counter()
-            halted = self._adjuster.rule({row.choice.key: row.choice.adjustments for row in rows})
-            rows = [row for row in rows if row.choice.key not in halted]
+            self._adjuster.begin()
+            ruled, halted = self._adjuster.rule({row.choice.key: row.choice.adjustments for row in rows})
+            rows = [row for row in rows if row.choice.key in ruled]
+            adjusted = [ruled[row.choice.key] for row in rows]
             logits = LogitRows(rows, plan.work, forward)
             scores = score(self.backend, to_score, logits, fused_at_once(self.config))
-            sampled = self._sample(rows, logits) if rows else []
+            sampled = self._sample(rows, adjusted, logits) if rows else []
             self.counters.sampling_seconds += perf_counter() - computed
         except Exception as error:  # whatever it was, the process and all other requests go on
             logger.exception("a step failed; the requests in it are ended")
@@ -338,13 +340,15 @@ class Engine:
             *(FusedRow(choice, counts[choice] - 1, alone=True) for choice in probing),
         ]
 
-    def _sample(self, rows: Sequence[FusedRow], logits: LogitRows) -> list[Sampled | Halt | None]:
-        """Fuse, solve, pick and explain. None for a row that has no law (NaN, infinite or empty), and for one that
-        needs its other lanes first; why it ends for one whose law is ruled out as a whole."""
+    def _sample(
+        self, rows: Sequence[FusedRow], adjusted: Sequence[RowAdjustments], logits: LogitRows
+    ) -> list[Sampled | Halt | None]:
+        """Fuse, solve, adjust, pick and explain. None for a row that has no law (NaN, infinite or empty), and for one
+        that needs its other lanes first; why it ends for one whose law is ruled out as a whole."""
         batch = with_solved_weights(self.backend, rows, build_batch(rows, logits))
         entropies = target_entropies(rows)
         temperatures = None if entropies is None else self.backend.temperatures(batch, entropies).cpu()
-        adjustments = self._adjuster.adjustments([row.choice.adjustments for row in rows])
+        adjustments = self._adjuster.adjustments(adjusted)
         controls = build_controls(rows, temperatures, adjustments)
         picks = self.backend.pick(batch, controls)
         tokens, valid = picks.tokens.tolist(), picks.valid.tolist()
@@ -364,8 +368,8 @@ class Engine:
             for number, row in enumerate(rows)
         ]
         reasons = explain(self.backend, rows, logits, sampled, laws)
-        certificates = certify(self.backend, rows, logits, self._adjuster)
-        halts = self._ruled_out(rows, batch, valid)
+        certificates = certify(self.backend, rows, adjusted, logits, self._adjuster)
+        halts = self._ruled_out(adjusted, batch, valid)
         results: list[Sampled | Halt | None] = []
         for number, row in enumerate(rows):
             row.choice.scheduled.awaiting = False
@@ -382,22 +386,21 @@ class Engine:
         return results
 
     def _ruled_out(
-        self, rows: Sequence[FusedRow], batch: RowBatch, valid: Sequence[bool]
+        self, adjusted: Sequence[RowAdjustments], batch: RowBatch, valid: Sequence[bool]
     ) -> list[Halt | None]:
         """Why rows end without a token though their models are sound: because of their masks, or of what the request
         multiplies with. One more call of the kernels where any row is without a token and any has a mask."""
-        halts: list[Halt | None] = [None] * len(rows)
+        halts: list[Halt | None] = [None] * len(adjusted)
         if all(valid):
             return halts
-        adjusted = [row.choice.adjustments for row in rows]
-        lawful = [False] * len(rows)
-        if max(choice.mask for choice in adjusted) >= 0:
-            lawful = self.backend.pick(batch, PickControls.greedy(len(rows))).valid.tolist()
-        for number, choice in enumerate(adjusted):
+        lawful = [False] * len(adjusted)
+        if max(row.mask for row in adjusted) >= 0:
+            lawful = self.backend.pick(batch, PickControls.greedy(len(adjusted))).valid.tolist()
+        for number, row in enumerate(adjusted):
             if valid[number]:
                 continue
             if lawful[number]:
-                halts[number] = choice.lawless()
+                halts[number] = row.lawless()
             elif models_are_sound(batch, number):
                 halts[number] = NO_FINITE_SCORE
         return halts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -10,6 +11,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from proxyserve.config import MOST_DRAFTS
 from proxyserve.engine.constraint import Constrains, Constraint, ConstraintFailed
 from proxyserve.text.reasoning import ReasoningMarks
 from proxyserve.text.tokenizer import Tokenizer
@@ -57,13 +59,19 @@ class _Follower:
         self._thinking = thinking
         self._start, self._end = thinking.marks.start.encode(), thinking.marks.end.encode()
         self._read = b""
+        self._past: deque[tuple[Phase, bytes, bytes]] = deque(maxlen=MOST_DRAFTS)
 
     @property
     def untouched(self) -> bool:
         """Whether the reasoning can still begin with the next token."""
         return self.phase is Phase.BEFORE and not self._read.strip()
 
+    def rollback(self, count: int) -> None:
+        for _ in range(count):
+            self.phase, self.rest, self._read = self._past.pop()
+
     def advance(self, token: int) -> None:
+        self._past.append((self.phase, self.rest, self._read))
         if self.phase is Phase.ANSWERING:
             return
         self._read += self._thinking.tokenizer.token_bytes(token)
@@ -103,6 +111,7 @@ class _Budget:
         self._end = budget.thinking.end_ids
         self._forced = 0  # tokens of the end mark that were forced
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._past: deque[tuple[int, int, tuple[bytes, int]]] = deque(maxlen=MOST_DRAFTS)
 
     def mask(self) -> Tensor | None:
         if self._follower.phase is not Phase.THINKING or self._left > 0:
@@ -113,6 +122,7 @@ class _Budget:
         return only(self._end[self._forced])
 
     def advance(self, token: int) -> None:
+        self._past.append((self._left, self._forced, self._decoder.getstate()))
         if self._follower.phase is Phase.THINKING:
             if self._forced or (self._left <= 0 and token == self._end[0]):
                 self._forced += 1
@@ -120,6 +130,12 @@ class _Budget:
                 self._left -= 1
                 self._decoder.decode(self._tokenizer.token_bytes(token))
         self._follower.advance(token)
+
+    def rollback(self, count: int) -> None:
+        for _ in range(count):
+            self._left, self._forced, read = self._past.pop()
+            self._decoder.setstate(read)
+        self._follower.rollback(count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +158,7 @@ class _After:
         self._inner = after.inner.start()
         self._start = after.thinking.start_ids
         self._going_on = all_but(after.ends, after.thinking.tokenizer.vocabulary_size) if after.ends else None
+        self._answered: deque[bool] = deque(maxlen=MOST_DRAFTS)  # which tokens `inner` was told of
 
     @property
     def complete(self) -> bool:
@@ -162,9 +179,14 @@ class _After:
     def advance(self, token: int) -> None:
         before = self._follower.phase
         self._follower.advance(token)
-        if before is Phase.THINKING or self._follower.phase is Phase.THINKING:
-            return
-        self._inner.advance(token)
+        answered = before is not Phase.THINKING and self._follower.phase is not Phase.THINKING
+        self._answered.append(answered)
+        if answered:
+            self._inner.advance(token)
+
+    def rollback(self, count: int) -> None:
+        self._follower.rollback(count)
+        self._inner.rollback(sum(self._answered.pop() for _ in range(count)))
 
 
 def only(token: int) -> Tensor:

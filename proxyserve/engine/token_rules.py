@@ -104,9 +104,9 @@ class TokenRules:
             limits=params.allowed_token_ids is not None or bool(single) or bool(vocabulary.holes),
         )
 
-    def is_early(self, output: Sequence[int]) -> bool:
-        """Whether the text is too short to end."""
-        return len(output) < self.min_tokens
+    def is_early(self, written: int) -> bool:
+        """Whether a text of so many tokens is too short to end."""
+        return written < self.min_tokens
 
     def endings(self, output: Sequence[int]) -> list[int]:
         """Ids that would complete a bad word of several ids after `output`."""
@@ -120,12 +120,12 @@ class TokenRules:
 
     def say_something(self, output: Sequence[int]) -> bool:
         """Whether any id of the vocabulary's range may not come after `output`."""
-        return self.limits or (self.is_early(output) and bool(self.ends)) or bool(self.endings(output))
+        return self.limits or (self.is_early(len(output)) and bool(self.ends)) or bool(self.endings(output))
 
     def write(self, mask: Words, output: Sequence[int], constrained: Words | None) -> None:
         """Write what may come after `output` to `mask` [at least as many words as the vocabulary has]; `constrained`
         [alike] is what constraints allow, None without any."""
-        own = self.early if self.is_early(output) else self.usual
+        own = self.early if self.is_early(len(output)) else self.usual
         mask[: len(own)] = own
         mask[len(own) :] = 0
         if constrained is not None:
@@ -136,18 +136,18 @@ class TokenRules:
         """Whether constraints allow nothing but an end of the text, which comes too early: it is whole then, however
         short it is."""
         left = constrained[: len(self.known)] & self.known
-        if not self.is_early(output) or not left.any():
+        if not self.is_early(len(output)) or not left.any():
             return False
         forbid(left, self.ends)
         return not left.any()
 
-    def fields(self, output: Sequence[int], *, constrained: bool = False) -> list[str]:
-        """Those that say which tokens may come after `output`; `constrained`: there are constraints."""
+    def fields(self, written: int, *, constrained: bool = False) -> list[str]:
+        """Those that say which tokens may come after `written` tokens; `constrained`: there are constraints."""
         says = {
             GRAMMAR: constrained,
             "allowed_token_ids": self.allowed is not None,
             "bad_words": bool(self.single or self.sequences),
-            "min_tokens": self.is_early(output),
+            "min_tokens": self.is_early(written),
         }
         return [name for name, said in says.items() if said]
 
@@ -167,7 +167,7 @@ class TokenRules:
                 left &= parts[name]
             return bool(left.any())
 
-        needed = self.fields(output, constrained=constrained is not None)
+        needed = self.fields(len(output), constrained=constrained is not None)
         if leave(needed):
             return []
         for name in tuple(needed):

@@ -29,7 +29,7 @@ class CompiledGrammar:
         return CompiledGrammar(self._matcher, self._table, self._workers, frozenset(end_ids))
 
     def start(self) -> GrammarConstraint:
-        return GrammarConstraint(self._matcher.deep_copy(), self._table, self._workers, self._end_ids)
+        return GrammarConstraint(self._matcher, self._table, self._workers, self._end_ids)
 
 
 class GrammarConstraint:
@@ -37,9 +37,13 @@ class GrammarConstraint:
     names it and nothing else."""
 
     def __init__(
-        self, matcher: LLMatcher, table: TokenTable, workers: MaskWorkers, end_ids: Iterable[int]
+        self, compiled: LLMatcher, table: TokenTable, workers: MaskWorkers, end_ids: Iterable[int]
     ) -> None:
-        self._matcher = matcher
+        """`compiled` has seen no token, and sees none."""
+        self._compiled = compiled
+        self._matcher = compiled.deep_copy()
+        self._tokens: list[int] = []  # what the matcher consumed
+        self._over = 0  # tokens since the text ended
         self._workers = workers
         self._size = len(table.tokens)
         self._end = table.end
@@ -48,7 +52,6 @@ class GrammarConstraint:
         self._bytes = self._buffer.numpy().view("uint8")
         self._mask = self._buffer[: (self._size + 31) // 32]
         self._fresh = False  # whether the buffer is of this position
-        self._ended = False
 
     def mask(self) -> Tensor:
         """int32 [ceil(vocabulary / 32)], the same memory each time. Raises ConstraintFailed."""
@@ -79,15 +82,29 @@ class GrammarConstraint:
             masks[row, words:] = 0
 
     def advance(self, token: int) -> None:
-        if token in self._ends and self._matcher.is_accepting():
-            self._ended = True
-        elif not self._ended:
+        if self._over or (token in self._ends and self._matcher.is_accepting()):
+            self._over += 1
+        else:
+            self._tokens.append(token)
             self._matcher.consume_token(token)  # an error stays in the matcher, for `mask` to find
+        self._fresh = False
+
+    def rollback(self, count: int) -> None:
+        over = min(count, self._over)
+        self._over -= over
+        count -= over
+        if count:
+            del self._tokens[-count:]
+            if self._matcher.is_error() or not self._matcher.rollback(count):
+                # The library leaves no error behind by itself: begin again. Drafts that are drawn under the masks
+                # meet one only where the grammar takes too much work.
+                self._matcher = self._compiled.deep_copy()
+                self._matcher.consume_tokens(self._tokens)
         self._fresh = False
 
     @property
     def complete(self) -> bool:
-        return self._ended or (self._matcher.is_stopped() and not self._matcher.is_error())
+        return bool(self._over) or (self._matcher.is_stopped() and not self._matcher.is_error())
 
     def _require_sound(self) -> None:
         """Raises ConstraintFailed once the matcher has met an error."""

@@ -40,6 +40,9 @@ class RuleState:
     def advance(self, token: int) -> None:
         self.seen.append(token)
 
+    def rollback(self, count: int) -> None:
+        del self.seen[len(self.seen) - count :]
+
     @property
     def complete(self) -> bool:
         return self.whole(self.seen)

@@ -137,13 +137,14 @@ def test_every_step_of_a_batch(batch: list[Text], late: int) -> None:
         here = [number for number in range(len(batch)) if number or step >= late]
         if not here:
             continue
-        halted = adjuster.rule({str(number): choices[number] for number in here})
+        adjuster.begin()
+        rows, halted = adjuster.rule({str(number): choices[number] for number in here})
         for number in here:
             some = bool(batch[number].may_come(outputs[number]))
             assert some == (str(number) not in halted)
         alive = [number for number in here if str(number) not in halted]
         if alive:
-            made = adjuster.adjustments([choices[number] for number in alive])
+            made = adjuster.adjustments([rows[str(number)] for number in alive])
             for row, number in enumerate(alive):
                 text, output = batch[number], outputs[number]
                 own = scores[: text.vocabulary.size]
@@ -163,8 +164,9 @@ def test_every_step_of_a_batch(batch: list[Text], late: int) -> None:
 
 def test_nothing_asked_nothing_made() -> None:
     text = Text(SamplingParams(max_tokens=3), SharedVocabulary(40), (1,), frozenset({0}), (), ())
-    adjuster, choice = Adjuster(), started(text, [])
-    assert adjuster.rule({"a": choice}) == {} and adjuster.adjustments([choice]) is None
+    adjuster = Adjuster()
+    rows, halted = adjuster.rule({"a": started(text, [])})
+    assert not halted and adjuster.adjustments([rows["a"]]) is None
 
 
 @pytest.mark.parametrize("kind", [RuleState, FillingState])
@@ -173,17 +175,20 @@ def test_what_an_earlier_step_left_in_the_buffer(kind: type[RuleState]) -> None:
     params, wide, narrow = SamplingParams(max_tokens=3), SharedVocabulary(160), SharedVocabulary(70)
     adjuster = Adjuster()
     everything = started(Text(params, wide, (), frozenset(), (Ruled(lambda seen: None, kind=kind),), ()), [])
-    assert adjuster.rule({"a": everything}) == {}
+    assert list(adjuster.rule({"a": everything})[0]) == ["a"]
     short = Ruled(lambda seen: {5, 69}, words=1, kind=kind)
     choice = started(Text(params, narrow, (), frozenset(), (short,), ()), [])
-    assert adjuster.rule({"a": choice}) == {}
-    made = adjuster.adjustments([choice])
+    adjuster.begin()
+    rows, _ = adjuster.rule({"a": choice})
+    made = adjuster.adjustments([rows["a"]])
     assert made is not None and made.masks is not None
     assert made.masks.tolist() == [[32, 0, 0, 0, 0]] * 2, "what may come, and what the constraint allows"
-    assert adjuster.rule({"a": everything}) == {}
+    adjuster.begin()
+    assert list(adjuster.rule({"a": everything})[0]) == ["a"]
+    adjuster.begin()
     beyond = Ruled(lambda seen: {100}, words=5, kind=kind)
     choice = started(Text(params, narrow, (), frozenset(), (beyond,), ()), [])
-    assert adjuster.rule({"a": choice})["a"].reason is FinishReason.ERROR, "an id that there is not"
+    assert adjuster.rule({"a": choice})[1]["a"].reason is FinishReason.ERROR, "an id that there is not"
 
 
 def test_one_call_fills_the_masks_of_a_step() -> None:
@@ -191,9 +196,10 @@ def test_one_call_fills_the_masks_of_a_step() -> None:
     text = Text(SamplingParams(max_tokens=3), SharedVocabulary(40), (), frozenset(), (ruled, ruled), ())
     choices = {str(number): started(text, []) for number in range(3)}
     adjuster, calls = Adjuster(), FillingState.calls
-    assert adjuster.rule(choices) == {}
+    rows, halted = adjuster.rule(choices)
+    assert not halted
     assert FillingState.calls == calls + 1
-    made = adjuster.adjustments(list(choices.values()))
+    made = adjuster.adjustments(list(rows.values()))
     assert made is not None and made.masks is not None
     assert made.masks[made.mask_of].tolist() == [[2, 0]] * 3
 
@@ -217,7 +223,7 @@ def test_fields_that_exclude_each_other(
     params = SamplingParams(max_tokens=9, **fields)
     constraints = () if allowed is None else (Ruled(lambda seen: allowed),)
     text = Text(params, SharedVocabulary(40, frozenset({9})), (), frozenset({0}), constraints, ())
-    halted = Adjuster().rule({"a": started(text, [2])})
+    _, halted = Adjuster().rule({"a": started(text, [2])})
     assert bool(halted) == bool(named)
     if named:
         assert halted["a"].reason is FinishReason.ERROR
@@ -230,4 +236,4 @@ def test_a_whole_text_needs_no_more_tokens() -> None:
     """The grammar allows only the end, min_tokens forbids it: the grammar wins."""
     params = SamplingParams(max_tokens=9, min_tokens=5)
     text = Text(params, SharedVocabulary(40), (), frozenset({0}), (Ruled(lambda seen: {0}),), ())
-    assert Adjuster().rule({"a": started(text, [2])})["a"].reason is FinishReason.STOP
+    assert Adjuster().rule({"a": started(text, [2])})[1]["a"].reason is FinishReason.STOP

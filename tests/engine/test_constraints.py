@@ -83,6 +83,7 @@ def test_a_constraint_fails_alone(engine: Engine) -> None:
 
     class Stuck(RuleState):
         def advance(self, token: int) -> None:
+            super().advance(token)
             raise ConstraintFailed("too deep")
 
     class Unsure(RuleState):

@@ -103,20 +103,24 @@ class Fixed:
     """Exactly these ids, in this order."""
 
     def __init__(self, wanted: Sequence[int]) -> None:
-        self._left = list(wanted)
+        self._wanted, self._met = wanted, 0
 
     def start(self) -> Fixed:
-        return Fixed(self._left)
+        return Fixed(self._wanted)
 
     @property
     def complete(self) -> bool:
-        return not self._left
+        return self._met == len(self._wanted)
 
     def mask(self) -> Tensor | None:
-        return only(self._left[0])
+        return only(self._wanted[self._met])
 
     def advance(self, token: int) -> None:
-        assert token == self._left.pop(0)
+        assert token == self._wanted[self._met]
+        self._met += 1
+
+    def rollback(self, count: int) -> None:
+        self._met -= count
 
 
 @TOKENIZERS
