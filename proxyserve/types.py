@@ -207,6 +207,9 @@ class FusionReport:
     With a base on another server, which returns its likeliest tokens only: `certified` is the number of tokens whose
     greedy choice is sure to be the one over the base's whole law, `mean_unseen_mass` the mean of the base's probability
     that was not returned; KL and flips are over the returned ids.
+
+    `drafted` tokens were proposed ahead of the text, `accepted` of them are what it went on with; both None where
+    none was.
     """
 
     rule: str
@@ -217,6 +220,8 @@ class FusionReport:
     mean_weights: Mapping[str, float] | None = None
     certified: int | None = None
     mean_unseen_mass: float | None = None
+    drafted: int | None = None
+    accepted: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

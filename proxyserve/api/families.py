@@ -158,6 +158,18 @@ REMOVED_MASS = _histogram(
 GRAMMAR_COMPILATIONS = _counter("grammar_compilations", "Grammars asked for, by what came of it.", "outcome")
 GRAMMAR_SECONDS = _histogram("grammar_compile_seconds", "Time to compile each grammar that was not cached.")
 
+# Speculation ------------------------------------------------------------------------------------------------------
+
+DRAFTS = _counter(
+    "spec_decode_num_drafts",
+    "How often a choice went ahead of its text, by the model that drafted; lookup: found in the choice's own text.",
+    "drafter",
+)
+DRAFT_TOKENS = _counter("spec_decode_num_draft_tokens", "Tokens that were drafted.", "drafter")
+ACCEPTED_TOKENS = _counter(
+    "spec_decode_num_accepted_tokens", "Those of them that are what was drawn without them.", "drafter"
+)
+
 # Memory -----------------------------------------------------------------------------------------------------------
 
 KV_USAGE = _gauge("kv_cache_usage_perc", "Share of a pool's KV blocks that lanes hold, 0 to 1.", "pool")
@@ -265,6 +277,7 @@ SECTIONS: Mapping[str, tuple[Family, ...]] = {
         GRAMMAR_COMPILATIONS,
         GRAMMAR_SECONDS,
     ),
+    "Speculation": (DRAFTS, DRAFT_TOKENS, ACCEPTED_TOKENS),
     "Memory": (
         KV_USAGE,
         KV_BLOCKS,

@@ -161,6 +161,9 @@ class Generation:
         if report.certified is not None:
             summary.certified = sum(report.certified or 0 for _, report in self._reports)
             summary.mean_unseen_mass = self._mean(lambda report: report.mean_unseen_mass or 0.0)
+        if any(report.drafted for _, report in self._reports):
+            summary.drafted = sum(report.drafted or 0 for _, report in self._reports)
+            summary.accepted = sum(report.accepted or 0 for _, report in self._reports)
         return summary
 
     def _mean(self, value: Callable[[FusionReport], float]) -> float:

@@ -153,6 +153,8 @@ def _of_work(record: RequestRecord, work: Work) -> dict[str, AttributeValue | No
         "proxyserve.experts": [f"{name}@{number}" for name, number in work.generations.items()] or None,
         "proxyserve.mean_kl": work.mean_kl,
         "proxyserve.flips": work.flips,
+        "proxyserve.drafted": work.drafted,
+        "proxyserve.accepted": work.accepted,
         "proxyserve.time_to_first_token": record.first_token_seconds,
         "proxyserve.queue_seconds": None if timing is None else timing.queue_seconds,
         "proxyserve.prefill_seconds": None if timing is None else timing.prefill_seconds,

@@ -109,6 +109,14 @@ class Work:
         flips = [report.flips for tokens, report in self.reports if tokens and report.flips is not None]
         return sum(flips) if flips else None
 
+    @property
+    def drafted(self) -> int | None:
+        return sum(report.drafted or 0 for _, report in self.reports) or None
+
+    @property
+    def accepted(self) -> int | None:
+        return sum(report.accepted or 0 for _, report in self.reports) if self.drafted else None
+
 
 @dataclass(slots=True)
 class RequestRecord:

@@ -101,6 +101,8 @@ def _work(work: Work) -> Mapping[str, Any]:
         "decode_seconds": None if timing is None else _rounded(timing.decode_seconds),
         "mean_kl": _rounded(work.mean_kl),
         "flips": work.flips,
+        "drafted": work.drafted,
+        "accepted": work.accepted,
         "finish_reasons": [reason.value for reason in work.finish_reasons] or None,
     }
 

@@ -16,7 +16,16 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from proxyserve.config import ChatConfig, KernelChoice, LogFormat, LogLevel, ReasoningParser, ToolParser
+from proxyserve.config import (
+    MOST_DRAFTS,
+    ChatConfig,
+    KernelChoice,
+    LogFormat,
+    LogLevel,
+    ReasoningParser,
+    Speculate,
+    ToolParser,
+)
 from proxyserve.errors import InvalidRequest
 from proxyserve.models.family import ExpertSource
 from proxyserve.models.upstream import RemoteSource
@@ -212,6 +221,26 @@ PrefixCache = Annotated[
 Threads = Annotated[
     int | None,
     typer.Option("--threads", envvar=_envvar("THREADS"), min=1, help="CPU threads; default: torch's choice."),
+]
+SpeculateOption = Annotated[
+    str,
+    typer.Option(
+        "--speculate",
+        envvar=_envvar("SPECULATE"),
+        metavar="[auto|off|N]",
+        help="Draft tokens with the small experts and verify them together: as many as pay (auto), none, or always N. "
+        "The text is the same.",
+    ),
+]
+MaxDrafts = Annotated[
+    int,
+    typer.Option(
+        "--max-drafts",
+        envvar=_envvar("MAX_DRAFTS"),
+        min=1,
+        max=MOST_DRAFTS,
+        help="Most tokens that auto drafts ahead for one request.",
+    ),
 ]
 ApiKeyFile = Annotated[
     Path | None,
@@ -550,6 +579,19 @@ def chat_config(
     except (OSError, UnicodeDecodeError, InvalidRequest) as error:
         raise typer.BadParameter(f"{template}: {error}", param_hint="--chat-template") from error
     return ChatConfig(source, tool_parser, reasoning_parser)
+
+
+def parse_speculate(text: str) -> Speculate:
+    """`auto`, `off` or a number, which `EngineConfig` checks."""
+    if text == "auto":
+        return "auto"
+    if text in ("off", "False"):  # YAML reads a bare off as false
+        return "off"
+    if not (text.isascii() and text.isdecimal()):
+        raise typer.BadParameter(
+            f"'{text}' is none of auto, off and a number of tokens", param_hint="--speculate"
+        )
+    return int(text)
 
 
 def parse_preset(text: str) -> tuple[str, str]:

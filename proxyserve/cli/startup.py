@@ -9,7 +9,7 @@ from rich.text import Text
 from proxyserve import __version__
 from proxyserve.api.key_ring import KeyRing
 from proxyserve.cli.opening import ExpertSettings
-from proxyserve.config import ServerConfig
+from proxyserve.config import EngineConfig, ServerConfig
 from proxyserve.engine.arena import Arena
 from proxyserve.engine.engine import Engine
 from proxyserve.engine.memory import memory_limit, scoring_bytes, spelled
@@ -66,6 +66,7 @@ def startup_table(engine: Engine, server: ServerConfig, experts: ExpertSettings,
         f"at most {config.max_batch} requests and {config.max_batch_tokens} tokens per model in a step; "
         f"weights {policy.min_weight:g} to {policy.max_weight:g}"
     )
+    lines.append(_drafts(config))
     scoring = scoring_bytes(base, config)
     limit = memory_limit(base.device, experts.memory, scoring)
     [used, most, aside] = spelled([engine.residents.bytes, limit, scoring])
@@ -105,6 +106,14 @@ def _access(server: ServerConfig, keys: KeyRing) -> list[str]:
     if server.admin_port is not None:
         lines.append(f"control plane: {url}:{server.admin_port}/admin/v1")
     return lines
+
+
+def _drafts(config: EngineConfig) -> str:
+    if config.speculate == "off":
+        return "no drafts (--speculate)"
+    if config.speculate == "auto":
+        return f"drafts where they pay, at most {config.max_drafts} tokens of a request (--speculate, --max-drafts)"
+    return f"drafts of {config.speculate} tokens, whether they pay or not (--speculate)"
 
 
 def _whereabouts(base: AnyModel) -> str:

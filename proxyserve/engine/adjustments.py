@@ -129,17 +129,11 @@ class ChoiceAdjustments:
 
     def row(self, mask: int, removed_by: int) -> RowAdjustments:
         """Of the text as it is now."""
-        seen = self.seen or None  # nothing seen, nothing penalised
-        row = RowAdjustments(
-            self,
-            len(self.output) + len(self.drafts),
-            mask,
-            removed_by,
-            None if seen is None else seen.ids,
-            None if seen is None else seen.counts,
-        )
-        self._latest = None if seen is None else row
-        return row
+        written, seen = len(self.output) + len(self.drafts), self.seen
+        if not seen:  # and so nothing is penalised
+            return RowAdjustments(self, written, mask, removed_by, None, None)
+        self._latest = RowAdjustments(self, written, mask, removed_by, seen.ids, seen.counts)
+        return self._latest
 
     def _detach(self) -> None:
         """Before `seen` changes under a row that is still needed."""
@@ -217,9 +211,9 @@ class Adjuster:
         """Find which tokens may come next in each of these choices, by key, drafts supposed. Returns a row for each
         that goes on, and for the others why they end here. May be called again in the same step, for the same choices
         further ahead or others."""
+        rows: dict[str, RowAdjustments] = {}
         halted: dict[str, Halt] = {}
-        first, rows = self._used, {}
-        ruled: list[tuple[str, ChoiceAdjustments]] = []
+        ruled: list[tuple[str, ChoiceAdjustments, Sequence[int]]] = []
         for key, choice in choices.items():
             text = choice.text
             try:
@@ -229,31 +223,32 @@ class Adjuster:
             if halt is not None:
                 halted[key] = halt
             elif choice.constraints or choice.rules.say_something(text):
-                ruled.append((key, choice))
+                ruled.append((key, choice, text))
             else:
                 rows[key] = choice.row(-1, -1)
         if not ruled:
             return rows, halted
+        # First a row for each choice, then one for each of their constraints.
+        first = self._used
+        after = first + len(ruled)
         wishes: list[_Wish] = []
-        removed_by: list[int] = []
-        for key, choice in ruled:
-            after = first + len(ruled) + len(wishes)
-            removed_by.append(after if choice.constraints else -1)
-            wishes += (
-                _Wish(key, constraint, after + nth) for nth, constraint in enumerate(choice.constraints)
-            )
-        self._reserve(len(ruled) + len(wishes), max(len(choice.rules.known) for _, choice in ruled))
+        for key, choice, _ in ruled:
+            for constraint in choice.constraints:
+                wishes.append(_Wish(key, constraint, after + len(wishes)))
+        self._reserve(len(ruled) + len(wishes), max(len(choice.rules.known) for _, choice, _ in ruled))
         halted |= self._ask(wishes)
-        for place, (key, choice) in enumerate(ruled):
+        for place, (key, choice, text) in enumerate(ruled, first):
+            mask, removed_by, constrained = self._masks[place], -1, None
+            if choice.constraints:
+                removed_by, after = after, after + len(choice.constraints)
+                constrained = self._masks[removed_by]
+                for further in range(removed_by + 1, after):  # a token must be allowed by all of them
+                    constrained &= self._masks[further]
             if key in halted:
                 continue
-            mask, allowed = first + place, removed_by[place]
-            constrained = None if allowed < 0 else self._masks[allowed]
-            for nth in range(1, len(choice.constraints)):  # a token must be allowed by all of them
-                self._masks[allowed] &= self._masks[allowed + nth]
-            choice.rules.write(self._masks[mask], choice.text, constrained)
-            if self._masks[mask].any():
-                rows[key] = choice.row(mask, allowed)
+            choice.rules.write(mask, text, constrained)
+            if mask.any():
+                rows[key] = choice.row(place, removed_by)
             else:
                 halted[key] = _nothing_left(choice, constrained)
         return rows, halted

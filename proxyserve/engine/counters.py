@@ -113,7 +113,8 @@ class EngineCounters:
     """Since start; written on the engine's thread. `finished` counts choices by finish reason, `by_key` what they cost
     by the name of the caller (those without a name are not counted), a prompt once however many choices continue it;
     `prefix_queries` and `prefix_hits` are tokens of prompts by model. Prompt and cached tokens are those of base
-    lanes."""
+    lanes. `drafts` counts how often a choice went ahead, and `draft_tokens` and `accepted_tokens` how far, by
+    drafter."""
 
     steps: int = 0
     tokens_generated: int = 0
@@ -129,6 +130,9 @@ class EngineCounters:
     by_key: dict[str, KeyCounts] = field(default_factory=dict)
     prefix_queries: Counter[str] = field(default_factory=Counter)
     prefix_hits: Counter[str] = field(default_factory=Counter)
+    drafts: Counter[str] = field(default_factory=Counter)
+    draft_tokens: Counter[str] = field(default_factory=Counter)
+    accepted_tokens: Counter[str] = field(default_factory=Counter)
     histograms: Histograms = field(default_factory=Histograms)
 
     def scheduled(self, plan: Plan, choices: Mapping[str, Choice]) -> None:
@@ -174,6 +178,12 @@ class EngineCounters:
         self.histograms.solved_weight.observe_all(
             [w for choice, sampled in fused if choice.program.law is not None for w in sampled.weights]
         )
+
+    def verified(self, drafter: str, drafted: int, accepted: int) -> None:
+        """A choice went ahead by `drafted` tokens of `drafter`, a model or "lookup", of which `accepted` stand."""
+        self.drafts[drafter] += 1
+        self.draft_tokens[drafter] += drafted
+        self.accepted_tokens[drafter] += accepted
 
     def ended(self, choice: Choice, event: OutputEvent) -> None:
         """A choice's last event has been made."""

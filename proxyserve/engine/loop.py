@@ -72,6 +72,9 @@ class EngineStats:
     lane_tokens: Mapping[str, int] = field(default_factory=dict)
     prefix_queries: Mapping[str, int] = field(default_factory=dict)
     prefix_hits: Mapping[str, int] = field(default_factory=dict)
+    drafts: Mapping[str, int] = field(default_factory=dict)
+    draft_tokens: Mapping[str, int] = field(default_factory=dict)
+    accepted_tokens: Mapping[str, int] = field(default_factory=dict)
     by_generation: Mapping[tuple[str, str], int] = field(default_factory=dict)
     by_key: Mapping[str, KeyCounts] = field(default_factory=dict)
     histograms: Mapping[str, HistogramStats] = field(default_factory=dict)
@@ -288,6 +291,9 @@ class AsyncEngine:
             lane_tokens=tokens,
             prefix_queries=counters.prefix_queries.copy(),
             prefix_hits=counters.prefix_hits.copy(),
+            drafts=counters.drafts.copy(),
+            draft_tokens=counters.draft_tokens.copy(),
+            accepted_tokens=counters.accepted_tokens.copy(),
             by_generation=counters.by_generation.copy(),
             by_key=counters.by_key.copy(),
             histograms=counters.histograms.stats(),

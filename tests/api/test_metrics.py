@@ -42,6 +42,9 @@ PEERS = [
     "request_decode_time_seconds",
     "request_prompt_tokens",
     "request_generation_tokens",
+    "spec_decode_num_drafts_total",
+    "spec_decode_num_draft_tokens_total",
+    "spec_decode_num_accepted_tokens_total",
 ]
 
 Scrape = Mapping[tuple[str, ...], float]
@@ -190,6 +193,9 @@ def everything() -> Metrics:
         lane_tokens=one,
         prefix_queries=one,
         prefix_hits=one,
+        drafts=one,
+        draft_tokens=one,
+        accepted_tokens=one,
         by_generation={("qa", "1"): 1},
         by_key={"alice": KeyCounts(1, 2, 3)},
         histograms=EngineCounters().histograms.stats(),

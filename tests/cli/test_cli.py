@@ -115,6 +115,37 @@ def test_presets_calibrations_and_roles(started: list[Started], tmp_path: Path) 
     assert CliRunner().invoke(app, ["serve", "/base", "--preset", "house"]).exit_code == 2
 
 
+@pytest.mark.parametrize("command", [["serve", "/base"], ["demo"]])
+def test_drafts(
+    started: list[Started], tmp_path: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From each source, and as each of them writes it; YAML's bare `off` is a false."""
+    monkeypatch.setattr("proxyserve.cli.demo.serve", serve.serve)
+    files = {"a.yaml": "speculate: off\nmax-drafts: 3\n", "b.toml": "speculate = 2\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    yaml, toml = (["--config", str(tmp_path / name)] for name in files)
+    for arguments, environment, expected in (
+        ([], {}, ("auto", 8)),
+        (yaml, {}, ("off", 3)),
+        (toml, {}, (2, 8)),
+        (yaml, {"PROXYSERVE_SPECULATE": "auto", "PROXYSERVE_MAX_DRAFTS": "5"}, ("auto", 5)),
+        (["--speculate", "4", "--max-drafts", "1"], {"PROXYSERVE_SPECULATE": "off"}, (4, 1)),
+    ):
+        result = CliRunner().invoke(app, [*command, *arguments], env=environment)
+        assert result.exit_code == 0, result.output
+        engine = started[-1][2].engine
+        assert (engine.speculate, engine.max_drafts) == expected
+    for wrong, named in (
+        (["--speculate", "on"], "--speculate"),
+        (["--speculate", "0"], "speculate"),
+        (["--speculate", "33"], "1 to 32"),
+        (["--max-drafts", "0"], "--max-drafts"),
+    ):
+        result = CliRunner().invoke(app, [*command, *wrong])
+        assert result.exit_code == 2 and named in result.output
+
+
 def test_settings_that_contradict_each_other(started: list[Started]) -> None:
     result = CliRunner().invoke(app, ["serve", "/base", "--max-batch", "64", "--max-batch-tokens", "32"])
     assert result.exit_code == 2 and "max_batch_tokens" in result.output

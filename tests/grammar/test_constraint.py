@@ -322,3 +322,49 @@ def test_a_vocabulary_of_whole_words_of_bits() -> None:
     constraint.advance(ord("1"))
     assert constraint.mask().shape == (2,)
     assert allowed(constraint.mask()) == [2, ord("1")]
+
+
+# Coming back ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GRAMMARS)
+def test_tokens_taken_back_leave_nothing(compiler: GrammarCompiler, tokenizer: Tokenizer, name: str) -> None:
+    """As fresh with the kept tokens: also after the text was whole and its end was said, after tokens that may not
+    come, and whether masks were asked for on the way or not."""
+    constrains, chance = compiled(compiler, GRAMMARS[name]), random.Random(11)
+    met = dict.fromkeys(("ended", "stopped", "broken"), 0)
+    for _ in range(8):
+        constraint, kept = constrains.start(), list[int]()
+        for _ in range(40):
+            over = constraint.complete or constraint._matcher.is_error()
+            if chance.random() < (0.8 if over else 0.25):
+                count = min(chance.choice((1, 1, 2, 7)), len(kept))
+                met["ended"] += bool(constraint._over)
+                met["broken"] += constraint._matcher.is_error()
+                met["stopped"] += constraint.complete and not constraint._over
+                constraint.rollback(count)
+                del kept[len(kept) - count :]
+            else:
+                may = [] if over else allowed(constraint.mask())
+                ends = [token for token in sorted(tokenizer.eos_ids) if token in may]
+                # The lowest often: signs, which lead on where letters go round in circles.
+                token = chance.choice(ends or [*may[:1], chance.choice(may or [5])])
+                token = token if chance.random() < 0.95 else chance.randrange(300)
+                constraint.advance(token)
+                kept.append(token)
+            fresh = constrains.start()
+            for token in kept:
+                fresh.advance(token)
+            if chance.random() < 0.7:
+                assert outlook(constraint) == outlook(fresh)
+    assert met["broken"] and met["ended"] + met["stopped"], "there was something to come back from"
+
+
+def outlook(constraint: GrammarConstraint) -> tuple[bool, list[int] | str]:
+    """Whether it is complete, and what may come next."""
+    if constraint.complete:
+        return True, []
+    try:
+        return False, allowed(constraint.mask())
+    except ConstraintFailed:
+        return False, "failed"

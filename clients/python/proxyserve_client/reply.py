@@ -17,7 +17,7 @@ class FusionReport:
 
     `mean_kl` is the mean over generated positions of KL(fused || base) in nats, `flips` the number of positions where
     the fused argmax differs from the base's (both None where the base takes no part), `generations` the version of each
-    expert that wrote the answer. `more` holds what the server reports beside these, such as `mean_weights`.
+    expert that wrote the answer. `more` holds what the server reports beside these: `mean_weights`, `drafted`, ...
     """
 
     rule: str

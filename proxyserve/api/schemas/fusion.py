@@ -182,6 +182,9 @@ class FusionSummary(BaseModel):
     Where the base is on another server, which returns its likeliest tokens only, `certified` counts generated tokens
     whose greedy choice is sure to be the one over the base's whole law, `mean_unseen_mass` is the mean of the base's
     probability that was not returned, and KL and flips are over the returned tokens.
+
+    `drafted` counts tokens that were proposed ahead of the text, `accepted` those of them that it has; both are there
+    where any was proposed.
     """
 
     rule: str
@@ -192,3 +195,5 @@ class FusionSummary(BaseModel):
     mean_weights: dict[str, float] | None = None
     certified: int | None = None
     mean_unseen_mass: float | None = None
+    drafted: int | None = None
+    accepted: int | None = None
