@@ -11,14 +11,22 @@ from torch import Tensor
 from proxyserve_kernels.controls import MIN_TEMPERATURE, Logprobs, PickControls, Picks
 from proxyserve_kernels.rows import RowBatch
 from proxyserve_kernels.torch_backend.adjust import adjust, removed
-from proxyserve_kernels.torch_backend.blocks import log_partition, row_sum
+from proxyserve_kernels.torch_backend.blocks import best_of, log_partition, row_sum
 from proxyserve_kernels.torch_backend.draw import draw
 from proxyserve_kernels.torch_backend.filters import Last, before, filtered, top
+from proxyserve_kernels.torch_backend.parts import PART, in_parts, joined
 from proxyserve_kernels.torch_backend.scores import Fused, fuse
 
 
 def pick(batch: RowBatch, controls: PickControls) -> Picks:
     """See `Backend.pick`."""
+    if batch.device.type == "cpu" and batch.size > PART:
+        return joined([pick_at_once(*part) for part in in_parts(batch, controls)])
+    return pick_at_once(batch, controls)
+
+
+def pick_at_once(batch: RowBatch, controls: PickControls) -> Picks:
+    """`pick` of all rows together."""
     fused = fuse(batch, compare=controls.compare)
     kl, flips = _compare(fused)
     asked = wanted(controls.raw)
@@ -28,9 +36,8 @@ def pick(batch: RowBatch, controls: PickControls) -> Picks:
     if controls.adjustments is not None:
         lost = removed(scores, controls.adjustments)
         adjust(scores, controls.adjustments)
-    best = scores.argmax(dim=1)
-    peak = scores.gather(1, best[:, None])[:, 0]
-    valid = torch.isfinite(peak)  # torch's argmax takes a NaN for the largest
+    peak, best = best_of(scores)
+    valid = torch.isfinite(peak)  # a NaN counts as the largest
     told = wanted(controls.processed)
     tokens, processed_scores = _choose(scores, best, controls, told)
     tokens = torch.where(valid, tokens, -1)
@@ -52,7 +59,7 @@ def processed(batch: RowBatch, controls: PickControls, rows: Tensor) -> Tensor:
     if controls.adjustments is not None:
         adjust(scores, controls.adjustments)
     at = rows.to(scores.device)
-    law = _law(scores[at], scores[at].argmax(dim=1), controls, rows)
+    law = _law(scores[at], best_of(scores[at])[1], controls, rows)
     return law - log_partition(law)[:, None]
 
 
@@ -109,13 +116,17 @@ def _compare(fused: Fused) -> tuple[Tensor, Tensor]:
     rows = fused.changed.to(kl.device)
     scores = fused.scores if rows.shape[0] == kl.shape[0] else fused.scores[rows]
     reference = fused.reference
-    peak, best = scores.max(dim=1)
-    other_peak, other_best = reference.max(dim=1)
+    peak, best = best_of(scores)
+    other_peak, other_best = best_of(reference)
     # KL = E_fused[fused - reference] - log Z_fused + log Z_reference, with every exp taken once.
     p = (scores - peak[:, None]).exp_()
     mass = row_sum(p)
-    gap = (scores - reference).masked_fill_(p == 0, 0.0)
-    moved = row_sum(gap.mul_(p)) / mass
+    # A token without mass adds nothing: neither an infinite gap nor one of two infinities.
+    gap = (scores - reference).nan_to_num_(nan=0.0, posinf=math.inf, neginf=0.0)
+    total = row_sum(gap.mul_(p))
+    if bool(total.isnan().any()):  # a broken row, or mass that rounded to 0 where the reference has none
+        total = row_sum((scores - reference).masked_fill_(p == 0, 0.0).mul_(p))
+    moved = total / mass
     other_mass = row_sum((reference - other_peak[:, None]).exp_())
     # Rounding may leave a KL of nearly nothing below zero.
     kl[rows] = (moved - peak - mass.log() + other_peak + other_mass.log()).clamp_(min=0.0)
