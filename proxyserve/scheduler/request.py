@@ -32,6 +32,8 @@ class ScheduledRequest:
     blocks instead of computing them again. `arrival` orders requests; the scheduler sets it. `caller` is on whose
     behalf it is, of whose requests at most `max_running` run at once, and `priority` its class (`queue` has the law).
 
+    `drafts` are unverified tokens that follow `output` during a step, for its lanes to run; empty between steps.
+
     `unscored` is how many rows of logits are wanted beside the one to sample from: those of the tokens just before the
     last, to see how likely the end of the prompt is. The scheduler counts it down.
 
@@ -43,6 +45,7 @@ class ScheduledRequest:
     request_id: str
     lanes: tuple[Lane, ...]
     output: list[int]
+    drafts: list[int] = field(default_factory=list, init=False)
     leader: ScheduledRequest | None = None
     unscored: int = 0
     gated: bool = False
@@ -61,6 +64,8 @@ class ScheduledRequest:
             raise ValueError("all lanes of a request share its one output list")
         if any(lane.wanted < self.rows for lane in self.lanes):
             raise ValueError("a lane has fewer tokens than the request wants rows of")
+        for lane in self.lanes:
+            lane.drafts = self.drafts
 
     def move(self, state: RequestState) -> None:
         if state not in LEGAL_MOVES[self.state]:

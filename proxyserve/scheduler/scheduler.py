@@ -10,12 +10,21 @@ it whose logits are wanted too (to score a prompt): counted from the end, all la
 
     lane 0   ······|▂▂▂▂▂▂▂▂      · on its own, as fast as it can     ▂ in step with the other lanes, as many
     lane 1   ··|▂▂▂▂▂▂▂▂            at once as the budgets allow; the last one is sampled from
+
+A request whose lanes miss nothing but their last token may run ahead of its text, into drafts, with what the step has
+left once everybody else has been given theirs. One lane may write the drafts, a token at a time, before the step's
+forwards; the others run them all in one. As many as turn out to be right count as computed.
+
+    verifying lane   ··········|▂▁▁▁     ▂ its last token     ▁ drafts
+    drafter          ··········|░░░▁     ░ run before the forwards, each to draft the next
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TypeVar
 
 from proxyserve.kv.block_pool import BlockPool
@@ -27,15 +36,30 @@ from proxyserve.types import ModelKey
 PlaceT = TypeVar("PlaceT", bound=Hashable)
 
 
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """Up to `drafts` tokens that a request would run ahead of its text. `drafter` is the lane that writes them; None:
+    they come from elsewhere, and all lanes verify."""
+
+    drafts: int
+    drafter: Lane | None = None
+
+
 @dataclass(slots=True)
 class LaneWork:
-    """Run the lane's tokens `start` to `start + count`. The logits of the last `rows` of them are wanted."""
+    """Run the lane's tokens `start` to `start + count`. The logits of the last `rows` of them are wanted. A drafter has
+    run `drafted` tokens before that in the same step."""
 
     request: ScheduledRequest
     lane: Lane
     start: int
     count: int
     rows: int
+    drafted: int = 0
+
+
+_NO_WISHES: Mapping[ScheduledRequest, Wish] = MappingProxyType({})
+_NONE_ACCEPTED: Mapping[ScheduledRequest, int] = MappingProxyType({})
 
 
 @dataclass(slots=True)
@@ -44,7 +68,8 @@ class Plan:
     have the logits of lane 0 and must learn whether that is enough. `rows` has the requests of which logits are wanted,
     and of how many tokens: so many `rows` has the one work of each lane whose turn it is. Where the request is in
     `sampling` or `probing`, the last of them are of the lanes' last wanted tokens. `admitted` are those that came out
-    of the queue."""
+    of the queue. `granted` are those of `sampling` that may run ahead, each with its wish, cut to what there is room
+    for; the work is that without drafts until `run_ahead`."""
 
     work: dict[ModelKey, list[LaneWork]] = field(default_factory=dict)
     rows: dict[ScheduledRequest, int] = field(default_factory=dict)
@@ -52,15 +77,33 @@ class Plan:
     probing: list[ScheduledRequest] = field(default_factory=list)
     preempted: list[ScheduledRequest] = field(default_factory=list)
     admitted: list[ScheduledRequest] = field(default_factory=list)
+    granted: dict[ScheduledRequest, Wish] = field(default_factory=dict)
 
     @property
     def empty(self) -> bool:
         return not self.work
 
+    def run_ahead(self, drafted: Mapping[ScheduledRequest, int]) -> None:
+        """The granted requests have their drafts, maybe fewer than granted: verify them. `drafted` says how many tokens
+        the drafters ran. Each lane has a row after its last token and after each draft; those of a drafter but the last
+        came while it drafted."""
+        for request in self.granted:
+            self.rows[request] = 1 + len(request.drafts)
+        for work in self.work.values():
+            for item in work:
+                wish = self.granted.get(item.request)
+                if wish is None:
+                    continue
+                if item.lane is wish.drafter:
+                    item.start += len(item.request.drafts)
+                    item.drafted = drafted.get(item.request, 0)
+                else:
+                    item.count = item.rows = 1 + len(item.request.drafts)
+
 
 @dataclass(slots=True)
 class _Budget:
-    """What is left of a step: tokens of each trunk's forward, and rows of logits that score prompts."""
+    """What is left of a step: tokens of each trunk's forward, and rows of logits beside those to sample from."""
 
     tokens: dict[ModelKey, int]
     scored_rows: int
@@ -70,7 +113,7 @@ class Scheduler:
     """Owns the queue, the running requests and who holds which blocks of `pools`. That has the pool of each trunk;
     trunks whose layers store alike share one. It may be replaced between steps by one with other trunks, as long as
     those of queued and running requests stay. A step has at most `max_scored_rows` rows of logits, over all lanes of
-    all requests, beside those that are sampled from; no request may have more lanes than that."""
+    all requests, beside one for each lane to sample from; no request may have more lanes than that."""
 
     def __init__(
         self,
@@ -111,9 +154,9 @@ class Scheduler:
 
     # One step ---------------------------------------------------------------------------------------------
 
-    def schedule(self) -> Plan:
+    def schedule(self, wishes: Mapping[ScheduledRequest, Wish] = _NO_WISHES) -> Plan:
         """Hand out the work of the next step. `commit` must follow once the work has been done; if it has failed,
-        `finish` the plan's requests instead."""
+        `finish` the plan's requests instead. `wishes` are granted where they cost nobody anything but time."""
         plan = Plan()
         budget = _Budget(dict.fromkeys(self.pools, self.max_batch_tokens), self.max_scored_rows)
         # Requests that only need their next token come first: a long prompt never delays a running answer.
@@ -123,18 +166,22 @@ class Scheduler:
                 self._grant(request, budget, plan, granted)
         if not plan.preempted:
             self._admit(budget, plan, granted)
+            if wishes:
+                self._grant_drafts(wishes, budget, plan)
         return plan
 
-    def commit(self, plan: Plan) -> None:
+    def commit(self, plan: Plan, accepted: Mapping[ScheduledRequest, int] = _NONE_ACCEPTED) -> None:
         """The plan's work has been done: its tokens are computed, full blocks are published, and whoever wanted rows of
-        logits has them."""
+        logits has them. `accepted` says how many of a request's drafts, which are still there, will be output."""
         for trunk, work in plan.work.items():
             pool = self.pools[trunk]
             for item in work:
-                item.lane.advance(item.count, pool, self.block_size)
-                self.waiting.charge(item.request, item.count * item.lane.cost)
+                ran = item.drafted + item.count
+                computed = 1 + accepted.get(item.request, 0) if item.request in plan.granted else item.count
+                item.lane.advance(computed, ran, pool, self.block_size)
+                self.waiting.charge(item.request, ran * item.lane.cost)
         for request in plan.sampling:
-            self.waiting.charge(request, 1.0)
+            self.waiting.charge(request, 1.0 + accepted.get(request, 0))
         for request, rows in plan.rows.items():
             request.unscored = max(0, request.unscored - rows)
 
@@ -186,6 +233,26 @@ class Scheduler:
             if needed:
                 lane.blocks.extend(pool.allocate(needed))
         return True
+
+    def _grant_drafts(self, wishes: Mapping[ScheduledRequest, Wish], budget: _Budget, plan: Plan) -> None:
+        """Let requests that only need their next token run ahead, as far as tokens, rows and blocks are left over."""
+        for request in plan.sampling:
+            wish, lanes = wishes.get(request), request.lanes
+            if wish is None or request.gated or any(lane.missing > 1 for lane in lanes):
+                continue
+            trunks = Counter(lane.trunk for lane in lanes if lane is not wish.drafter)
+            drafts = min(
+                wish.drafts,
+                budget.scored_rows // len(lanes),
+                *(budget.tokens[trunk] // count for trunk, count in trunks.items()),
+            )
+            while drafts > 0 and not self._reserve(lanes, [lane.wanted + drafts for lane in lanes]):
+                drafts -= 1
+            if drafts > 0:
+                plan.granted[request] = replace(wish, drafts=drafts)
+                budget.scored_rows -= drafts * len(lanes)
+                for trunk, count in trunks.items():
+                    budget.tokens[trunk] -= drafts * count
 
     def _preempt(self, request: ScheduledRequest) -> None:
         """Free all lanes of the request; it goes back to its place in the queue and recomputes."""
@@ -245,11 +312,11 @@ class Scheduler:
             assert request.state is RequestState.RUNNING, (
                 f"{request.request_id} runs in state {request.state}"
             )
+            assert not request.drafts, "drafts outlived their step"
             for lane in request.lanes:
-                assert lane.computed <= len(lane.blocks) * self.block_size, "more tokens than blocks"
-                assert lane.computed <= lane.wanted, "computed ran past wanted"
+                lane.check(self.block_size)
+                assert lane.drafts is request.drafts, "a lane has drafts of its own"
                 assert not request.unscored or lane.missing >= request.rows, "a row of logits was passed over"
-                assert len(set(lane.blocks)) == len(lane.blocks), "a lane holds a block twice"
                 pool = self.pools[lane.trunk]
                 for block in lane.blocks:
                     holders[pool, block] = holders.get((pool, block), 0) + 1

@@ -1,4 +1,4 @@
-"""The scheduler without any model: random arrivals, cancellations and pools that run dry. Nothing may be lost."""
+"""The scheduler without any model: random arrivals, drafts, cancellations; pools run dry. Nothing may be lost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from proxyserve.kv.block_pool import BlockPool
 from proxyserve.scheduler.lane import Lane
 from proxyserve.scheduler.request import RequestState, ScheduledRequest
-from proxyserve.scheduler.scheduler import Plan, Scheduler
+from proxyserve.scheduler.scheduler import Plan, Scheduler, Wish
 from proxyserve.types import ModelKey
 
 MODELS = [ModelKey("base"), ModelKey("tuned"), ModelKey("untuned")]
@@ -27,7 +27,7 @@ class Simulated:
 
 
 class Simulation:
-    """Plays the engine's part: counts what is run, appends tokens, finishes and cancels at random."""
+    """Plays the engine's part: counts what is run, drafts, appends tokens, finishes and cancels at random."""
 
     def __init__(
         self, seed: int, *, blocks: int, block_size: int, max_batch: int, budget: int, rows: int = 8
@@ -45,6 +45,7 @@ class Simulation:
         self.finished: list[Simulated] = []
         self.preemptions = 0
         self.interrupted = 0  # preempted with some of the prompt's rows there and some not
+        self.drafted = self.accepted = self.cut = 0
         self.number = 0
 
     def arrive(self) -> None:
@@ -90,17 +91,19 @@ class Simulation:
             self.scheduler.finish(simulated.request)
 
     def step(self) -> None:
-        plan = self.scheduler.schedule()
+        wishes = self.wishes()
+        plan = self.scheduler.schedule(wishes)
         self.preemptions += len(plan.preempted)
         for request in plan.preempted:
             simulated = self.live[request.request_id]
             self.interrupted += 0 < simulated.scored < simulated.unscored
         self.check_plan(plan)
+        accepted = self.draft(plan, wishes)
         if self.rng.random() < 0.02 and not plan.empty:  # a step that fails ends what was in it
             for request_id in {item.request.request_id for work in plan.work.values() for item in work}:
                 self.scheduler.finish(self.live.pop(request_id).request)
         else:
-            self.scheduler.commit(plan)
+            self.scheduler.commit(plan, accepted)
             for request, rows in plan.rows.items():
                 simulated = self.live[request.request_id]
                 simulated.scored = min(simulated.unscored, simulated.scored + rows)
@@ -114,12 +117,60 @@ class Simulation:
                 request.awaiting = False
                 simulated = self.live[request.request_id]
                 assert simulated.scored == simulated.unscored, "sampled before the prompt was scored"
+                request.output.extend(request.drafts[: accepted.get(request, 0)])
                 if simulated.length:
                     request.output.append(self.rng.randint(0, 1))
                 if len(request.output) == simulated.length:
                     self.finished.append(self.live.pop(request.request_id))
                     self.scheduler.finish(request)
+        for request in plan.granted:
+            request.drafts.clear()
         self.scheduler.check()
+
+    def wishes(self) -> dict[ScheduledRequest, Wish]:
+        """Of some running requests, whether they can run ahead or not."""
+        wishes = {}
+        for request in self.scheduler.running:
+            most = self.live[request.request_id].length - len(request.output) - 1
+            if most > 0 and self.rng.random() < 0.7:
+                drafter = self.rng.choice((None, *request.lanes))
+                wishes[request] = Wish(self.rng.randint(1, min(most, 6)), drafter)
+        return wishes
+
+    def draft(self, plan: Plan, wishes: dict[ScheduledRequest, Wish]) -> dict[ScheduledRequest, int]:
+        """Write drafts, some fewer than granted, and check the work that comes of it. Returns how many stand."""
+        accepted, passes = {}, {}
+        for request, wish in plan.granted.items():
+            assert 0 < wish.drafts <= wishes[request].drafts and wish.drafter is wishes[request].drafter
+            assert request in plan.sampling and not request.gated and not request.unscored
+            assert all(lane.missing == 1 for lane in request.lanes)
+            drafts = wish.drafts if self.rng.random() < 0.7 else self.rng.randint(0, wish.drafts)
+            request.drafts.extend(self.rng.randint(0, 1) for _ in range(drafts))
+            if wish.drafter is not None:
+                passes[request] = min(drafts + 1, wish.drafts)
+            accepted[request] = self.rng.randint(0, drafts)
+            self.drafted += drafts
+            self.accepted += accepted[request]
+            self.cut += drafts < wish.drafts
+        plan.run_ahead(passes)
+        ahead = 0
+        for work in plan.work.values():
+            assert sum(item.count for item in work) <= self.scheduler.max_batch_tokens
+            for item in work:
+                if item.request in plan.granted:
+                    wish, request, lane = plan.granted[item.request], item.request, item.lane
+                    drafts = len(request.drafts)
+                    ahead += drafts
+                    assert (
+                        item.start + item.count == lane.wanted + drafts <= len(lane.blocks) * self.block_size
+                    )
+                    assert item.count == item.rows == (1 if lane is wish.drafter else plan.rows[request])
+                    assert item.drafted == (passes[request] if lane is wish.drafter else 0)
+                    text = [*lane.prompt, *request.output, *request.drafts]
+                    assert list(lane.tokens(item.start, item.start + item.count)) == text[item.start :]
+        scored = sum(min(rows, request.unscored) * len(request.turn) for request, rows in plan.rows.items())
+        assert scored + ahead <= self.scheduler.max_scored_rows
+        return accepted
 
     def check_plan(self, plan: Plan) -> None:
         for work in plan.work.values():
@@ -180,12 +231,13 @@ def test_nothing_is_lost(seed: int) -> None:
 
 
 def test_pools_that_run_dry_preempt() -> None:
-    """The simulation above is only worth something if it does reach preemption."""
-    simulation = Simulation(1, blocks=12, block_size=2, max_batch=8, budget=64)
+    """The simulation above is only worth something if it does reach preemption, and drafts of all fates."""
+    simulation = Simulation(7, blocks=12, block_size=2, max_batch=8, budget=64, rows=4)
     for _ in range(300):
         simulation.arrive()
         simulation.step()
     assert simulation.preemptions > 10 and simulation.interrupted > 0
+    assert simulation.drafted > simulation.accepted > 0 and simulation.cut > 0
 
 
 def make_request(
@@ -298,6 +350,102 @@ def test_rows_do_not_wait_for_answers_nor_answers_for_rows() -> None:
         scheduler.commit(plan)
         short.output.append(1)
     assert rows == [0, 2, 2, 2, 2, 2, 3] and long in plan.sampling
+
+
+def decoding(scheduler: Scheduler, *requests: ScheduledRequest, count: int = 1) -> None:
+    """Have the requests where they only need their next token, after `count` others."""
+    for request in requests:
+        scheduler.add(request)
+    for _ in range(50):
+        if all(len(request.output) >= count for request in requests):
+            return
+        plan = scheduler.schedule()
+        scheduler.commit(plan)
+        for request in (*plan.sampling, *plan.probing):
+            request.output.append(7)
+    raise AssertionError("no room for them all")
+
+
+def work_of(plan: Plan) -> dict[str, list[tuple[int, int, int]]]:
+    return {
+        model.name: [(item.start, item.count, item.rows) for item in work]
+        for model, work in plan.work.items()
+    }
+
+
+def test_drafts_are_run_with_the_last_token() -> None:
+    """The drafter has run all but its last token by then. What stands counts, what was run is charged."""
+    scheduler = make_scheduler(block_size=4)
+    request = make_request("r", dict.fromkeys(MODELS, 5))
+    decoding(scheduler, request)
+    tuned = request.lanes[1]
+    plan = scheduler.schedule({request: Wish(3, tuned)})
+    assert plan.granted == {request: Wish(3, tuned)}
+    assert work_of(plan) == {model.name: [(5, 1, 1)] for model in MODELS}, "before there are drafts"
+    request.drafts.extend([1, 2, 3])
+    plan.run_ahead({request: 3})
+    assert work_of(plan) == {"base": [(5, 4, 4)], "tuned": [(8, 1, 1)], "untuned": [(5, 4, 4)]}
+    served = scheduler.waiting.service(0, "")
+    scheduler.commit(plan, {request: 2})
+    assert scheduler.waiting.service(0, "") - served == 3 * 4 + 3
+    assert [lane.computed for lane in request.lanes] == [8, 8, 8]
+    assert [lane.tokens_run for lane in request.lanes] == [9, 9, 9]
+    request.output.extend([1, 2, 9])
+    request.drafts.clear()
+    scheduler.check()
+    assert work_of(scheduler.schedule()) == {model.name: [(8, 1, 1)] for model in MODELS}
+
+
+def test_others_find_no_block_with_a_draft_that_fell() -> None:
+    scheduler = make_scheduler(block_size=4)
+    request = make_request("r", {MODELS[0]: 5})
+    decoding(scheduler, request)
+    plan = scheduler.schedule({request: Wish(6)})
+    request.drafts.extend([1, 2, 3, 4, 5, 6])
+    plan.run_ahead({})
+    scheduler.commit(plan, {request: 2})
+    pool = scheduler.pools[MODELS[0]]
+    request.output.extend([1, 2, 9])
+    request.drafts.clear()
+    scheduler.finish(request)
+    assert pool.cached == 2, "the prompt's block, and the one that the text filled"
+    output: list[int] = []
+    again = Lane(MODELS[0], (0, 1, 2, 3, 4, 7, 1, 2, 9, 9), output)
+    assert len(again.match_prefix(pool, 4, 1)) == 2
+    fallen = Lane(MODELS[0], (0, 1, 2, 3, 4, 7, 1, 2, 3, 4, 5, 6, 7), output)
+    assert len(fallen.match_prefix(pool, 4, 1)) == 2
+
+
+def test_drafts_have_what_is_left_over() -> None:
+    """Rows after scores, tokens after prompts, blocks without taking anybody's."""
+    scheduler = make_scheduler(block_size=4, budget=8, rows=4)
+    request = make_request("r", {MODELS[0]: 3})
+    decoding(scheduler, request)
+    wishes = {request: Wish(6)}
+    assert scheduler.schedule(wishes).granted == {request: Wish(4)}, "rows"
+    scheduler.max_scored_rows = 100
+    assert scheduler.schedule(wishes).granted == {request: Wish(6)}
+    assert scheduler.schedule({request: Wish(9)}).granted == {request: Wish(7)}, "tokens"
+    long = make_request("long", {MODELS[0]: 5})
+    scheduler.add(long)
+    plan = scheduler.schedule(wishes)
+    assert plan.admitted == [long] and plan.granted == {request: Wish(2)}, "tokens after the prompt"
+    scheduler = make_scheduler(block_size=4, blocks=4)
+    one, other = make_request("one", {MODELS[0]: 4}), make_request("other", {MODELS[0]: 3})
+    decoding(scheduler, one, other)
+    plan = scheduler.schedule({one: Wish(12)})
+    assert plan.granted == {one: Wish(7)} and not plan.preempted, "blocks"
+
+
+def test_only_who_needs_nothing_but_its_next_token_runs_ahead() -> None:
+    scheduler = make_scheduler(block_size=4)
+    gated = make_request("gated", {MODELS[0]: 5, MODELS[1]: 5})
+    gated.gated = True
+    starting = make_request("starting", {MODELS[0]: 5, MODELS[1]: 9})
+    decoding(scheduler, gated)
+    scheduler.add(starting)
+    plan = scheduler.schedule({request: Wish(2) for request in (gated, starting)})
+    assert starting in plan.sampling and not plan.granted
 
 
 def test_illegal_moves_are_refused() -> None:
