@@ -29,6 +29,9 @@ class ModelShape:
 #: About 68M and 5M parameters with a vocabulary of 32,000.
 BASE = ModelShape(hidden=512, layers=12, heads=8, kv_heads=4, intermediate=1408, tied=False)
 EXPERT = ModelShape(hidden=128, layers=6, heads=4, kv_heads=2, intermediate=352, tied=True)
+#: About 300M and 15M.
+LARGE = ModelShape(hidden=1024, layers=20, heads=16, kv_heads=8, intermediate=2816, tied=False)
+LARGE_EXPERT = ModelShape(hidden=256, layers=9, heads=8, kv_heads=4, intermediate=704, tied=True)
 VOCABULARY = 32_000
 
 
@@ -51,21 +54,24 @@ def build_bench_family(root: Path, *, context: int = 1024, peaks: Peaks | None =
     """Write the random models under `root`. The same every time. With `peaks` their laws are as peaked, and the pairs
     as alike, as it says; without, laws are nearly uniform, as those of random models are."""
     shapes = {"base": BASE, "tuned": EXPERT, "untuned": EXPERT, "second": EXPERT}
-    family = {name: _random(seed, shape, context) for seed, (name, shape) in enumerate(shapes.items())}
+    family = {name: random_llama(seed, shape, context) for seed, (name, shape) in enumerate(shapes.items())}
     if peaks is not None:
         make_peaked(family["base"], family["untuned"], [family["tuned"], family["second"]], peaks)
-    tokenizer = _word_tokenizer()
+    tokenizer = word_tokenizer()
     for name, model in family.items():
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     return BenchFamily(**{name: root / name for name in family})
 
 
-def _random(seed: int, shape: ModelShape, context: int) -> LlamaForCausalLM:
+def random_llama(
+    seed: int, shape: ModelShape, context: int, vocabulary: int = VOCABULARY
+) -> LlamaForCausalLM:
+    """In float32; the same for the same seed."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCABULARY,
+            vocab_size=vocabulary,
             hidden_size=shape.hidden,
             intermediate_size=shape.intermediate,
             num_hidden_layers=shape.layers,
@@ -79,9 +85,9 @@ def _random(seed: int, shape: ModelShape, context: int) -> LlamaForCausalLM:
     ).eval()
 
 
-def _word_tokenizer() -> PreTrainedTokenizerFast:
-    """A vocabulary of 32,000 made-up words: nothing is encoded in a benchmark, but a server needs a tokenizer."""
-    words = {f"w{index}": index for index in range(VOCABULARY)}
+def word_tokenizer(vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """A vocabulary of made-up words: nothing is encoded in a benchmark, but a server needs a tokenizer."""
+    words = {f"w{index}": index for index in range(vocabulary)}
     return PreTrainedTokenizerFast(
         tokenizer_object=RawTokenizer(models.WordLevel(words, unk_token="w1")), eos_token="w0", unk_token="w1"
     )

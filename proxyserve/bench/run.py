@@ -27,6 +27,7 @@ from proxyserve.bench.models import VOCABULARY, BenchFamily, build_bench_family
 from proxyserve.bench.peaked import Peaks
 from proxyserve.bench.solving import BATCH as SOLVING_BATCH
 from proxyserve.bench.solving import SolvingResult, measure_solving
+from proxyserve.bench.speculation import DEMO, SIZES, SpeculationRow, measure_speculation
 from proxyserve.bench.swaps import SwapRow, measure_swaps
 from proxyserve.config import EngineConfig
 from proxyserve.engine.engine import Engine
@@ -44,18 +45,20 @@ KV_MEMORY = 2**30
 
 class Part(enum.StrEnum):
     """What can be measured: fused decoding beside the plain loop, what solving weights costs, experts that are swapped
-    under load, and many experts at once."""
+    under load, many experts at once, and what drafting ahead gives."""
 
     LOOP = "loop"
     SOLVING = "solving"
     SWAPS = "swaps"
     ADAPTERS = "adapters"
+    SPECULATION = "speculation"
 
 
 @dataclass(frozen=True, slots=True)
 class BenchSettings:
     """`parts` are what is measured. `batches` are those that are held against the loop, `prompt` and `new` tokens per
-    request there, `rounds` how often each contestant is measured."""
+    request there and with speculation, `rounds` how often each contestant is measured. `speculated` are the models for
+    speculation, by name."""
 
     parts: tuple[Part, ...] = tuple(Part)
     batches: tuple[int, ...] = (1, 8, 32)
@@ -65,6 +68,7 @@ class BenchSettings:
     dtype: str = "float32"
     device: str = "auto"
     threads: int = 1
+    speculated: tuple[str, ...] = (next(iter(SIZES)), DEMO)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,7 @@ class BenchRow:
 @dataclass(frozen=True, slots=True)
 class BenchResult:
     """What was measured, empty or None for what was not. `solving` has a result per kind of laws, `swaps` a row per
-    number of streams."""
+    number of streams, `speculation` one per models, batch and share of drafts that stand."""
 
     settings: BenchSettings
     machine: dict[str, str]
@@ -101,6 +105,7 @@ class BenchResult:
     solving: tuple[SolvingResult, ...] = ()
     swaps: tuple[SwapRow, ...] = ()
     adapters: AdapterResult | None = None
+    speculation: tuple[SpeculationRow, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         adapters = self.adapters
@@ -118,6 +123,7 @@ class BenchResult:
             ],
             "swaps": [{**asdict(row), "ratios": row.ratios} for row in self.swaps],
             "adapters": None if adapters is None else {**asdict(adapters), "ratios": adapters.ratios},
+            "speculation": [row.as_dict() for row in self.speculation],
         }
 
 
@@ -156,8 +162,20 @@ def run_bench(
                 swaps = measure_swaps(family, placement, progress=progress)
             if peaks is None and Part.ADAPTERS in parts:
                 adapters = measure_adapters(family, placement, progress=progress)
+    speculation: list[SpeculationRow] = []
+    if Part.SPECULATION in parts:
+        speculation = measure_speculation(
+            placement,
+            sizes=settings.speculated,
+            prompt=settings.prompt,
+            new=settings.new,
+            rounds=settings.rounds,
+            progress=progress,
+        )
     machine = _machine(placement.device)
-    return BenchResult(settings, machine, tuple(rows), tuple(solving), tuple(swaps), adapters)
+    return BenchResult(
+        settings, machine, tuple(rows), tuple(solving), tuple(swaps), adapters, tuple(speculation)
+    )
 
 
 def _describe(peaks: Peaks | None) -> str:

@@ -1,4 +1,5 @@
-"""`proxyserve bench`: beside the plain Hugging Face loop, what solving weights costs, swaps, many experts at once."""
+"""`proxyserve bench`: beside the plain Hugging Face loop, what solving weights costs, swaps, many experts at once,
+speculation."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from rich.table import Table
 from proxyserve.bench.adapters import AdapterResult
 from proxyserve.bench.run import BenchResult, BenchSettings, Part, run_bench
 from proxyserve.bench.solving import SolvingResult
+from proxyserve.bench.speculation import DEMO, SIZES, SpeculationRow
 from proxyserve.bench.swaps import SwapRow
 from proxyserve.cli import options
 
@@ -32,11 +34,20 @@ def bench_command(
     dtype: options.Dtype = "float32",
     device: options.Device = "auto",
     threads: options.Threads = 1,
+    models: Annotated[
+        list[str] | None,
+        typer.Option("--models", help=f"For speculation, repeatable: {', '.join((*SIZES, DEMO))}."),
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", help="Write the result as JSON.")] = None,
 ) -> None:
-    """Four parts over random models. loop: tokens per second of proxyserve and of the plain Hugging Face loop. solving:
+    """Five parts over random models. loop: tokens per second of proxyserve and of the plain Hugging Face loop. solving:
     how much longer a step takes whose weights are solved. swaps: how long it takes to swap an expert, and what running
-    streams notice. adapters: many LoRA experts at once beside as many full ones and beside one."""
+    streams notice. adapters: many LoRA experts at once beside as many full ones and beside one. speculation: tokens per
+    second with drafts, without, of the base alone and of the plain loop, where drafts stand at a chosen share of the
+    tokens, and over the demo family."""
+    unknown = set(models or ()) - {*SIZES, DEMO}
+    if unknown:
+        raise typer.BadParameter(f"--models must be of {', '.join((*SIZES, DEMO))}, not {min(unknown)}")
     settings = BenchSettings(
         parts=tuple(only or Part),
         batches=tuple(batch or (1, 8, 32)),
@@ -46,6 +57,7 @@ def bench_command(
         dtype=dtype,
         device=device,
         threads=threads or 1,
+        speculated=tuple(models or BenchSettings().speculated),
     )
     console = Console(stderr=True)
     with console.status("starting") as status:
@@ -64,6 +76,8 @@ def bench_tables(result: BenchResult) -> list[Table]:
         tables += [swap_table(result.swaps), gap_table(result.swaps)]
     if result.adapters is not None:
         tables.append(adapter_table(result.adapters))
+    if result.speculation:
+        tables.append(speculation_table(result.speculation))
     return tables
 
 
@@ -163,5 +177,40 @@ def adapter_table(result: AdapterResult) -> Table:
             row.experts,
             f"{result.tokens_per_second(row):.0f}",
             *(f"{size / 2**20:.1f}" for size in sizes),
+        )
+    return table
+
+
+def speculation_table(rows: Sequence[SpeculationRow]) -> Table:
+    """Tokens per second of everybody and ratios, a row per models, batch and share of drafts that stand."""
+    contestants = list(dict.fromkeys(name for row in rows for name in row.contestants))
+    ratios = list(dict.fromkeys(title for row in rows for title in row.ratios))
+    table = Table(
+        title="speculation: generated tokens/s, median round",
+        caption="stand: share of drafts, as measured; per step: tokens that a request got in a step of auto; ratios: "
+        "median round (slowest to fastest); loop: plain Hugging Face, all requests as one batch",
+    )
+    table.add_column("models")
+    for title in ("batch", "stand", *contestants, "per step"):
+        table.add_column(title, justify="right")
+    for title in ratios:
+        table.add_column(title, justify="right", style="bold")
+    for row in rows:
+        speeds = (
+            f"{row.contestants[name].speed:.0f}" if name in row.contestants else "" for name in contestants
+        )
+        found = row.ratios_by_round
+        table.add_row(
+            row.models,
+            str(row.batch),
+            f"{row.acceptance:.2f}",
+            *speeds,
+            f"{row.contestants['auto'].tokens_per_step:.2f}",
+            *(
+                f"{row.ratios[title]:.2f}x ({min(found[title]):.2f}-{max(found[title]):.2f})"
+                if title in found
+                else ""
+                for title in ratios
+            ),
         )
     return table

@@ -1,0 +1,1 @@
+"""Drafting tokens with a cheap model and verifying several at once: how many pay, and where they come from."""
