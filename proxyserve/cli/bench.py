@@ -1,4 +1,5 @@
-"""`proxyserve bench`: beside the plain Hugging Face loop, what solving weights costs, swaps, many experts at once."""
+"""`proxyserve bench`: in process, beside the plain Hugging Face loop, and what solving weights, swaps and many experts
+cost; `proxyserve bench serve`: load on a server."""
 
 from __future__ import annotations
 
@@ -17,9 +18,15 @@ from proxyserve.bench.run import BenchResult, BenchSettings, Part, run_bench
 from proxyserve.bench.solving import SolvingResult
 from proxyserve.bench.swaps import SwapRow
 from proxyserve.cli import options
+from proxyserve.cli.bench_serve import bench_serve_command
+
+bench_app = typer.Typer()
+bench_app.command("serve")(bench_serve_command)
 
 
+@bench_app.callback(invoke_without_command=True)
 def bench_command(
+    context: typer.Context,
     only: Annotated[
         list[Part] | None, typer.Option("--only", help="Measure this part alone; repeatable.")
     ] = None,
@@ -37,6 +44,8 @@ def bench_command(
     """Four parts over random models. loop: tokens per second of proxyserve and of the plain Hugging Face loop. solving:
     how much longer a step takes whose weights are solved. swaps: how long it takes to swap an expert, and what running
     streams notice. adapters: many LoRA experts at once beside as many full ones and beside one."""
+    if context.invoked_subcommand is not None:
+        return
     settings = BenchSettings(
         parts=tuple(only or Part),
         batches=tuple(batch or (1, 8, 32)),
