@@ -1,5 +1,5 @@
-"""`proxyserve bench`: beside the plain Hugging Face loop, what solving weights costs, swaps, many experts at once,
-speculation."""
+"""`proxyserve bench`: in process, beside the plain Hugging Face loop, what solving weights, swaps, many experts and
+speculation cost or give; `proxyserve bench serve`: load on a server."""
 
 from __future__ import annotations
 
@@ -19,9 +19,15 @@ from proxyserve.bench.solving import SolvingResult
 from proxyserve.bench.speculation import DEMO, SIZES, SpeculationRow
 from proxyserve.bench.swaps import SwapRow
 from proxyserve.cli import options
+from proxyserve.cli.bench_serve import bench_serve_command
+
+bench_app = typer.Typer()
+bench_app.command("serve")(bench_serve_command)
 
 
+@bench_app.callback(invoke_without_command=True)
 def bench_command(
+    context: typer.Context,
     only: Annotated[
         list[Part] | None, typer.Option("--only", help="Measure this part alone; repeatable.")
     ] = None,
@@ -45,6 +51,8 @@ def bench_command(
     streams notice. adapters: many LoRA experts at once beside as many full ones and beside one. speculation: tokens per
     second with drafts, without, of the base alone and of the plain loop, where drafts stand at a chosen share of the
     tokens, and over the demo family."""
+    if context.invoked_subcommand is not None:
+        return
     unknown = set(models or ()) - {*SIZES, DEMO}
     if unknown:
         raise typer.BadParameter(f"--models must be of {', '.join((*SIZES, DEMO))}, not {min(unknown)}")

@@ -16,7 +16,7 @@ from rich.text import Text
 from proxyserve import __version__
 from proxyserve.api.errors import StartupError
 from proxyserve.api.logs import configure_logging
-from proxyserve.cli.bench import bench_command
+from proxyserve.cli.bench import bench_app
 from proxyserve.cli.calibrate import calibrate_command
 from proxyserve.cli.compress import compress_command
 from proxyserve.cli.demo import demo_command
@@ -35,12 +35,12 @@ app = typer.Typer(name="proxyserve", no_args_is_help=True, pretty_exceptions_ena
 app.command("serve")(serve_command)
 app.command("demo")(demo_command)
 app.command("eval")(eval_command)
-app.command("bench")(bench_command)
 app.command("score")(score_command)
 app.command("calibrate")(calibrate_command)
 app.command("formula")(formula_command)
 app.command("explore")(explore_command)
 app.command("compress")(compress_command)
+app.add_typer(bench_app, name="bench")
 app.add_typer(experts_app, name="experts")
 app.add_typer(presets_app, name="presets")
 app.add_typer(keys_app, name="keys")
