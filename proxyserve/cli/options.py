@@ -16,7 +16,15 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from proxyserve.config import ChatConfig, KernelChoice, LogFormat, LogLevel, ReasoningParser, ToolParser
+from proxyserve.config import (
+    ChatConfig,
+    KernelChoice,
+    LogFormat,
+    LogLevel,
+    PairsChoice,
+    ReasoningParser,
+    ToolParser,
+)
 from proxyserve.errors import InvalidRequest
 from proxyserve.models.family import ExpertSource
 from proxyserve.models.upstream import RemoteSource
@@ -167,6 +175,14 @@ Kernels = Annotated[
         "--kernels",
         envvar=_envvar("KERNELS"),
         help="Backend of the logit arithmetic; auto is triton on a GPU and torch elsewhere.",
+    ),
+]
+Pairs = Annotated[
+    PairsChoice,
+    typer.Option(
+        "--pairs",
+        envvar=_envvar("PAIRS"),
+        help="Whether models that differ in their weights only run together in one forward, or apart; auto measures.",
     ),
 ]
 MaxBatch = Annotated[
