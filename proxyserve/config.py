@@ -13,6 +13,7 @@ LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 ToolParser = Literal["auto", "hermes", "llama"]
 ReasoningParser = Literal["auto", "deepseek", "none"]
+PairsChoice = Literal["auto", "together", "apart"]
 Speculate = int | Literal["auto", "off"]
 
 #: How many tokens a text may go ahead of what is verified: state that must come back is kept for as many.
@@ -31,7 +32,8 @@ class EngineConfig:
     that many), `max_scored_rows` the most rows of logits, of all models together, that a step computes to score prompts
     (the memory plan sets theirs aside). `kv_memory` is in bytes for the KV caches of all models together; None lets the
     plan choose. `threads` None leaves torch's own choice. `kernels` names the backend of the logit arithmetic: "torch",
-    "triton", or "auto", which is triton on a CUDA device.
+    "triton", or "auto", which is triton on a CUDA device. `pairs` says whether models that differ in their weights only
+    run "together" in one forward, or "apart"; "auto" measures which is faster.
 
     `speculate` says how many tokens are drafted ahead for each request, and verified together: that many where it can
     be done, "off" for none, or "auto" for as many as measured acceptance and times make worth it, at most `max_drafts`.
@@ -49,6 +51,7 @@ class EngineConfig:
     kernels: KernelChoice = "auto"
     speculate: Speculate = "auto"
     max_drafts: int = 8
+    pairs: PairsChoice = "auto"
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_batch_tokens", "max_scored_rows", "block_size"):
@@ -67,6 +70,8 @@ class EngineConfig:
                 f"max_drafts must be from 1 to {MOST_DRAFTS}, not {self.max_drafts}; "
                 "to draft nothing, set speculate to off"
             )
+        if self.pairs not in ("auto", "together", "apart"):
+            raise ValueError(f"pairs must be auto, together or apart, not '{self.pairs}'")
         if self.max_batch_tokens < self.max_batch:
             raise ValueError(
                 f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_batch ({self.max_batch}), "

@@ -22,6 +22,7 @@ from proxyserve.config import (
     KernelChoice,
     LogFormat,
     LogLevel,
+    PairsChoice,
     ReasoningParser,
     Speculate,
     ToolParser,
@@ -176,6 +177,14 @@ Kernels = Annotated[
         "--kernels",
         envvar=_envvar("KERNELS"),
         help="Backend of the logit arithmetic; auto is triton on a GPU and torch elsewhere.",
+    ),
+]
+Pairs = Annotated[
+    PairsChoice,
+    typer.Option(
+        "--pairs",
+        envvar=_envvar("PAIRS"),
+        help="Whether models that differ in their weights only run together in one forward, or apart; auto measures.",
     ),
 ]
 MaxBatch = Annotated[

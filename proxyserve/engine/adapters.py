@@ -163,9 +163,9 @@ class AdapterBank:
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def add_changes(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            plan = _current.get()
-            if plan is not None and plan.bank is self:
-                plan.apply(name, inputs[0], output)
+            for plan in _current.get():
+                if plan.bank is self:
+                    plan.apply(name, inputs[0], output)
 
         return add_changes
 
@@ -200,13 +200,13 @@ class AdapterPlan:
                 group.add(name, flat, output.view(-1, output.shape[-1]))
 
 
-_current: ContextVar[AdapterPlan | None] = ContextVar("proxyserve_adapters", default=None)
+_current: ContextVar[tuple[AdapterPlan, ...]] = ContextVar("proxyserve_adapters", default=())
 
 
 @contextmanager
-def adapter_plan(plan: AdapterPlan | None) -> Iterator[None]:
-    """Run trunks under `plan` inside the block; None for the trunk alone."""
-    token = _current.set(plan)
+def adapter_plan(*plans: AdapterPlan | None) -> Iterator[None]:
+    """Run trunks under `plans` inside the block, one of each at most; None for a trunk alone."""
+    token = _current.set(tuple(plan for plan in plans if plan is not None))
     try:
         yield
     finally:

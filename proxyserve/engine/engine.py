@@ -119,7 +119,7 @@ class Engine:
         )
         self.backend.warm_up(needs, progress)
         progress("planning memory and checking the models in paged mode")
-        self.residents = self._settle(models, {runner.model.key: runner for runner in runners})
+        self.residents = self._settle(models, {runner.model.key: runner for runner in runners}, progress)
         self.scheduler = Scheduler(
             self.residents.pools,
             block_size=self.config.block_size,
@@ -130,9 +130,11 @@ class Engine:
         self._choices: dict[str, Choice] = {}
         self._adjuster = Adjuster()
 
-    def _settle(self, models: ModelSet, prepared: Mapping[ModelKey, Runner]) -> Residents:
-        """Give the models their runners and share the KV memory out."""
-        residents, config = Residents(), self.config
+    def _settle(
+        self, models: ModelSet, prepared: Mapping[ModelKey, Runner], progress: Callable[[str], None]
+    ) -> Residents:
+        """Give the models their runners, share the KV memory out and find out which run together."""
+        residents, config = Residents(self.config.pairs), self.config
         local: list[Runner] = []
         for key, trunk in models.trunks.items():
             if isinstance(trunk, RemoteModel):
@@ -162,6 +164,7 @@ class Engine:
         per_lane = (blocks // tenants[layout].lanes for layout, blocks in blocks_of.items())
         self.blocks_per_lane: int | None = max(per_lane, default=None)
         arenas = {layout: Arena(layout, blocks, config.block_size) for layout, blocks in blocks_of.items()}
+        residents.groups.learn(local, progress)
         for runner in local:
             residents.adopt(runner, arenas[runner.layout])
         for model in models.models.values():

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from proxyserve.engine.grouped.group import Group
 from proxyserve.engine.remote_runner import RemoteRows, RemoteRunner
 from proxyserve.engine.runner import Runner
 from proxyserve.scheduler.lane import Lane
@@ -38,17 +39,25 @@ def run_models(
     differences: Mapping[ModelKey, Sequence[Pair]],
 ) -> Forward:
     """Run every model's work; each pair of lanes in `differences` has the rows of one. Remote models are asked first
-    and listened to last, so that the local ones run while the answers are on their way. Must be called in inference
-    mode."""
+    and listened to last, so that the local ones run while the answers are on their way. Those of a group that have work
+    for it run in one forward, if there are two or more. Must be called in inference mode."""
     calls = {}
     for model, items in work.items():
         runner = runners[model]
         if isinstance(runner, RemoteRunner):
             calls[model] = runner.begin(items)
-    logits = {}
+    logits: dict[ModelKey, Tensor] = {}
+    groups: dict[Group, dict[ModelKey, Sequence[LaneWork]]] = {}
     for model, items in work.items():
         runner = runners[model]
-        if isinstance(runner, Runner):
+        if isinstance(runner, Runner) and runner.group is not None and runner.group.takes(items):
+            groups.setdefault(runner.group, {})[model] = items
+    together = {group: members for group, members in groups.items() if len(members) > 1}
+    for group, members in together.items():
+        logits.update(group.run(members, differences))
+    for model, items in work.items():
+        runner = runners[model]
+        if isinstance(runner, Runner) and model not in logits:
             logits[model] = runner.run(items, differences.get(model, ()))
     remote = {model: call.rows() for model, call in calls.items()}
     logits.update({model: rows.known for model, rows in remote.items()})

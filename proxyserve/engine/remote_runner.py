@@ -104,5 +104,5 @@ class RemoteCalls:
                 ids, values = zip(*pairs, strict=True)
                 known[row, list(ids)] = highest[row, list(ids)] = torch.tensor(values)
         if self.calls:
-            stats.ran(len(self.calls), self.begun)
+            stats.ran(len(self.calls), time.perf_counter() - self.begun)
         return RemoteRows(known.to(model.device), highest.to(model.device), unseen, failures)

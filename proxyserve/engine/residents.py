@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from proxyserve.config import PairsChoice
 from proxyserve.engine.arena import Arena, Layout
+from proxyserve.engine.grouped.groups import Groups
 from proxyserve.engine.remote_runner import RemoteRunner
 from proxyserve.engine.runner import Runner, RunnerStats
 from proxyserve.kv.block_pool import BlockPool
@@ -19,7 +21,9 @@ class Residents:
     """Runners by trunk, arenas by layout, and the pool that each trunk's lanes take their blocks from. Changed between
     steps only. Other threads may read: mappings are replaced, never changed."""
 
-    def __init__(self) -> None:
+    def __init__(self, pairs: PairsChoice = "apart") -> None:
+        #: The runners that run together.
+        self.groups = Groups(pairs)
         self.runners: Mapping[ModelKey, AnyRunner] = MappingProxyType({})
         self.arenas: Mapping[Layout, Arena] = MappingProxyType({})
         self.pools: Mapping[ModelKey, BlockPool] = MappingProxyType({})
@@ -36,6 +40,7 @@ class Residents:
         runner.attach(arena.storage)
         self.arenas = MappingProxyType({**self.arenas, runner.layout: arena})
         self._add(runner, arena.pool)
+        self.groups.join(self.local)
 
     def adopt_remote(self, runner: RemoteRunner, pool: BlockPool) -> None:
         self._add(runner, pool)
@@ -56,7 +61,7 @@ class Residents:
         Nothing happens if it never came."""
         if trunk not in self.runners:
             return
-        self._local(trunk)
+        self.groups.leave(self._local(trunk))
         self.pools[trunk].forget(trunk)
         runners = {key: other for key, other in self.runners.items() if key != trunk}
         self.runners = MappingProxyType(runners)
@@ -65,7 +70,7 @@ class Residents:
         self.pool_names = MappingProxyType(
             {pool: name for pool, name in self.pool_names.items() if pool in left}
         )
-        kept = {other.layout for other in runners.values() if isinstance(other, Runner)}
+        kept = {other.layout for other in self.local}
         self.arenas = MappingProxyType(
             {layout: arena for layout, arena in self.arenas.items() if layout in kept}
         )
@@ -93,7 +98,12 @@ class Residents:
         return runner
 
     @property
+    def local(self) -> list[Runner]:
+        """Those that are no other server's. Any thread may ask."""
+        return [runner for runner in self.runners.values() if isinstance(runner, Runner)]
+
+    @property
     def bytes(self) -> int:
         """Of all weights, adapters and KV blocks here."""
-        runners = sum(runner.bytes for runner in self.runners.values() if isinstance(runner, Runner))
-        return runners + sum(arena.bytes for arena in self.arenas.values())
+        weights = sum(runner.bytes for runner in self.local) + self.groups.bytes
+        return weights + sum(arena.bytes for arena in self.arenas.values())

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from proxyserve.engine.adapters import AdapterBank, adapter_plan
 from proxyserve.engine.arena import Layout
-from proxyserve.engine.attention import IMPLEMENTATION, AttentionPlan, ShapeProbe, Span, attention_plan
+from proxyserve.engine.attention import IMPLEMENTATION, AttentionPlan, ShapeProbe, attention_plan
 from proxyserve.engine.cpu_linear import pack_linears
 from proxyserve.engine.heads import HeadRows, head_rows, watch_head
 from proxyserve.engine.kv_storage import KVStorage, LayerShape
+from proxyserve.engine.packed_row import PackedRow
 from proxyserve.errors import LoadError
 from proxyserve.models.formats.lora import LoraWeights
 from proxyserve.models.loaded_model import LoadedModel
 from proxyserve.scheduler.lane import Lane
 from proxyserve.scheduler.scheduler import LaneWork
 from proxyserve.types import ModelKey
+
+if TYPE_CHECKING:
+    from proxyserve.engine.grouped.group import Group
 
 _PROBE_TOKENS = 9
 
@@ -37,12 +42,12 @@ class RunnerStats:
     seconds: float = 0.0
     ended: float = 0.0
 
-    def ran(self, rows: int, started: float) -> None:
-        """A forward that began at `started` has ended just now."""
+    def ran(self, rows: int, seconds: float) -> None:
+        """A forward has ended just now, of which this model's share is `seconds`."""
         self.forwards += 1
         self.rows += rows
         self.ended = perf_counter()
-        self.seconds += self.ended - started
+        self.seconds += seconds
 
 
 def probe_ids(model: LoadedModel) -> tuple[int, ...]:
@@ -58,6 +63,8 @@ class Runner:
         self.model = model
         self.stats = RunnerStats()
         self.storage: KVStorage | None = None
+        #: The models that this one may run together with.
+        self.group: Group | None = None
         pack_linears(model.module)
         model.module.set_attn_implementation(IMPLEMENTATION)
         #: The adapters whose lanes run as rows of this model's forward.
@@ -131,41 +138,22 @@ class Runner:
         if self.storage is None:
             raise RuntimeError("the runner has no KV storage yet")
         started = perf_counter()
-        ids: list[int] = []
-        positions: list[int] = []
-        wanted: list[int] = []
-        rows_of: dict[int, range] = {}  # by lane, places in `wanted`
-        spans: list[Span] = []
-        for item in work:
-            stop = item.start + item.count
-            ids.extend(item.lane.tokens(item.start, stop))
-            positions.extend(range(item.start, stop))
-            spans.append(Span(item.lane.blocks, item.start, item.count))
-            self.stats.tokens[item.lane.model.name] += item.count
-            rows_of[id(item.lane)] = range(len(wanted), len(wanted) + item.rows)
-            wanted.extend(range(len(ids) - item.rows, len(ids)))
-        heads = self._heads(rows_of, differences) if differences else None
-        rows = len(wanted) if heads is None else len(heads.plain) + len(heads.plus)
-        adapters = self.adapters
-        plan = AttentionPlan.of(spans, self.storage)
-        changes = adapters.plan(
-            [item.lane.model if item.lane.model in adapters else None for item in work],
-            [item.count for item in work],
-        )
-        with attention_plan(plan), adapter_plan(changes), head_rows(heads):
-            logits = self._forward(ids, positions, wanted, rows)
-        self.stats.ran(rows, started)
+        row = self.pack(work, differences)
+        logits = self.compute(row, self.storage)
+        self.stats.ran(row.rows, perf_counter() - started)
         return logits
 
-    def _heads(self, rows_of: Mapping[int, range], differences: Sequence[tuple[Lane, Lane]]) -> HeadRows:
-        pairs = [
-            pair
-            for plus, minus in differences
-            for pair in zip(rows_of[id(plus)], rows_of[id(minus)], strict=True)
-        ]
-        paired = {row for pair in pairs for row in pair}
-        every = (row for rows in rows_of.values() for row in rows)
-        return HeadRows.of([row for row in every if row not in paired], pairs, self.model.device)
+    def pack(self, work: Sequence[LaneWork], differences: Sequence[tuple[Lane, Lane]]) -> PackedRow:
+        """The work as one row, which will be run now."""
+        for item in work:
+            self.stats.tokens[item.lane.model.name] += item.count
+        return PackedRow.of(work, differences, self.adapters, self.model.device)
+
+    def compute(self, row: PackedRow, storage: KVStorage) -> Tensor:
+        """The logits of a packed row, whose KV goes to `storage`. Must be called in inference mode."""
+        plan = AttentionPlan.of(row.spans, storage)
+        with attention_plan(plan), adapter_plan(row.adapters), head_rows(row.heads):
+            return self._forward(row.ids, row.positions, row.wanted, row.rows)
 
     def _forward(self, ids: list[int], positions: list[int], wanted: list[int], rows: int) -> Tensor:
         """`rows` rows of logits, of the tokens at `wanted` in the packed row or of what `head_rows` makes of them."""

@@ -7,6 +7,7 @@ A class may take part in the attention registry and still keep state of its own,
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from proxyserve.engine.attention import IMPLEMENTATION
 from proxyserve.engine.kv_storage import KVStorage
@@ -21,6 +22,17 @@ _CHUNKS = (5, 1, 3)
 _BLOCK = 4
 _LARGEST_WARM = 64
 _TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.15, torch.float16: 3e-2}
+
+
+def logit_error(got: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to how far the expected logits spread."""
+    spread = expected.float().std().clamp(min=1e-6)
+    return float(((got.float() - expected.float()).abs().max() / spread).item())
+
+
+def logit_tolerance(dtype: torch.dtype) -> float:
+    """The most that `logit_error` may be where nothing but the order of sums differs."""
+    return _TOLERANCE.get(dtype, 0.15)
 
 
 def verify_adapter(runner: Runner, model: LoadedModel) -> None:
@@ -80,9 +92,8 @@ def verify_paged(runner: Runner) -> None:
             got = runner.run([LaneWork(request, lane, lane.computed, count, rows=1)])[0]
             lane.computed += count
     runner.detach()
-    spread = expected.float().std().clamp(min=1e-6)
-    error = ((got.float() - expected.float()).abs().max() / spread).item()
-    if not error <= _TOLERANCE.get(model.dtype, 0.15):  # NaN fails too
+    error = logit_error(got, expected)
+    if not error <= logit_tolerance(model.dtype):  # NaN fails too
         raise LoadError(
             f"{model.path}: {type(model.module).__name__} gives other logits in paged mode (error {error:.2g} of their "
             "spread, or NaN); this class cannot be served correctly"

@@ -428,6 +428,7 @@ class ExpertManager:
                 self._roster.move(generation, Phase.WARMING)
             with self._paced():
                 library.warm(loaded, engine.config.max_batch)
+            engine.residents.groups.learn([*loaded.fresh, *engine.residents.local])
             left = self._room.left - sum(runner.bytes for runner in loaded.fresh)
             arenas = dict(engine.residents.arenas)
             for runner in loaded.fresh:

@@ -1,0 +1,1 @@
+"""Alike models in one forward."""
