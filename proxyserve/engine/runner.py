@@ -14,7 +14,7 @@ from torch import Tensor
 from proxyserve.engine.adapters import AdapterBank, adapter_plan
 from proxyserve.engine.arena import Layout
 from proxyserve.engine.attention import IMPLEMENTATION, AttentionPlan, ShapeProbe, attention_plan
-from proxyserve.engine.cpu_linear import pack_linears
+from proxyserve.engine.cpu_linear import doubled_bytes, pack_linears
 from proxyserve.engine.heads import HeadRows, head_rows, watch_head
 from proxyserve.engine.kv_storage import KVStorage, LayerShape
 from proxyserve.engine.packed_row import PackedRow
@@ -66,6 +66,7 @@ class Runner:
         #: The models that this one may run together with.
         self.group: Group | None = None
         pack_linears(model.module)
+        self._doubled_bytes = doubled_bytes(model.module)
         model.module.set_attn_implementation(IMPLEMENTATION)
         #: The adapters whose lanes run as rows of this model's forward.
         self.adapters = AdapterBank(model.module)
@@ -109,7 +110,7 @@ class Runner:
     @property
     def bytes(self) -> int:
         """Of its weights and the adapters over them."""
-        return self.model.bytes + self.adapters.bytes
+        return self.model.bytes + self._doubled_bytes + self.adapters.bytes
 
     @torch.inference_mode()
     def probe(self, adapter: LoraWeights) -> Tensor:

@@ -40,22 +40,29 @@ def filtered(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Ten
     parameters may lie on the host. A bad row (NaN, +inf, nothing possible) gives anything."""
     device = scores.device
     top_k, top_p, min_p = top_k.to(device), top_p.to(device), min_p.to(device)
-    best = _best(scores, OPENED, CANDIDATES)
-    last, certain = _last_kept(best, log_partition(scores), top_k, top_p, min_p)
-    ranks = torch.arange(best.scores.shape[1], device=device)
-    listed = torch.where(ranks <= last[:, None], best.scores, -math.inf)
-    kept = torch.full_like(scores, -math.inf).scatter_(1, best.ids, listed)
-    for row in (~certain).nonzero()[:, 0].tolist():
-        token = _search(scores[row], int(top_k[row]), float(top_p[row]), float(min_p[row]))
-        inside = up_to(scores[row : row + 1], Last(*(value.view(1) for value in token)))
-        kept[row] = torch.where(inside[0], scores[row], -math.inf)
+    total = log_partition(scores)
+    if bool(_in_vain(scores, total, top_k, top_p, min_p).all()):
+        kept = torch.empty_like(scores)
+        uncertain = list(range(scores.shape[0]))
+    else:
+        best = _best(scores, OPENED, CANDIDATES)
+        last, certain = _last_kept(best, total, top_k, top_p, min_p)
+        ranks = torch.arange(best.scores.shape[1], device=device)
+        listed = torch.where(ranks <= last[:, None], best.scores, -math.inf)
+        kept = torch.full_like(scores, -math.inf).scatter_(1, best.ids, listed)
+        uncertain = (~certain).nonzero()[:, 0].tolist()
+    for row in uncertain:
+        kept[row] = _search(scores[row], int(top_k[row]), float(top_p[row]), float(min_p[row])).of(
+            scores[row]
+        )
     return kept
 
 
-def up_to(scores: Tensor, token: Last) -> Tensor:
-    """`token` and the tokens that come before it, bool [n, V]."""
-    level = scores == token.score[:, None]
-    return (scores > token.score[:, None]) | (level & (_ids(scores) <= token.id[:, None]))
+def _in_vain(scores: Tensor, total: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Rows in which even `CANDIDATES` tokens as likely as the likeliest would not hold `top_p`, bool [n]: looking at
+    the best tokens cannot settle these."""
+    most = in_blocks(scores).amax(dim=-1).amax(dim=1) - total + math.log(CANDIDATES)
+    return (top_k == 0) & (min_p == 0) & (top_p < 1.0) & (most < top_p.log())
 
 
 def before(scores: Tensor, token: Last) -> Tensor:
@@ -76,10 +83,9 @@ def top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     unsure = values[:, -1] <= best.bound
     for row in unsure.nonzero()[:, 0].tolist():
         if not math.isinf(float(best.bound[row])):  # else what is missing is impossible anyway
-            token = _search(scores[row], count, 1.0, 0.0)
-            inside = up_to(scores[row : row + 1], Last(*(value.view(1) for value in token)))
+            inside = _search(scores[row], count, 1.0, 0.0).of(scores[row])
             # Exactly `count` tokens, unless the row is bad.
-            chosen = scores[row : row + 1].masked_fill(~inside, -math.inf).topk(count, dim=1)
+            chosen = inside[None].topk(count, dim=1)
             values[row : row + 1], ids[row : row + 1] = _in_order(*chosen)
     return values, ids
 
@@ -146,11 +152,24 @@ def _last_kept(
     return last, everything | (reached & (_at(values, last) > best.bound))
 
 
-def _search(scores: Tensor, top_k: int, top_p: float, min_p: float) -> Last:
-    """The last kept token of one row [V] that may keep very many: () float32, () int64."""
+class _Kept(NamedTuple):
+    """Tokens of one row: those of a score above `level`, and those with the ids `beside` int64 [m]."""
+
+    level: float
+    beside: Tensor
+
+    def of(self, scores: Tensor) -> Tensor:
+        """A copy of the row [V] with -inf for all others."""
+        kept = torch.threshold(scores, self.level, -math.inf)
+        kept[self.beside] = scores[self.beside]
+        return kept
+
+
+def _search(scores: Tensor, top_k: int, top_p: float, min_p: float) -> _Kept:
+    """What the filters keep of one row [V], which may be very many tokens."""
     peak = scores.max()
     if not bool(torch.isfinite(peak)):  # a bad row
-        return Last(scores[0], torch.zeros((), dtype=torch.int64, device=scores.device))
+        return _Kept(-math.inf, torch.zeros(0, dtype=torch.int64, device=scores.device))
     # Rounding keeps the order: a better score never has a later bin.
     bins = (peak - scores).mul_(1 / BIN_WIDTH).clamp_(max=BINS - 1).int()
     alive = scores > -math.inf
@@ -159,8 +178,7 @@ def _search(scores: Tensor, top_k: int, top_p: float, min_p: float) -> Last:
     if top_k:
         living = alive.double()
         sums = torch.bincount(bins, weights=living, minlength=BINS)
-        score, token = _reach(scores, alive, bins, sums, living, float(top_k))
-        alive &= up_to(scores[None], Last(score.view(1), token.view(1)))[0]
+        alive &= _reach(scores, alive, bins, sums, living, float(top_k)).of(scores) > -math.inf
     mass = torch.where(alive, (scores - peak).exp_(), 0.0).double()
     sums = torch.bincount(bins, weights=mass, minlength=BINS)
     # A top-p of 1 must not lose tokens whose mass is lost in the sum.
@@ -168,9 +186,9 @@ def _search(scores: Tensor, top_k: int, top_p: float, min_p: float) -> Last:
     return _reach(scores, alive, bins, sums, mass, goal)
 
 
-def _reach(scores: Tensor, alive: Tensor, bins: Tensor, sums: Tensor, weight: Tensor, goal: float) -> Last:
-    """The first token, best first, up to which `weight` float64 [V] of the living reaches `goal`, or the last living
-    one; some token lives. `sums` float64 [BINS] are the weights of the bins."""
+def _reach(scores: Tensor, alive: Tensor, bins: Tensor, sums: Tensor, weight: Tensor, goal: float) -> _Kept:
+    """The tokens, best first, with which `weight` float64 [V] of the living reaches `goal`, or all living ones; some
+    token lives, and no other is better than one that does. `sums` float64 [BINS] are the weights of the bins."""
     level = sums.cumsum(dim=0)
     full = int((level < goal).sum())  # so many bins lie before the one where the goal is reached
     if full >= BINS:
@@ -180,4 +198,5 @@ def _reach(scores: Tensor, alive: Tensor, bins: Tensor, sums: Tensor, weight: Te
     earlier = level[full] - sums[full]
     reached = earlier + weight[members].cumsum(dim=0) >= goal
     place = int((~reached).sum()) if bool(reached[-1]) else members.shape[0] - 1
-    return Last(scores[members[place]], members[place])
+    # Whatever is better than the best of its bin is in an earlier bin.
+    return _Kept(float(scores[members[0]]), members[: place + 1])

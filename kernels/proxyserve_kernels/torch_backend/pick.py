@@ -11,7 +11,7 @@ from torch import Tensor
 from proxyserve_kernels.controls import MIN_TEMPERATURE, Logprobs, PickControls, Picks
 from proxyserve_kernels.rows import RowBatch
 from proxyserve_kernels.torch_backend.adjust import adjust, removed
-from proxyserve_kernels.torch_backend.blocks import best_of, log_partition, row_sum
+from proxyserve_kernels.torch_backend.blocks import best_of, exp_, log_partition, row_sum
 from proxyserve_kernels.torch_backend.draw import draw
 from proxyserve_kernels.torch_backend.filters import Last, before, filtered, top
 from proxyserve_kernels.torch_backend.parts import PART, in_parts, joined
@@ -64,16 +64,19 @@ def processed(batch: RowBatch, controls: PickControls, rows: Tensor) -> Tensor:
 
 
 def _law(scores: Tensor, best: Tensor, controls: PickControls, rows: Tensor) -> Tensor:
-    """Scores whose softmax is the processed law, float32 [n, V]. `scores` [n, V] and `best` [n] belong to `rows`."""
+    """Scores whose softmax is the processed law, float32 [n, V]. `scores` [n, V] and `best` [n] belong to `rows`; the
+    scores are overwritten."""
     device = scores.device
     sampled = controls.temperature[rows] >= MIN_TEMPERATURE
     greedy = ~sampled.to(device)
     scale = 1.0 / torch.where(sampled, controls.temperature[rows], 1.0)
-    law = scores * scale.to(device)[:, None]
+    law = scores.mul_(scale.to(device)[:, None])
     top_k, top_p, min_p = controls.top_k[rows], controls.top_p[rows], controls.min_p[rows]
     filters = ((top_k > 0) | (top_p < 1.0) | (min_p > 0.0)) & sampled
     chosen = filters.nonzero()[:, 0]
-    if chosen.numel():
+    if chosen.numel() == rows.numel():
+        law = filtered(law, top_k, top_p, min_p)
+    elif chosen.numel():
         at = chosen.to(device)
         law[at] = filtered(law[at], top_k[chosen], top_p[chosen], min_p[chosen])
     if bool(greedy.any()):
@@ -85,7 +88,8 @@ def _law(scores: Tensor, best: Tensor, controls: PickControls, rows: Tensor) -> 
 def _choose(
     scores: Tensor, best: Tensor, controls: PickControls, told: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Tokens int64 [B], and the processed scores of the rows `told`. Greedy rows take `best`, the others are drawn."""
+    """Tokens int64 [B], and the processed scores of the rows `told`. Greedy rows take `best`, the others are drawn.
+    The scores may be overwritten."""
     needed = controls.temperature >= MIN_TEMPERATURE
     needed[told] = True
     rows = needed.nonzero()[:, 0]
@@ -93,18 +97,21 @@ def _choose(
         return best, None
     device = scores.device
     at = rows.to(device)
-    law = _law(scores[at], best[at], controls, rows)
+    law = _law(_rows(scores, at), best[at], controls, rows)
     sampled = (controls.temperature[rows] >= MIN_TEMPERATURE).nonzero()[:, 0]
     tokens = best.clone()
     if sampled.numel():
         own = rows[sampled]
-        drawn = draw(
-            law[sampled.to(device)], controls.seeds[own].to(device), controls.positions[own].to(device)
-        )
-        tokens[own.to(device)] = drawn
+        seeds, positions = controls.seeds[own].to(device), controls.positions[own].to(device)
+        tokens[own.to(device)] = draw(_rows(law, sampled.to(device)), seeds, positions)
     if not told.numel():
         return tokens, None
     return tokens, law[torch.searchsorted(rows, told).to(device)]
+
+
+def _rows(scores: Tensor, rows: Tensor) -> Tensor:
+    """`rows` int64 [m], in order, of [n, V]; not a copy where that is all of them."""
+    return scores if rows.numel() == scores.shape[0] else scores[rows]
 
 
 def _compare(fused: Fused) -> tuple[Tensor, Tensor]:
@@ -119,7 +126,7 @@ def _compare(fused: Fused) -> tuple[Tensor, Tensor]:
     peak, best = best_of(scores)
     other_peak, other_best = best_of(reference)
     # KL = E_fused[fused - reference] - log Z_fused + log Z_reference, with every exp taken once.
-    p = (scores - peak[:, None]).exp_()
+    p = exp_(scores - peak[:, None])
     mass = row_sum(p)
     # A token without mass adds nothing: neither an infinite gap nor one of two infinities.
     gap = (scores - reference).nan_to_num_(nan=0.0, posinf=math.inf, neginf=0.0)
@@ -127,7 +134,7 @@ def _compare(fused: Fused) -> tuple[Tensor, Tensor]:
     if bool(total.isnan().any()):  # a broken row, or mass that rounded to 0 where the reference has none
         total = row_sum((scores - reference).masked_fill_(p == 0, 0.0).mul_(p))
     moved = total / mass
-    other_mass = row_sum((reference - other_peak[:, None]).exp_())
+    other_mass = row_sum(exp_(reference - other_peak[:, None]))
     # Rounding may leave a KL of nearly nothing below zero.
     kl[rows] = (moved - peak - mass.log() + other_peak + other_mass.log()).clamp_(min=0.0)
     flips[rows] = best != other_best
