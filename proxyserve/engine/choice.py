@@ -11,6 +11,7 @@ from torch import Tensor
 from proxyserve.engine.adjustments import ChoiceAdjustments
 from proxyserve.engine.clock import Clock
 from proxyserve.engine.scoring import Scoring
+from proxyserve.engine.speculation.ahead import Ahead
 from proxyserve.engine.submission import Submission
 from proxyserve.fusion.binding import BoundProgram
 from proxyserve.models.vocabulary import SharedVocabulary
@@ -61,7 +62,8 @@ class Sampled:
 class Choice:
     """The lanes of `scheduled` are those of `program`. `stop_ids` end the text and are shared by all lanes;
     `max_output` is the most ids that may be generated. `held` are the base's logits [1, width] for the next token,
-    while a gated request awaits its other lanes. `scoring` is there if this choice scores the prompt."""
+    while a gated request awaits its other lanes. `scoring` is there if this choice scores the prompt, `ahead` if it may
+    run ahead of its text."""
 
     submission: Submission
     index: int
@@ -77,6 +79,7 @@ class Choice:
     held: Tensor | None = None
     scoring: Scoring | None = None
     differences: list[tuple[Lane, Lane]] | None = None  # see `batch.shared_heads`, which finds them once
+    ahead: Ahead | None = None
     kl_total: float = 0.0
     removed_total: float = 0.0
     flips: int = 0
