@@ -63,7 +63,7 @@ class Choice:
     """The lanes of `scheduled` are those of `program`. `stop_ids` end the text and are shared by all lanes;
     `max_output` is the most ids that may be generated. `held` are the base's logits [1, width] for the next token,
     while a gated request awaits its other lanes. `scoring` is there if this choice scores the prompt, `ahead` if it may
-    run ahead of its text."""
+    run ahead of its text; `drafted` and `accepted` count the tokens that were drafted, and those of them that stood."""
 
     submission: Submission
     index: int
@@ -80,6 +80,8 @@ class Choice:
     scoring: Scoring | None = None
     differences: list[tuple[Lane, Lane]] | None = None  # see `batch.shared_heads`, which finds them once
     ahead: Ahead | None = None
+    drafted: int = 0
+    accepted: int = 0
     kl_total: float = 0.0
     removed_total: float = 0.0
     flips: int = 0
@@ -231,6 +233,8 @@ class Choice:
             else {expert: total / tokens for expert, total in self.weight_totals.items()},
             certified=self.certified if remote else None,
             mean_unseen_mass=self.unseen_total / tokens if remote else None,
+            drafted=self.drafted or None,
+            accepted=self.accepted if self.drafted else None,
         )
 
 

@@ -67,7 +67,7 @@ from proxyserve.models.loaded_model import LoadedModel
 from proxyserve.models.model_set import ModelSet
 from proxyserve.models.remote import RemoteModel
 from proxyserve.scheduler.request import RequestState, ScheduledRequest
-from proxyserve.scheduler.scheduler import Plan, Scheduler
+from proxyserve.scheduler.scheduler import Plan, Scheduler, Wish
 from proxyserve.types import FinishReason, ModelKey, OutputEvent
 from proxyserve_kernels import Needs, PickControls, RowBatch, backend_for
 
@@ -324,8 +324,8 @@ class Engine:
             sampled = self._sample(rows, adjusted, logits) if rows else []
             accepted = _accepted(rows, sampled) if plan.granted else {}
             self.scheduler.commit(plan, accepted)
-            for request in plan.granted:
-                self._verified(self._choices[request.request_id], accepted.get(request, 0))
+            for request, wish in plan.granted.items():
+                self._verified(self._choices[request.request_id], wish, accepted.get(request, 0))
             self.counters.sampling_seconds += perf_counter() - computed
         except Exception as error:  # whatever it was, the process and all other requests go on
             logger.exception("a step failed; the requests in it are ended")
@@ -357,10 +357,15 @@ class Engine:
         plan.run_ahead(drafted.passes)
         return drafted
 
-    def _verified(self, choice: Choice, accepted: int) -> None:
-        """The first `accepted` of a choice's drafts will be in its text; none is supposed any more."""
-        self._speculator.verified(choice, len(choice.scheduled.drafts), accepted)
-        choice.adjustments.take_back()
+    def _verified(self, choice: Choice, wish: Wish, accepted: int) -> None:
+        """The first `accepted` of a choice's drafts stand; none is supposed any more."""
+        drafts = len(choice.scheduled.drafts)
+        if drafts:
+            choice.drafted += drafts
+            choice.accepted += accepted
+            name = "lookup" if wish.drafter is None else wish.drafter.model.name
+            self.counters.verified(name, drafts, accepted)
+            choice.adjustments.take_back()
 
     def _rows_to_sample(self, plan: Plan, counts: Mapping[Choice, int]) -> list[FusedRow]:
         """The last rows of the plan's requests, `counts` being how many each has: one to draw from, and one for each

@@ -11,15 +11,8 @@ from proxyserve.scheduler.lane import Lane
 @dataclass(slots=True)
 class Ahead:
     """`drafter` is the lane that drafts the next tokens, `steady` says that it always is; without one, drafts are
-    looked up in the text. `drafted` and `accepted` count tokens."""
+    looked up in the text."""
 
     drafter: Lane | None
     steady: bool
     lookup: Lookup
-    drafted: int = 0
-    accepted: int = 0
-
-    @property
-    def name(self) -> str:
-        """Whose drafts they are."""
-        return "lookup" if self.drafter is None else self.drafter.model.name

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -22,8 +21,8 @@ from torch import Tensor
 from proxyserve.engine.adjustments import Adjuster, RowAdjustments
 from proxyserve.engine.batch import FusedRow, Place, build_drawing, target_entropies
 from proxyserve.engine.choice import Choice
+from proxyserve.engine.forward import run_models
 from proxyserve.engine.residents import AnyRunner
-from proxyserve.engine.runner import Runner
 from proxyserve.scheduler.request import ScheduledRequest
 from proxyserve.scheduler.scheduler import LaneWork, Plan, Wish
 from proxyserve.types import ModelKey
@@ -76,7 +75,7 @@ def draft(
         _Runs(choices[request.request_id], wish, proposed.get(request, ()))
         for request, wish in plan.granted.items()
     ]
-    # Neighbours share a forward; those without a drafter come last.
+    # By forward, as the rows come; those without a drafter last.
     runs.sort(key=lambda run: (run.trunk is None, run.trunk or ()))
     runs = _rule(runs, adjuster, drafted)
     while runs:
@@ -124,31 +123,28 @@ def _write(
     adjuster: Adjuster,
 ) -> list[int]:
     """One forward of each drafting model, and one pick. -1 where a drafter has no law."""
-    first = len(drafted.sources)
+    work: dict[ModelKey, list[LaneWork]] = {}
+    for run in runs:
+        request, lane = run.choice.scheduled, run.wish.drafter
+        assert lane is not None  # others write nothing
+        item = LaneWork(request, lane, lane.wanted + len(request.drafts) - 1, 1, rows=1)
+        work.setdefault(lane.trunk, []).append(item)
+        drafted.passes[request] = drafted.passes.get(request, 0) + 1
+    forward = run_models(runners, work, {})
     places: list[Place] = []
-    for trunk, group in groupby(runs, key=lambda run: run.trunk):
-        work = [_next_token(run) for run in group]
-        runner = runners[trunk] if trunk is not None else None
-        assert isinstance(runner, Runner)  # drafters are models of this process
-        drafted.sources.append(runner.run(work))
-        for row, item in enumerate(work):
-            place = len(drafted.sources) - 1, row
-            drafted.places.setdefault(id(item.lane), []).append(place)
-            drafted.passes[item.request] = drafted.passes.get(item.request, 0) + 1
-            places.append((place[0] - first, row))
+    for trunk, items in work.items():
+        source = len(drafted.sources)
+        drafted.sources.append(forward.logits[trunk])
+        for row, item in enumerate(items):
+            drafted.places.setdefault(id(item.lane), []).append((source, row))
+            places.append((source, row))
     return draw(
         backend,
         [FusedRow(run.choice, ahead=len(run.choice.scheduled.drafts)) for run in runs],
-        drafted.sources[first:],
+        drafted.sources,
         places,
         adjuster.adjustments([drafted.rows[run.choice.key][-1] for run in runs]),
     )
-
-
-def _next_token(run: _Runs) -> LaneWork:
-    request, lane = run.choice.scheduled, run.wish.drafter
-    assert lane is not None
-    return LaneWork(request, lane, lane.wanted + len(request.drafts) - 1, 1, rows=1)
 
 
 def draw(

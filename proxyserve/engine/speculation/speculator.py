@@ -54,9 +54,3 @@ class Speculator:
                 wishes[request] = Wish(drafts, ahead.drafter)
         self.proposed = proposed
         return wishes
-
-    def verified(self, choice: Choice, drafted: int, accepted: int) -> None:
-        """Of the `drafted` tokens of a step the first `accepted` are in the text."""
-        if choice.ahead is not None:
-            choice.ahead.drafted += drafted
-            choice.ahead.accepted += accepted
