@@ -48,7 +48,7 @@ class _Wish(NamedTuple):
 @dataclass(slots=True, eq=False)
 class ChoiceAdjustments:
     """Of one choice. `output` is its list of generated ids, which grows elsewhere, and not while drafts are supposed to
-    follow it. `seen` is None where nothing is penalised."""
+    follow it; `drafts` is its list of those, which changes here. `seen` is None where nothing is penalised."""
 
     params: SamplingParams
     output: Sequence[int]

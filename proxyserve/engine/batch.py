@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -42,18 +43,20 @@ _MATCHES = {
 #: (source, row) of a lane's logits.
 Place = tuple[int, int]
 _ABSENT: Place = (ABSENT, 0)
+_NOWHERE: Mapping[int, Sequence[Place]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
 class FusedRow:
     """One row to fuse. `alone`: the base by itself, to see whether a gated request needs its other lanes. `nth` of the
     rows that each of the choice's lanes has in this step. `target` is the token of the prompt that the row is to score;
-    None: a token is drawn from it."""
+    None: a token is drawn from it, to follow the first `ahead` of the choice's drafts."""
 
     choice: Choice
     nth: int = 0
     alone: bool = False
     target: int | None = None
+    ahead: int = 0
 
     @property
     def logprobs(self) -> int | None:
@@ -69,20 +72,24 @@ class FusedRow:
         on are scored as the answer to those before; in a prompt that is scored whole, each as an answer's first."""
         scoring, start = self.choice.scoring, self.choice.submission.sampling.prompt_logprobs_from
         if self.target is None or scoring is None:
-            return len(self.choice.output)
+            return len(self.choice.output) + self.ahead
         return scoring.first + len(scoring.scores) + self.nth - start if start else 0
 
 
 class LogitRows:
     """Where the logits of each lane's tokens lie: in what the models returned in this step, or, for the base of a
     request that awaits its other lanes, in what an earlier step kept. A lane's rows are neighbours; `nth` says which.
-    Lanes of remote models have one, and another with the highest log-prob that each token can have."""
+    Lanes of remote models have one, and another with the highest log-prob that each token can have. `drafted` are the
+    logits that drafting left, and `places` where in them lie those of each drafter, by the lane's id; such a lane's
+    last row alone is among the others."""
 
     def __init__(
         self,
         rows: Sequence[FusedRow],
         work: Mapping[ModelKey, Sequence[LaneWork]],
         forward: Forward,
+        drafted: Sequence[Tensor] = (),
+        places: Mapping[int, Sequence[Place]] = _NOWHERE,
     ) -> None:
         logits = forward.logits
         self._places: dict[int, Place] = {}
@@ -113,10 +120,16 @@ class LogitRows:
                 self._highest[lane] = len(sources), row
                 self._unseen[lane] = unseen
             sources.append(remote.highest)
-        self.sources = tuple(sources)
+        self._drafted: dict[int, list[Place]] = {}
+        for lane, found in places.items():
+            if lane in self._places:
+                own = [(len(sources) + source, row) for source, row in found]
+                self._drafted[lane] = [*own, self._places[lane]]
+        self.sources = (*sources, *drafted)
 
     def place(self, lane: Lane, nth: int = 0) -> Place:
-        return _further(self._places[id(lane)], nth)
+        drafted = self._drafted.get(id(lane))
+        return _further(self._places[id(lane)], nth) if drafted is None else drafted[nth]
 
     def term(self, lane: Lane, minus: Lane | None, nth: int) -> tuple[Place, Place]:
         """Where `lane - minus` of a term is read: from two rows, or from one that holds their difference."""
@@ -154,9 +167,11 @@ def _further(place: Place, nth: int) -> Place:
 def shared_heads(
     rows: Sequence[FusedRow], runners: Mapping[ModelKey, AnyRunner]
 ) -> dict[ModelKey, list[Pair]]:
-    """By trunk, the pairs of lanes of which only the difference is read."""
+    """By trunk, the pairs of lanes of which only the difference is read. A drafter has been read by itself."""
     found: dict[ModelKey, list[Pair]] = {}
     for choice in dict.fromkeys(row.choice for row in rows if not row.alone):
+        if choice.scheduled.drafts:
+            continue
         if choice.differences is None:
             choice.differences = _differences(choice, runners)
         for lane, minus in choice.differences:
@@ -313,6 +328,18 @@ def target_entropies(rows: Sequence[FusedRow]) -> Tensor | None:
 def build_controls(
     rows: Sequence[FusedRow], temperatures: Tensor | None, adjustments: Adjustments | None
 ) -> PickControls:
+    """How each row's token is chosen, and what is told of it; arguments as in `build_drawing`."""
+    return replace(
+        build_drawing(rows, temperatures, adjustments),
+        raw=[_listed(row) for row in rows],
+        listed=listed_tokens(rows),
+        compare=True,
+    )
+
+
+def build_drawing(
+    rows: Sequence[FusedRow], temperatures: Tensor | None, adjustments: Adjustments | None
+) -> PickControls:
     """How each row's token is chosen. `temperatures` float32 [rows] replace those of the requests where not NaN."""
     choices = [row.choice for row in rows]
     sampling = [choice.submission.sampling for choice in choices]
@@ -325,10 +352,10 @@ def build_controls(
         top_p=_floats([params.top_p for params in sampling]),
         min_p=_floats([params.min_p for params in sampling]),
         seeds=_ints([choice.seed for choice in choices]),
-        positions=_ints([choice.position for choice in choices]),
-        raw=[_listed(row) for row in rows],
+        positions=_ints([row.choice.position + row.ahead for row in rows]),
+        raw=(None,) * len(rows),
         adjustments=adjustments,
-        listed=listed_tokens(rows),
+        compare=False,
     )
 
 

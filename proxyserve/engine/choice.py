@@ -11,6 +11,7 @@ from torch import Tensor
 from proxyserve.engine.adjustments import ChoiceAdjustments
 from proxyserve.engine.clock import Clock
 from proxyserve.engine.scoring import Scoring
+from proxyserve.engine.speculation.ahead import Ahead
 from proxyserve.engine.submission import Submission
 from proxyserve.fusion.binding import BoundProgram
 from proxyserve.models.vocabulary import SharedVocabulary
@@ -61,7 +62,8 @@ class Sampled:
 class Choice:
     """The lanes of `scheduled` are those of `program`. `stop_ids` end the text and are shared by all lanes;
     `max_output` is the most ids that may be generated. `held` are the base's logits [1, width] for the next token,
-    while a gated request awaits its other lanes. `scoring` is there if this choice scores the prompt."""
+    while a gated request awaits its other lanes. `scoring` is there if this choice scores the prompt, `ahead` if it may
+    run ahead of its text; `drafted` and `accepted` count the tokens that were drafted, and those of them that stood."""
 
     submission: Submission
     index: int
@@ -77,6 +79,9 @@ class Choice:
     held: Tensor | None = None
     scoring: Scoring | None = None
     differences: list[tuple[Lane, Lane]] | None = None  # see `batch.shared_heads`, which finds them once
+    ahead: Ahead | None = None
+    drafted: int = 0
+    accepted: int = 0
     kl_total: float = 0.0
     removed_total: float = 0.0
     flips: int = 0
@@ -228,6 +233,8 @@ class Choice:
             else {expert: total / tokens for expert, total in self.weight_totals.items()},
             certified=self.certified if remote else None,
             mean_unseen_mass=self.unseen_total / tokens if remote else None,
+            drafted=self.drafted or None,
+            accepted=self.accepted if self.drafted else None,
         )
 
 

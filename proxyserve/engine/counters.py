@@ -154,7 +154,7 @@ class EngineCounters:
         """A step that began at `started` has ended; `held` are the choices that it held up (see `held_up`)."""
         seconds = perf_counter() - started
         self.histograms.engine_step_seconds.observe(seconds)
-        tokens = sum(item.count for work in plan.work.values() for item in work)
+        tokens = sum(item.drafted + item.count for work in plan.work.values() for item in work)
         self.histograms.iteration_tokens_total.observe(tokens)
         # A remote model that nothing was asked of has not run.
         ends = [end for trunk in plan.work if (end := runners[trunk].stats.ended) >= started]
@@ -163,17 +163,18 @@ class EngineCounters:
         for choice in held:
             choice.clock.barrier += seconds
 
-    def sampled(self, results: Sequence[tuple[Choice, Sampled]]) -> None:
-        """One step's tokens, before their choices accept them."""
-        now = perf_counter()
-        gaps = [choice.clock.token(now) for choice, _ in results]
+    def sampled(self, results: Sequence[tuple[Choice, Sampled]], gaps: Mapping[Choice, float | None]) -> None:
+        """One step's tokens. `gaps` are the seconds since their choices' last tokens before it, None where there was
+        none; several tokens of one step share theirs, so that the mean is the time per token."""
+        counts = Counter(choice for choice, _ in results)
+        shares = [gap / counts[choice] for choice, _ in results if (gap := gaps[choice]) is not None]
         fused = [pair for pair in results if not pair[0].submission.fusion.is_base]
         compared = [sampled for choice, sampled in fused if choice.program.base is not None]
         self.tokens_generated += len(results)
         self.fused_tokens += len(fused)
         self.gated_tokens += sum(sampled.gated for _, sampled in results)
         self.flips += sum(sampled.flip for sampled in compared)
-        self.histograms.inter_token_latency_seconds.observe_all([gap for gap in gaps if gap is not None])
+        self.histograms.inter_token_latency_seconds.observe_all(shares)
         self.histograms.kl_nats.observe_all([sampled.kl for sampled in compared])
         self.histograms.solved_weight.observe_all(
             [w for choice, sampled in fused if choice.program.law is not None for w in sampled.weights]

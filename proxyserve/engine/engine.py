@@ -1,6 +1,6 @@
 """The engine: one plain `step()` that advances every running request.
 
-    submission ─prepare─▶ choices ─enqueue─▶ scheduler.schedule() ─▶ per model: runner.run(packed tokens)
+    submission ─prepare─▶ choices ─enqueue─▶ scheduler.schedule() ─▶ drafts ─▶ per model: runner.run(packed tokens)
         events ◀─accept─ tokens ◀─ backend.pick (one call for the whole batch) ◀─ solved weights ◀─ logits rows
 
 No thread lives here; `engine.loop` owns the one that calls `step`.
@@ -53,6 +53,8 @@ from proxyserve.engine.residents import AnyRunner, Residents
 from proxyserve.engine.runner import Runner
 from proxyserve.engine.score_rows import rows_to_score, score
 from proxyserve.engine.scoring import Score
+from proxyserve.engine.speculation.drafting import Drafted, draft
+from proxyserve.engine.speculation.speculator import Speculator
 from proxyserve.engine.submission import LanePrompts, Submission
 from proxyserve.engine.verify import verify_paged
 from proxyserve.fusion.calibration import Calibration
@@ -64,8 +66,8 @@ from proxyserve.kv.virtual_pool import VirtualPool
 from proxyserve.models.loaded_model import LoadedModel
 from proxyserve.models.model_set import ModelSet
 from proxyserve.models.remote import RemoteModel
-from proxyserve.scheduler.request import RequestState
-from proxyserve.scheduler.scheduler import Plan, Scheduler
+from proxyserve.scheduler.request import RequestState, ScheduledRequest
+from proxyserve.scheduler.scheduler import Plan, Scheduler, Wish
 from proxyserve.types import FinishReason, ModelKey, OutputEvent
 from proxyserve_kernels import Needs, PickControls, RowBatch, backend_for
 
@@ -129,6 +131,7 @@ class Engine:
         )
         self._choices: dict[str, Choice] = {}
         self._adjuster = Adjuster()
+        self._speculator = Speculator(self.config, models.base.key)
 
     def _settle(
         self, models: ModelSet, prepared: Mapping[ModelKey, Runner], progress: Callable[[str], None]
@@ -263,6 +266,7 @@ class Engine:
             if choice.key in self._choices:
                 raise ValueError(f"request id {choice.key} is in use")
             self._choices[choice.key] = choice
+            self._speculator.begin(choice)
             self.scheduler.add(choice.scheduled)
 
     def submit(self, submission: Submission) -> list[str]:
@@ -292,37 +296,41 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[OutputEvent]:
-        """Run one step: at most one packed forward per model, one fused pick, and a few that score prompts. Returns an
-        event per choice that got a token or ended. A step that raises inside ends the requests in it with an error and
-        nothing else; a remote model that does not answer ends those that wanted it."""
+        """Run one step: drafts, at most one more packed forward per model, one fused pick, a few that score prompts.
+        Returns an event for each token that a choice got, in order, and for each that ended without. A step that raises
+        inside ends the requests in it with an error and nothing else; a remote model that does not answer ends those
+        that wanted it."""
         started = perf_counter()
-        plan = self.scheduler.schedule()
+        running = (self._choices[request.request_id] for request in self.scheduler.running)
+        plan = self.scheduler.schedule(self._speculator.wishes(running))
         self.counters.scheduled(plan, self._choices)
         if plan.empty:
             return []
         self.counters.steps += 1
         held = [self._choices[request.request_id] for request in held_up(plan, self.scheduler.running)]
-        counts = {self._choices[request.request_id]: count for request, count in plan.rows.items()}
-        to_score = [row for choice, count in counts.items() for row in rows_to_score(choice, count)]
-        rows = self._rows_to_sample(plan, counts)
+        self._adjuster.begin()
         try:
+            drafted = self._draft(plan)
+            counts = {self._choices[request.request_id]: count for request, count in plan.rows.items()}
+            to_score = [row for choice, count in counts.items() for row in rows_to_score(choice, count)]
+            rows = self._rows_to_sample(plan, counts)
             forward = run_models(self.runners, plan.work, shared_heads([*to_score, *rows], self.runners))
             failures = forward.failures
             rows = [row for row in rows if row.choice.key not in failures]
             computed = perf_counter()
-            self._adjuster.begin()
-            ruled, halted = self._adjuster.rule({row.choice.key: row.choice.adjustments for row in rows})
-            rows = [row for row in rows if row.choice.key in ruled]
-            adjusted = [ruled[row.choice.key] for row in rows]
-            logits = LogitRows(rows, plan.work, forward)
+            rows, adjusted, halted = self._rule(rows, drafted)
+            logits = LogitRows(rows, plan.work, forward, drafted.sources, drafted.places)
             scores = score(self.backend, to_score, logits, fused_at_once(self.config))
             sampled = self._sample(rows, adjusted, logits) if rows else []
+            accepted = _accepted(rows, sampled) if plan.granted else {}
+            self.scheduler.commit(plan, accepted)
+            for request, wish in plan.granted.items():
+                self._verified(self._choices[request.request_id], wish, accepted.get(request, 0))
             self.counters.sampling_seconds += perf_counter() - computed
         except Exception as error:  # whatever it was, the process and all other requests go on
             logger.exception("a step failed; the requests in it are ended")
             return self._fail(plan, f"The step that computed this request failed: {type(error).__name__}.")
-        self.scheduler.commit(plan)
-        events = [*self._accept_scores(counts, scores), *self._accept(rows, sampled)]
+        events = [*self._accept_scores(counts, scores), *self._accept(rows, sampled, accepted)]
         halted |= {key: Halt(FinishReason.ERROR, message) for key, message in failures.items()}
         # Not where the prompt could not be scored: that has ended the choice already.
         events.extend(
@@ -334,14 +342,58 @@ class Engine:
         self.counters.stepped(plan, self.runners, held, started)
         return events
 
+    def _draft(self, plan: Plan) -> Drafted:
+        """Let the plan's granted requests run ahead, and have its work verify what they drafted."""
+        if not plan.granted:
+            return Drafted()
+        drafted = draft(
+            plan,
+            self._choices,
+            self._speculator.proposed,
+            runners=self.runners,
+            backend=self.backend,
+            adjuster=self._adjuster,
+        )
+        plan.run_ahead(drafted.passes)
+        return drafted
+
+    def _verified(self, choice: Choice, wish: Wish, accepted: int) -> None:
+        """The first `accepted` of a choice's drafts stand; none is supposed any more."""
+        drafts = len(choice.scheduled.drafts)
+        if drafts:
+            choice.drafted += drafts
+            choice.accepted += accepted
+            name = "lookup" if wish.drafter is None else wish.drafter.model.name
+            self.counters.verified(name, drafts, accepted)
+            choice.adjustments.take_back()
+
     def _rows_to_sample(self, plan: Plan, counts: Mapping[Choice, int]) -> list[FusedRow]:
-        """The last rows of the plan's requests, `counts` being how many each has."""
-        sampling = (self._choices[request.request_id] for request in plan.sampling)
+        """The last rows of the plan's requests, `counts` being how many each has: one to draw from, and one for each
+        draft before it."""
+        rows: list[FusedRow] = []
+        for request in plan.sampling:
+            choice = self._choices[request.request_id]
+            if choice.max_output:
+                drafts, last = len(request.drafts), counts[choice] - 1
+                rows.extend(
+                    FusedRow(choice, last - drafts + ahead, ahead=ahead) for ahead in range(drafts + 1)
+                )
         probing = (self._choices[request.request_id] for request in plan.probing)
-        return [
-            *(FusedRow(choice, counts[choice] - 1) for choice in sampling if choice.max_output),
-            *(FusedRow(choice, counts[choice] - 1, alone=True) for choice in probing),
+        return [*rows, *(FusedRow(choice, counts[choice] - 1, alone=True) for choice in probing)]
+
+    def _rule(
+        self, rows: Sequence[FusedRow], drafted: Drafted
+    ) -> tuple[list[FusedRow], list[RowAdjustments], dict[str, Halt]]:
+        """The rows of choices that go on, what adjusts each of them, and why the other choices end."""
+        ahead = drafted.rows
+        others = {row.choice.key: row.choice.adjustments for row in rows if row.choice.key not in ahead}
+        ruled, halted = self._adjuster.rule(others)
+        rows = [row for row in rows if row.choice.key not in halted]
+        adjusted = [
+            ahead[row.choice.key][row.ahead] if row.choice.key in ahead else ruled[row.choice.key]
+            for row in rows
         ]
+        return rows, adjusted, halted
 
     def _sample(
         self, rows: Sequence[FusedRow], adjusted: Sequence[RowAdjustments], logits: LogitRows
@@ -428,24 +480,37 @@ class Engine:
         return events
 
     def _accept(
-        self, rows: Sequence[FusedRow], sampled: Sequence[Sampled | Halt | None]
+        self,
+        rows: Sequence[FusedRow],
+        sampled: Sequence[Sampled | Halt | None],
+        accepted: Mapping[ScheduledRequest, int],
     ) -> list[OutputEvent]:
+        """Each choice's tokens: those of the rows before its accepted drafts, and the one after these."""
         events = []
-        results = zip(rows, sampled, strict=True)
-        self.counters.sampled([(row.choice, token) for row, token in results if isinstance(token, Sampled)])
+        now = perf_counter()
+        taken: list[tuple[Choice, Sampled]] = []
+        gaps: dict[Choice, float | None] = {}
         for row, result in zip(rows, sampled, strict=True):
             choice = row.choice
-            if choice.key not in self._choices:  # its prompt could not be scored
+            if (
+                choice.key not in self._choices
+            ):  # ended by a token before this one, or its prompt could not be scored
+                continue
+            if row.ahead > accepted.get(choice.scheduled, 0):  # after a draft that does not stand
                 continue
             if isinstance(result, Halt):
                 events.append(self._halt(choice, result))
             elif result is not None:
+                taken.append((choice, result))
+                if choice not in gaps:
+                    gaps[choice] = choice.clock.token(now)
                 event = choice.accept(result)
                 if choice.scoring is not None:
                     event = choice.scoring.tell(event)
                 events.append(event if event.finish_reason is None else self._finish(choice, event))
             elif not choice.scheduled.awaiting:
                 events.append(self._fail_numerically(choice))
+        self.counters.sampled(taken, gaps)
         return events
 
     def _fail(self, plan: Plan, message: str) -> list[OutputEvent]:
@@ -487,3 +552,21 @@ class Engine:
         assert all(
             choice.scheduled.state is not RequestState.FINISHED for choice in self._choices.values()
         ), "a finished choice is still known"
+
+
+def _accepted(
+    rows: Sequence[FusedRow], sampled: Sequence[Sampled | Halt | None]
+) -> dict[ScheduledRequest, int]:
+    """How many drafts of each request stand: the leading ones that are what their rows drew."""
+    accepted: dict[ScheduledRequest, int] = {}
+    for row, result in zip(rows, sampled, strict=True):
+        request, ahead = row.choice.scheduled, row.ahead
+        if (
+            ahead == len(request.drafts)
+            or ahead != accepted.get(request, 0)
+            or not isinstance(result, Sampled)
+        ):
+            continue
+        if result.token == request.drafts[ahead]:
+            accepted[request] = ahead + 1
+    return accepted

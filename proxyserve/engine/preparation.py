@@ -117,6 +117,7 @@ def prepare(
                 adjustments=ChoiceAdjustments(
                     params=submission.sampling,
                     output=output,
+                    drafts=scheduled.drafts,
                     rules=rules,
                     seen=_seen_tokens(submission, program),
                     constraints=_constraints(submission),

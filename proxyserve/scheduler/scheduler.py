@@ -149,6 +149,7 @@ class Scheduler:
         if request.state is RequestState.RUNNING:
             self.running.remove(request)
             self._release(request)
+        request.drafts.clear()
         request.move(RequestState.FINISHED)
         self.waiting.end(request)
 
