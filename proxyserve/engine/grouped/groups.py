@@ -43,9 +43,15 @@ class Groups:
         #: None for a kind whose members are to run alone.
         self._groups: dict[Kind, Group | None] = {}
 
-    def learn(self, runners: Iterable[Runner], progress: Callable[[str], None] = logger.info) -> None:
+    def learn(
+        self,
+        runners: Iterable[Runner],
+        progress: Callable[[str], None] = logger.info,
+        *,
+        busy: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Find out about kinds of which there are two or more and of which nothing is known yet; `progress` is told
-        what."""
+        what. Beside steps, which are under way while `busy` says so, in small portions."""
         if self._choice == "apart":
             return
         alike: dict[Kind, list[Runner]] = {}
@@ -53,12 +59,14 @@ class Groups:
             alike.setdefault(kind_of(runner), []).append(runner)
         for kind, members in alike.items():
             if kind not in self._groups and len(members) > 1:
-                self._groups[kind] = self._try(members[0], members[1], progress)
+                self._groups[kind] = self._try(members[0], members[1], progress, busy)
 
-    def _try(self, first: Runner, second: Runner, progress: Callable[[str], None]) -> Group | None:
+    def _try(
+        self, first: Runner, second: Runner, progress: Callable[[str], None], busy: Callable[[], bool]
+    ) -> Group | None:
         names = f"'{first.model.name}' and '{second.model.name}'"
         try:
-            trial = Trial(first, second)
+            trial = Trial(first, second, busy)
             trial.verify()
             if self._choice == "together":
                 return Group(trial.release(), sys.maxsize)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from time import perf_counter, thread_time
+from time import perf_counter, sleep, thread_time
 
 import torch
 
@@ -21,6 +21,7 @@ SIZES = (1, 8, 32)
 _BLOCK = 16
 _PROMPTS = (5, 6)
 _REPEATS, _SECONDS = 3, 0.5
+_REST_SECONDS = 0.02
 #: A model whose forward takes as long as this does not wait for Python.
 _SLOW_SECONDS = 0.25
 #: How much faster is faster.
@@ -50,9 +51,10 @@ class Speedups:
 class Trial:
     """Two models beside what steps do with them: they only read the weights, and use KV blocks of their own."""
 
-    def __init__(self, first: Runner, second: Runner) -> None:
-        """Raises NotAlike."""
+    def __init__(self, first: Runner, second: Runner, busy: Callable[[], bool] = lambda: False) -> None:
+        """Rests after each forward as long as `busy` says so. Raises NotAlike."""
         self._runners = (first, second)
+        self._busy = busy
         self.shell = Shell(first.model.module)
         for runner in self._runners:
             self.shell.add(runner.model.module)
@@ -79,6 +81,7 @@ class Trial:
             members = [place for place, count in enumerate(counts) if count]
             rows = {place: self._row(place, [place], start, counts[place]) for place in members}
             together = self.shell.compute(rows, self._storage)
+            self._rest()
             for place, logits in zip(members, together, strict=True):
                 alone = self._row(place, [2 + place], start, counts[place])
                 expected = self._runners[place].compute(alone, self._storage)
@@ -118,15 +121,21 @@ class Trial:
         return Speedups(ratios)
 
     def _time_apart(self, rows: Mapping[int, PackedRow]) -> float:
+        self._rest()
         started = self._now()
         for place, row in rows.items():
             self._runners[place].compute(row, self._storage)
         return self._now() - started
 
     def _time_together(self, rows: Mapping[int, PackedRow]) -> float:
+        self._rest()
         started = self._now()
         self.shell.compute(rows, self._storage)
         return self._now() - started
+
+    def _rest(self) -> None:
+        if self._busy():
+            sleep(_REST_SECONDS)
 
     def _now(self) -> float:
         """Seconds. On a CPU those of this thread: others may work beside it."""
