@@ -99,7 +99,7 @@ class Pair:
             Runner(load_model(folder, ModelKey(f"m{number}"), placement))
             for number, folder in enumerate(folders)
         ]
-        trial = Trial(runners[0], runners[1])
+        trial = Trial(runners[:2])
         trial.verify()
         group = Group(trial.release(), 64)
         for runner in runners:
@@ -307,7 +307,7 @@ def test_what_is_measured_decides_once_per_kind(
 
 def test_measuring_gives_ratios_and_leaves_steps_alone(families: Callable[[str], TinyFamily]) -> None:
     runners = two_runners(families("llama"))
-    speedups = Trial(*runners).measure()
+    speedups = Trial(runners).measure()
     assert list(speedups.by_tokens) == [1, 8, 32] and all(ratio > 0 for ratio in speedups.by_tokens.values())
     assert all(runner.storage is None and runner.stats.forwards == 0 for runner in runners)
 

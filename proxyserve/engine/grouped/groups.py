@@ -66,7 +66,7 @@ class Groups:
     ) -> Group | None:
         names = f"'{first.model.name}' and '{second.model.name}'"
         try:
-            trial = Trial(first, second, busy)
+            trial = Trial((first, second), busy)
             trial.verify()
             if self._choice == "together":
                 return Group(trial.release(), sys.maxsize)
