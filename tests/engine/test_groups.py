@@ -103,7 +103,7 @@ class Pair:
         trial.verify()
         group = Group(trial.release(), 64)
         for runner in runners:
-            group.join(runner)
+            group.join(runner, group.seat(runner))
         return cls(runners, group)
 
     def storage(self) -> KVStorage:
@@ -225,7 +225,7 @@ def test_weights_are_held_once_and_let_go(families: Callable[[str], TinyFamily])
     pair.compare([step[:2] for step in STEPS])
     again = Pair.of([family.untuned, family.untuned]).runners[0]
     again.group = None
-    pair.group.join(again)  # into the gap
+    pair.group.join(again, pair.group.seat(again))  # into the gap
     pair.runners.append(again)
     pair.compare(STEPS)
 
@@ -239,23 +239,23 @@ def test_models_that_are_not_alike_are_refused(families: Callable[[str], TinyFam
 
     first = load(family.untuned)
     shell = Shell(first)
-    shell.add(first)
+    shell.add(shell.seat(first))
     for folder, reason in (
         (family.base, r"Linear\(64, 64\)"),
         (other.untuned, "the model is Llama.* and Qwen3"),
     ):
         with pytest.raises(NotAlike, match=reason):
-            shell.add(load(folder))
+            shell.seat(load(folder))
     turned = load(family.untuned)
     turned.model.rotary_emb.inv_freq.mul_(2)
     with pytest.raises(NotAlike, match="inv_freq"):
-        shell.add(turned)
+        shell.seat(turned)
     odd = load(family.untuned)
     odd.model.layers[0].self_attn.sinks = nn.Parameter(torch.zeros(4))
     with pytest.raises(NotAlike, match=r"self_attn has weights of its own"):
         Shell(odd)
     with pytest.raises(NotAlike, match="sinks"):
-        shell.add(odd)
+        shell.seat(odd)
 
 
 # The choice --------------------------------------------------------------------------------------------------------
@@ -431,6 +431,7 @@ def test_models_come_and_go_under_load(families: Callable[[str], TinyFamily]) ->
         nonlocal steps
         steps += 1
         if steps == 5:
+            engine.residents.groups.learn([twin, *engine.residents.local])
             engine.adopt([(twin, arena)])
             assert twin.group is group and len(group) == 4
             assert engine.residents.bytes > before

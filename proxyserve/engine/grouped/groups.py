@@ -10,11 +10,12 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterable
+from weakref import WeakKeyDictionary
 
 from proxyserve.config import PairsChoice
 from proxyserve.engine.arena import Layout
 from proxyserve.engine.grouped.group import Group
-from proxyserve.engine.grouped.shell import NotAlike
+from proxyserve.engine.grouped.shell import NotAlike, Seat
 from proxyserve.engine.grouped.trial import Trial
 from proxyserve.engine.runner import Runner
 
@@ -42,6 +43,7 @@ class Groups:
         self._choice = choice
         #: None for a kind whose members are to run alone.
         self._groups: dict[Kind, Group | None] = {}
+        self._seats: WeakKeyDictionary[Runner, tuple[Group, Seat]] = WeakKeyDictionary()
 
     def learn(
         self,
@@ -50,8 +52,9 @@ class Groups:
         *,
         busy: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Find out about kinds of which there are two or more and of which nothing is known yet; `progress` is told
-        what. Beside steps, which are under way while `busy` says so, in small portions."""
+        """Prepare for models to join. Of kinds of which there are two or more, and of which nothing is known yet, find
+        out whether they should; `progress` is told. Beside steps, which are under way while `busy` says so, in small
+        portions."""
         if self._choice == "apart":
             return
         alike: dict[Kind, list[Runner]] = {}
@@ -60,6 +63,13 @@ class Groups:
         for kind, members in alike.items():
             if kind not in self._groups and len(members) > 1:
                 self._groups[kind] = self._try(members[0], members[1], progress, busy)
+            group = self._groups.get(kind)
+            for runner in members:
+                if group is not None and runner.group is None:
+                    try:
+                        self._seats[runner] = (group, group.seat(runner))
+                    except NotAlike as reason:
+                        progress(f"'{runner.model.name}' runs apart: {reason}")
 
     def _try(
         self, first: Runner, second: Runner, progress: Callable[[str], None], busy: Callable[[], bool]
@@ -86,14 +96,11 @@ class Groups:
         return Group(trial.release(), most)
 
     def join(self, runners: Iterable[Runner]) -> None:
-        """Bring models, of which some may be members already, to the groups that there are for them."""
+        """Bring models to the groups that there are for them, those that were prepared for it."""
         for runner in runners:
-            group = None if runner.group is not None else self._groups.get(kind_of(runner))
+            group, seat = self._seats.pop(runner, (None, []))
             if group is not None:
-                try:
-                    group.join(runner)
-                except NotAlike as reason:
-                    logger.info("'%s' runs apart: %s", runner.model.name, reason)
+                group.join(runner, seat)
 
     def leave(self, runner: Runner) -> None:
         if runner.group is not None:

@@ -38,6 +38,10 @@ from proxyserve.engine.packed_row import PackedRow
 _GATHERED = 256
 
 
+#: A member's own layers, each with what runs it.
+Seat = list[tuple["PerMember", nn.Module]]
+
+
 class NotAlike(Exception):
     """Why models cannot run together."""
 
@@ -99,8 +103,9 @@ class Shell:
         self._leaves[path] = leaf
         return leaf
 
-    def add(self, module: PreTrainedModel) -> int:
-        """The place of a new member. Raises NotAlike if it differs from the others in more than weights."""
+    def seat(self, module: PreTrainedModel) -> Seat:
+        """What `add` needs of a member to be. Any thread may ask. Raises NotAlike if the model differs from the others
+        in more than weights."""
         for mine, other in zip_longest(self._signature, _signature(module)):
             if mine is None or other is None or mine[0] != other[0]:
                 raise NotAlike(f"only one has {(other or mine)[0]}")
@@ -109,10 +114,15 @@ class Shell:
         for name, buffer in module.named_buffers():
             if not torch.equal(buffer, self._buffers[name]):
                 raise NotAlike(f"the buffer {name} is not the same in both")
+        parts = dict(module.named_modules(remove_duplicate=False))
+        return [(leaf, parts[path]) for path, leaf in self._leaves.items()]
+
+    def add(self, seat: Seat) -> int:
+        """The place of a new member."""
         place = self._taken.index(False) if False in self._taken else len(self._taken)
         self._taken[place:] = [True, *self._taken[place + 1 :]]
-        for path, leaf in self._leaves.items():
-            leaf.put(place, module.get_submodule(path))
+        for leaf, part in seat:
+            leaf.put(place, part)
         return place
 
     def remove(self, place: int) -> None:

@@ -57,7 +57,7 @@ class Trial:
         first = runners[0].model
         self.shell = Shell(first.module)
         for runner in runners:
-            self.shell.add(runner.model.module)
+            self.shell.add(self.shell.seat(runner.model.module))
         self._storage = KVStorage(
             runners[0].shapes,
             num_blocks=len(runners) * max(SIZES),
