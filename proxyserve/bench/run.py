@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from proxyserve.bench.adapters import AdapterResult, measure_adapters
 from proxyserve.bench.models import VOCABULARY, BenchFamily, build_bench_family
+from proxyserve.bench.pairs import PairRow, measure_pairs
 from proxyserve.bench.peaked import Peaks
 from proxyserve.bench.solving import BATCH as SOLVING_BATCH
 from proxyserve.bench.solving import SolvingResult, measure_solving
@@ -45,13 +46,14 @@ KV_MEMORY = 2**30
 
 class Part(enum.StrEnum):
     """What can be measured: fused decoding beside the plain loop, what solving weights costs, experts that are swapped
-    under load, many experts at once, and what drafting ahead gives."""
+    under load, many experts at once, what drafting ahead gives, and alike models in one forward."""
 
     LOOP = "loop"
     SOLVING = "solving"
     SWAPS = "swaps"
     ADAPTERS = "adapters"
     SPECULATION = "speculation"
+    PAIRS = "pairs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,8 @@ class BenchRow:
 @dataclass(frozen=True, slots=True)
 class BenchResult:
     """What was measured, empty or None for what was not. `solving` has a result per kind of laws, `swaps` a row per
-    number of streams, `speculation` one per models, batch and share of drafts that stand."""
+    number of streams, `speculation` one per models, batch and share of drafts that stand, `pairs` one per size and
+    number of models and tokens of each."""
 
     settings: BenchSettings
     machine: dict[str, str]
@@ -106,6 +109,7 @@ class BenchResult:
     swaps: tuple[SwapRow, ...] = ()
     adapters: AdapterResult | None = None
     speculation: tuple[SpeculationRow, ...] = ()
+    pairs: tuple[PairRow, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         adapters = self.adapters
@@ -124,6 +128,7 @@ class BenchResult:
             "swaps": [{**asdict(row), "ratios": row.ratios} for row in self.swaps],
             "adapters": None if adapters is None else {**asdict(adapters), "ratios": adapters.ratios},
             "speculation": [row.as_dict() for row in self.speculation],
+            "pairs": [{**asdict(row), "ratios": row.ratios} for row in self.pairs],
         }
 
 
@@ -172,9 +177,17 @@ def run_bench(
             rounds=settings.rounds,
             progress=progress,
         )
+    pairs = measure_pairs(placement, progress=progress) if Part.PAIRS in parts else []
     machine = _machine(placement.device)
     return BenchResult(
-        settings, machine, tuple(rows), tuple(solving), tuple(swaps), adapters, tuple(speculation)
+        settings,
+        machine,
+        tuple(rows),
+        tuple(solving),
+        tuple(swaps),
+        adapters,
+        tuple(speculation),
+        tuple(pairs),
     )
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from proxyserve.bench.adapters import AdapterResult
+from proxyserve.bench.pairs import PairRow
 from proxyserve.bench.run import BenchResult, BenchSettings, Part, run_bench
 from proxyserve.bench.solving import SolvingResult
 from proxyserve.bench.speculation import DEMO, SIZES, SpeculationRow
@@ -46,11 +47,12 @@ def bench_command(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", help="Write the result as JSON.")] = None,
 ) -> None:
-    """Five parts over random models. loop: tokens per second of proxyserve and of the plain Hugging Face loop. solving:
+    """Six parts over random models. loop: tokens per second of proxyserve and of the plain Hugging Face loop. solving:
     how much longer a step takes whose weights are solved. swaps: how long it takes to swap an expert, and what running
     streams notice. adapters: many LoRA experts at once beside as many full ones and beside one. speculation: tokens per
     second with drafts, without, of the base alone and of the plain loop, where drafts stand at a chosen share of the
-    tokens, and over the demo family."""
+    tokens, and over the demo family. pairs: small models that differ in their weights only in one forward beside one
+    after the other."""
     if context.invoked_subcommand is not None:
         return
     unknown = set(models or ()) - {*SIZES, DEMO}
@@ -86,6 +88,8 @@ def bench_tables(result: BenchResult) -> list[Table]:
         tables.append(adapter_table(result.adapters))
     if result.speculation:
         tables.append(speculation_table(result.speculation))
+    if result.pairs:
+        tables.append(pair_table(result.pairs))
     return tables
 
 
@@ -220,5 +224,26 @@ def speculation_table(rows: Sequence[SpeculationRow]) -> Table:
                 else ""
                 for title in ratios
             ),
+        )
+    return table
+
+
+def pair_table(rows: Sequence[PairRow]) -> Table:
+    """Milliseconds of the small models' share of a step, a row per size, number and tokens."""
+    table = Table(
+        title="models that differ in their weights only: ms of all of them in a step",
+        caption="apart: one after the other; together: in one forward; median turns",
+    )
+    table.add_column("models")
+    for title in ("tokens of each", "apart", "together"):
+        table.add_column(title, justify="right")
+    for title in rows[0].ratios:
+        table.add_column(title, justify="right", style="bold")
+    for row in rows:
+        table.add_row(
+            f"{row.models} of {row.size}",
+            str(row.tokens),
+            *(f"{seconds * 1e3:.2f}" for seconds in (row.apart, row.together)),
+            *(f"{ratio:.2f}x" for ratio in row.ratios.values()),
         )
     return table

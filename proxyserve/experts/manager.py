@@ -428,7 +428,8 @@ class ExpertManager:
                 self._roster.move(generation, Phase.WARMING)
             with self._paced():
                 library.warm(loaded, engine.config.max_batch)
-            engine.residents.groups.learn([*loaded.fresh, *engine.residents.local])
+            alike = [*loaded.fresh, *engine.residents.local]
+            engine.residents.groups.learn(alike, busy=lambda: engine.has_work)
             left = self._room.left - sum(runner.bytes for runner in loaded.fresh)
             arenas = dict(engine.residents.arenas)
             for runner in loaded.fresh:

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from proxyserve.bench.adapters import AdapterResult, AdapterRow, measure_adapters
-from proxyserve.bench.models import BenchFamily
+from proxyserve.bench.models import BenchFamily, ModelShape
+from proxyserve.bench.pairs import PairRow, measure_pairs
 from proxyserve.bench.peaked import Peaks, make_peaked
 from proxyserve.bench.run import BenchResult, BenchRow, BenchSettings, Part
 from proxyserve.bench.solving import SolvingResult, SolvingRow, measure_solving
@@ -90,6 +91,7 @@ def bench_result() -> BenchResult:
         (SolvingResult("laws of about 2.5 nats", 8, (solving,)),),
         (swaps,),
         adapters,
+        pairs=(PairRow("5M", 2, 8, apart=0.006, together=0.005),),
     )
 
 
@@ -104,6 +106,7 @@ def test_bench_tables() -> None:
     assert "│ 8 │ 40 │ 60 │ 50 │ 1.50x │ 2.00x │ 1.10x │ 1.25x │" in " ".join(text.split())
     # 4 requests per step; 64 MiB for a full expert and 1 MiB for an adapter.
     assert "│ 4 adapters │ 160 │ 4.0 │ 1.0 │ 5.0 │" in " ".join(text.split())
+    assert "│ 2 of 5M │ 8 │ 6.00 │ 5.00 │ 1.20x │" in " ".join(text.split())
     assert "adapters / full 2.00x" in text and "adapters / one 0.80x" in text and "per adapter 64.00x" in text
 
 
@@ -130,6 +133,7 @@ def test_bench_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert written["solving"][0]["rows"][0]["overhead"] == pytest.approx(0.05)
     assert written["swaps"][0]["ratios"]["worst swap"] == pytest.approx(2.0)
     assert written["adapters"]["ratios"]["adapters / full"] == pytest.approx(2.0)
+    assert written["pairs"][0]["ratios"]["together / apart"] == pytest.approx(1.2)
     CliRunner().invoke(app, ["bench"])
     assert asked[1].parts == tuple(Part)
 
@@ -162,6 +166,13 @@ def test_many_experts_are_measured_as_adapters_and_as_full_models(bench_family: 
     assert result.full.bytes == 3 * result.one.bytes
     assert 0 < result.adapters.bytes < result.full.bytes
     assert all(math.isfinite(ratio) for ratio in result.ratios.values())
+
+
+def test_pairs_are_measured_together_and_apart() -> None:
+    shape = ModelShape(hidden=16, layers=1, heads=2, kv_heads=1, intermediate=16, tied=True)
+    rows = measure_pairs(CPU, shapes={"tiny": shape}, turns=1)
+    assert {row.models for row in rows} == {2, 8} and all(row.size == "tiny" for row in rows)
+    assert all(row.apart > 0.0 and row.together > 0.0 for row in rows)
 
 
 def test_a_variant_is_another_model_of_the_same_shape(bench_family: BenchFamily, tmp_path: Path) -> None:

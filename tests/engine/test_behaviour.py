@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from proxyserve.api.presets import parse_fusion
 from proxyserve.config import EngineConfig, KernelChoice
 from proxyserve.engine.engine import Engine
+from proxyserve.engine.packed_row import PackedRow
 from proxyserve.engine.runner import Runner
 from proxyserve.errors import InvalidRequest
 from proxyserve.fusion.weights import ExpertWeight
@@ -120,14 +122,14 @@ def test_cancel_returns_every_block(engine: Engine) -> None:
 def test_a_failing_step_ends_its_requests_only(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine.submit(submission("a", PROMPT, max_tokens=8))
     engine.step()
-    original = Runner.run
+    original = Runner.pack
 
-    def fail_for_experts(runner: Runner, work: object) -> torch.Tensor:
+    def fail_for_experts(runner: Runner, *work: Any) -> PackedRow:
         if runner.model.name != "atlas":
             raise RuntimeError("out of luck")
-        return original(runner, work)  # type: ignore[arg-type]
+        return original(runner, *work)
 
-    monkeypatch.setattr(Runner, "run", fail_for_experts)
+    monkeypatch.setattr(Runner, "pack", fail_for_experts)
     engine.submit(submission("b", PROMPT, {"qa": 1.0}))
     events = engine.step()
     engine.check()

@@ -99,11 +99,11 @@ class Pair:
             Runner(load_model(folder, ModelKey(f"m{number}"), placement))
             for number, folder in enumerate(folders)
         ]
-        trial = Trial(runners[0], runners[1])
+        trial = Trial(runners[:2])
         trial.verify()
         group = Group(trial.release(), 64)
         for runner in runners:
-            group.join(runner)
+            group.join(runner, group.seat(runner))
         return cls(runners, group)
 
     def storage(self) -> KVStorage:
@@ -209,23 +209,20 @@ def test_more_tokens_than_norms_are_gathered_for(
 def test_weights_are_held_once_and_let_go(families: Callable[[str], TinyFamily]) -> None:
     family = families("llama")
     pair = Pair.of([family.untuned, *family.experts.values()])
-    norms = sum(
-        weight.nbytes
-        for runner in pair.runners
-        for name, weight in runner.model.module.named_parameters()
-        if "norm" in name
-    )
-    assert pair.group.bytes == norms
+    norms = [runner.model.module.model.norm.weight for runner in pair.runners]
+    assert len({norm.untyped_storage().data_ptr() for norm in norms}) == 1
+    assert norms[0].untyped_storage().nbytes() == sum(norm.nbytes for norm in norms)
+    assert not torch.equal(norms[0], norms[1])
     gone = pair.runners.pop(0)
     pair.group.leave(gone)
     left = [weakref.ref(layer) for layer in gone.model.module.modules() if isinstance(layer, nn.Linear)]
-    del gone
+    del gone, norms
     gc.collect()
     assert left and not any(layer() is not None for layer in left)
     pair.compare([step[:2] for step in STEPS])
     again = Pair.of([family.untuned, family.untuned]).runners[0]
     again.group = None
-    pair.group.join(again)  # into the gap
+    pair.group.join(again, pair.group.seat(again))  # into the gap
     pair.runners.append(again)
     pair.compare(STEPS)
 
@@ -239,23 +236,23 @@ def test_models_that_are_not_alike_are_refused(families: Callable[[str], TinyFam
 
     first = load(family.untuned)
     shell = Shell(first)
-    shell.add(first)
+    shell.add(shell.seat(first))
     for folder, reason in (
         (family.base, r"Linear\(64, 64\)"),
         (other.untuned, "the model is Llama.* and Qwen3"),
     ):
         with pytest.raises(NotAlike, match=reason):
-            shell.add(load(folder))
+            shell.seat(load(folder))
     turned = load(family.untuned)
     turned.model.rotary_emb.inv_freq.mul_(2)
     with pytest.raises(NotAlike, match="inv_freq"):
-        shell.add(turned)
+        shell.seat(turned)
     odd = load(family.untuned)
     odd.model.layers[0].self_attn.sinks = nn.Parameter(torch.zeros(4))
     with pytest.raises(NotAlike, match=r"self_attn has weights of its own"):
         Shell(odd)
     with pytest.raises(NotAlike, match="sinks"):
-        shell.add(odd)
+        shell.seat(odd)
 
 
 # The choice --------------------------------------------------------------------------------------------------------
@@ -307,7 +304,7 @@ def test_what_is_measured_decides_once_per_kind(
 
 def test_measuring_gives_ratios_and_leaves_steps_alone(families: Callable[[str], TinyFamily]) -> None:
     runners = two_runners(families("llama"))
-    speedups = Trial(*runners).measure()
+    speedups = Trial(runners).measure()
     assert list(speedups.by_tokens) == [1, 8, 32] and all(ratio > 0 for ratio in speedups.by_tokens.values())
     assert all(runner.storage is None and runner.stats.forwards == 0 for runner in runners)
 
@@ -431,9 +428,10 @@ def test_models_come_and_go_under_load(families: Callable[[str], TinyFamily]) ->
         nonlocal steps
         steps += 1
         if steps == 5:
+            engine.residents.groups.learn([twin, *engine.residents.local])
             engine.adopt([(twin, arena)])
             assert twin.group is group and len(group) == 4
-            assert engine.residents.bytes > before
+            assert engine.residents.bytes == before + twin.model.bytes
         elif steps == 10:
             engine.drop([], [twin.model.key])
             assert twin.group is None and len(group) == 3

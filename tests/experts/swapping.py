@@ -13,7 +13,7 @@ from typing import Any
 
 from proxyserve.cli.opening import ExpertSettings, open_server
 from proxyserve.cli.serve import ServeSettings
-from proxyserve.config import EngineConfig, ServerConfig
+from proxyserve.config import EngineConfig, PairsChoice, ServerConfig
 from proxyserve.engine.engine import Engine
 from proxyserve.engine.loop import AsyncEngine
 from proxyserve.engine.offer import Lease
@@ -133,6 +133,7 @@ class Server:
             "library": len(self.library.shelf.residents),
             "users": sum(found.users for found in self.library.shelf.residents.values()),
             "blocks in use": sum(arena.pool.in_use for arena in residents.arenas.values()),
+            "grouped": sum(len(group) for group in residents.groups._groups.values() if group is not None),
             "held": len(self.plain.offers._held),
             "leased": len(self.plain.offers._leased),
             "choices": len(self.plain._choices),
@@ -184,12 +185,17 @@ def open_world(
     presets: Mapping[str, str] | None = None,
     policy: FusionPolicy | None = None,
     max_batch: int = 16,
+    pairs: PairsChoice = "auto",
     start: bool = True,
 ) -> Iterator[Server]:
     """A server as the command line opens it, with the base alone; `limit` is in bytes for all weights and KV."""
     settings = ServeSettings(
         EngineConfig(
-            max_batch=max_batch, max_batch_tokens=max(64, 2 * max_batch), kv_memory=2**21, block_size=4
+            max_batch=max_batch,
+            max_batch_tokens=max(64, 2 * max_batch),
+            kv_memory=2**21,
+            block_size=4,
+            pairs=pairs,
         ),
         ServerConfig(),
         policy or FusionPolicy(),

@@ -7,7 +7,7 @@ from time import perf_counter
 
 from torch import Tensor
 
-from proxyserve.engine.grouped.shell import Shell
+from proxyserve.engine.grouped.shell import Seat, Shell
 from proxyserve.engine.runner import Runner
 from proxyserve.scheduler.lane import Lane
 from proxyserve.scheduler.scheduler import LaneWork
@@ -27,9 +27,12 @@ class Group:
     def __len__(self) -> int:
         return len(self._members)
 
-    def join(self, runner: Runner) -> None:
-        """Raises NotAlike; then nothing has changed."""
-        self._members[runner.model.key] = (runner, self._shell.add(runner.model.module))
+    def seat(self, runner: Runner) -> Seat:
+        """What `join` needs of a member to be. Any thread may ask. Raises NotAlike."""
+        return self._shell.seat(runner.model.module)
+
+    def join(self, runner: Runner, seat: Seat) -> None:
+        self._members[runner.model.key] = (runner, self._shell.add(seat))
         runner.group = self
 
     def leave(self, runner: Runner) -> None:
@@ -37,11 +40,6 @@ class Group:
         _, place = self._members.pop(runner.model.key)
         self._shell.remove(place)
         runner.group = None
-
-    @property
-    def bytes(self) -> int:
-        """Beside the members' own."""
-        return self._shell.bytes
 
     def takes(self, work: Sequence[LaneWork]) -> bool:
         """Whether a member with this work should run with others."""

@@ -10,11 +10,12 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterable
+from weakref import WeakKeyDictionary
 
 from proxyserve.config import PairsChoice
 from proxyserve.engine.arena import Layout
 from proxyserve.engine.grouped.group import Group
-from proxyserve.engine.grouped.shell import NotAlike
+from proxyserve.engine.grouped.shell import NotAlike, Seat
 from proxyserve.engine.grouped.trial import Trial
 from proxyserve.engine.runner import Runner
 
@@ -42,10 +43,18 @@ class Groups:
         self._choice = choice
         #: None for a kind whose members are to run alone.
         self._groups: dict[Kind, Group | None] = {}
+        self._seats: WeakKeyDictionary[Runner, tuple[Group, Seat]] = WeakKeyDictionary()
 
-    def learn(self, runners: Iterable[Runner], progress: Callable[[str], None] = logger.info) -> None:
-        """Find out about kinds of which there are two or more and of which nothing is known yet; `progress` is told
-        what."""
+    def learn(
+        self,
+        runners: Iterable[Runner],
+        progress: Callable[[str], None] = logger.info,
+        *,
+        busy: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Prepare for models to join. Of kinds of which there are two or more, and of which nothing is known yet, find
+        out whether they should; `progress` is told. Beside steps, which are under way while `busy` says so, in small
+        portions."""
         if self._choice == "apart":
             return
         alike: dict[Kind, list[Runner]] = {}
@@ -53,12 +62,21 @@ class Groups:
             alike.setdefault(kind_of(runner), []).append(runner)
         for kind, members in alike.items():
             if kind not in self._groups and len(members) > 1:
-                self._groups[kind] = self._try(members[0], members[1], progress)
+                self._groups[kind] = self._try(members[0], members[1], progress, busy)
+            group = self._groups.get(kind)
+            for runner in members:
+                if group is not None and runner.group is None:
+                    try:
+                        self._seats[runner] = (group, group.seat(runner))
+                    except NotAlike as reason:
+                        progress(f"'{runner.model.name}' runs apart: {reason}")
 
-    def _try(self, first: Runner, second: Runner, progress: Callable[[str], None]) -> Group | None:
+    def _try(
+        self, first: Runner, second: Runner, progress: Callable[[str], None], busy: Callable[[], bool]
+    ) -> Group | None:
         names = f"'{first.model.name}' and '{second.model.name}'"
         try:
-            trial = Trial(first, second)
+            trial = Trial((first, second), busy)
             trial.verify()
             if self._choice == "together":
                 return Group(trial.release(), sys.maxsize)
@@ -78,23 +96,15 @@ class Groups:
         return Group(trial.release(), most)
 
     def join(self, runners: Iterable[Runner]) -> None:
-        """Bring models, of which some may be members already, to the groups that there are for them."""
+        """Bring models to the groups that there are for them, those that were prepared for it."""
         for runner in runners:
-            group = None if runner.group is not None else self._groups.get(kind_of(runner))
+            group, seat = self._seats.pop(runner, (None, []))
             if group is not None:
-                try:
-                    group.join(runner)
-                except NotAlike as reason:
-                    logger.info("'%s' runs apart: %s", runner.model.name, reason)
+                group.join(runner, seat)
 
     def leave(self, runner: Runner) -> None:
         if runner.group is not None:
             runner.group.leave(runner)
-
-    @property
-    def bytes(self) -> int:
-        """Beside those of the models."""
-        return sum(group.bytes for group in list(self._groups.values()) if group is not None)
 
 
 def kind_of(runner: Runner) -> Kind:

@@ -3,8 +3,8 @@
 Two small models take the time of Python and of hundreds of tiny operations twice. A `Shell` is the tree of one of
 them with every module that has weights replaced by one that runs each member's own module on that member's tokens;
 whatever has none (rotary embedding, attention, activations, residuals) runs once for all of them, as transformers
-wrote it. Nothing is copied but the weights of norms, nothing is padded, and each matrix meets the rows that it would
-meet alone, so that results are the same bits.
+wrote it. Nothing is held twice, nothing is padded, and each matrix meets the rows that it would meet alone, so that
+results are the same bits.
 
     packed row:    a a a | b | c c      tokens of members a, b, c
     linear layer:  A(a a a), B(b), C(c c), side by side again
@@ -36,6 +36,10 @@ from proxyserve.engine.packed_row import PackedRow
 
 #: Tokens of all members up to which a norm's weights are gathered; beyond, each member's own norm runs.
 _GATHERED = 256
+
+
+#: A member's own layers, each with what runs it.
+Seat = list[tuple["PerMember", nn.Module]]
 
 
 class NotAlike(Exception):
@@ -99,8 +103,9 @@ class Shell:
         self._leaves[path] = leaf
         return leaf
 
-    def add(self, module: PreTrainedModel) -> int:
-        """The place of a new member. Raises NotAlike if it differs from the others in more than weights."""
+    def seat(self, module: PreTrainedModel) -> Seat:
+        """What `add` needs of a member to be. Any thread may ask. Raises NotAlike if the model differs from the others
+        in more than weights."""
         for mine, other in zip_longest(self._signature, _signature(module)):
             if mine is None or other is None or mine[0] != other[0]:
                 raise NotAlike(f"only one has {(other or mine)[0]}")
@@ -109,10 +114,15 @@ class Shell:
         for name, buffer in module.named_buffers():
             if not torch.equal(buffer, self._buffers[name]):
                 raise NotAlike(f"the buffer {name} is not the same in both")
+        parts = dict(module.named_modules(remove_duplicate=False))
+        return [(leaf, parts[path]) for path, leaf in self._leaves.items()]
+
+    def add(self, seat: Seat) -> int:
+        """The place of a new member."""
         place = self._taken.index(False) if False in self._taken else len(self._taken)
         self._taken[place:] = [True, *self._taken[place + 1 :]]
-        for path, leaf in self._leaves.items():
-            leaf.put(place, module.get_submodule(path))
+        for leaf, part in seat:
+            leaf.put(place, part)
         return place
 
     def remove(self, place: int) -> None:
@@ -120,11 +130,6 @@ class Shell:
         self._taken[place] = False
         for leaf in self._leaves.values():
             leaf.put(place, None)
-
-    @property
-    def bytes(self) -> int:
-        """Of what is held twice: the weights of norms."""
-        return sum(leaf.bytes for leaf in self._leaves.values())
 
     def compute(self, rows: Mapping[int, PackedRow], storage: KVStorage) -> list[Tensor]:
         """The logits of packed rows by the places of their members, whose KV goes to `storage`. Must be called in
@@ -173,11 +178,6 @@ class PerMember(nn.Module):
         """Set the member's layer; None lets go of it."""
         self._own[place:] = [module, *self._own[place + 1 :]]
 
-    @property
-    def bytes(self) -> int:
-        """Of weights that are held here beside the members' own."""
-        return 0
-
     def forward(self, inputs: Tensor) -> Tensor:
         """[1, tokens, ...] -> [1, tokens, ...]"""
         return self._apart(inputs, 1)
@@ -215,17 +215,20 @@ class NormPerMember(PerMember):
         super().__init__(shell)
         self._like = copy.copy(like)
         self._like._parameters = {}
-        self._weights: Tensor | None = None
+        self._weights = torch.zeros(0)
         #: Where the tokens are: [1, tokens, size], or with heads on either side of them.
         self._axis: int | None = None
 
     def put(self, place: int, module: nn.Module | None) -> None:
+        """The members' weights become views of one tensor. Their values stay, so that other threads may read them."""
         super().put(place, module)
-        self._weights = None
-
-    @property
-    def bytes(self) -> int:
-        return sum(own.weight.nbytes for own in self._own if own is not None)
+        members = [own for own in self._own if own is not None]
+        if members:
+            with torch.inference_mode(False), torch.no_grad():
+                self._weights = torch.stack([(own or members[0]).weight.detach() for own in self._own])
+            for own, weight in zip(self._own, self._weights, strict=True):
+                if own is not None:
+                    own.weight.data = weight
 
     def forward(self, inputs: Tensor) -> Tensor:
         turn = self._turn
@@ -233,9 +236,6 @@ class NormPerMember(PerMember):
             self._axis = inputs.shape.index(turn.tokens)
         if turn.tokens > _GATHERED:
             return self._apart(inputs, self._axis)
-        if self._weights is None:
-            known = self._own[turn.members[0]]
-            self._weights = torch.stack([(own or known).weight.detach() for own in self._own])
         weights = self._weights.index_select(0, turn.owners)
         if inputs.dim() == 4 and self._axis == 1:
             weights = weights[:, None]

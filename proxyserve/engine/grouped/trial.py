@@ -1,11 +1,10 @@
-"""Do two models give the same together as apart, and is it faster?"""
+"""Do models give the same together as apart, and is it faster?"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from time import perf_counter, thread_time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter, sleep, thread_time
 
 import torch
 
@@ -19,8 +18,9 @@ from proxyserve.engine.verify import logit_error, logit_tolerance
 #: Tokens of each model, one of each lane.
 SIZES = (1, 8, 32)
 _BLOCK = 16
-_PROMPTS = (5, 6)
-_REPEATS, _SECONDS = 3, 0.5
+_PROMPT = 5
+_REPEATS, _SECONDS = 3, 1.0
+_REST_SECONDS = 0.02
 #: A model whose forward takes as long as this does not wait for Python.
 _SLOW_SECONDS = 0.25
 #: How much faster is faster.
@@ -48,85 +48,100 @@ class Speedups:
 
 
 class Trial:
-    """Two models beside what steps do with them: they only read the weights, and use KV blocks of their own."""
+    """Models beside what steps do with them: they only read the weights, and use KV blocks of their own."""
 
-    def __init__(self, first: Runner, second: Runner) -> None:
-        """Raises NotAlike."""
-        self._runners = (first, second)
-        self.shell = Shell(first.model.module)
-        for runner in self._runners:
-            self.shell.add(runner.model.module)
+    def __init__(self, runners: Sequence[Runner], busy: Callable[[], bool] = lambda: False) -> None:
+        """Rests after each forward as long as `busy` says so. Raises NotAlike."""
+        self._runners = runners
+        self._busy = busy
+        first = runners[0].model
+        self.shell = Shell(first.module)
+        for runner in runners:
+            self.shell.add(self.shell.seat(runner.model.module))
         self._storage = KVStorage(
-            first.shapes,
-            num_blocks=2 * max(SIZES),
+            runners[0].shapes,
+            num_blocks=len(runners) * max(SIZES),
             block_size=_BLOCK,
-            dtype=first.model.dtype,
-            device=first.model.device,
+            dtype=first.dtype,
+            device=first.device,
         )
 
     @torch.inference_mode()
     def verify(self) -> None:
-        """A prompt of each, not of one length, then a token of each, then of one. Raises NotAlike unless logits are as
-        they are apart. The shell then knows where in its layers' inputs the tokens are, and whether anything is done to
-        logits."""
-        first, second = _PROMPTS
-        sizes = {
-            value for value in self._runners[0].model.module.config.to_dict().values() if type(value) is int
-        }
-        while first + second in sizes:  # tokens must not look like heads or features
-            second += 1
-        for start, counts in ((0, (first, second)), (second, (1, 1)), (second + 1, (0, 1))):
-            members = [place for place, count in enumerate(counts) if count]
-            rows = {place: self._row(place, [place], start, counts[place]) for place in members}
+        """A prompt of each, not of one length, then a token of each, then of all but the first. Raises NotAlike unless
+        logits are as they are apart. The shell then knows where in its layers' inputs the tokens are, and whether
+        anything is done to logits."""
+        members = range(len(self._runners))
+        prompts = [_PROMPT + place for place in members]
+        config = self._runners[0].model.module.config.to_dict()
+        while sum(prompts) in config.values():  # tokens must not look like heads or features
+            prompts[-1] += 1
+        after = prompts[-1]
+        for start, counts in (
+            (0, prompts),
+            (after, [1] * len(prompts)),
+            (after + 1, [0, *[1] * (len(prompts) - 1)]),
+        ):
+            rows = {
+                place: self._row(place, [place], start, counts[place]) for place in members if counts[place]
+            }
             together = self.shell.compute(rows, self._storage)
-            for place, logits in zip(members, together, strict=True):
-                alone = self._row(place, [2 + place], start, counts[place])
+            for (place, row), logits in zip(rows.items(), together, strict=True):
+                alone = replace(row, spans=[Span([len(members) + place], start, counts[place])])
                 expected = self._runners[place].compute(alone, self._storage)
                 if not logit_error(logits, expected) <= logit_tolerance(expected.dtype):  # NaN is none either
                     raise NotAlike("they give other logits together")
+            self._rest()
         self.shell.bare = True
         again = self.shell.compute(rows, self._storage)
         self.shell.bare = all(map(torch.equal, again, together))
 
     def release(self) -> Shell:
         """The shell, without members."""
-        for place in (0, 1):
+        for place in range(len(self._runners)):
             self.shell.remove(place)
         return self.shell
 
-    @torch.inference_mode()
     def measure(self) -> Speedups:
-        """Turns alternate, and the fastest of each counts."""
+        """The fastest turns are compared."""
         ratios: dict[int, float] = {}
-        for size in SIZES:
-            blocks = range(size)
-            rows = {
-                place: self._row(place, [2 * block + place for block in blocks], 8, 1) for place in (0, 1)
-            }
-            apart = together = math.inf
-            slow = self._time_apart(rows) > _SLOW_SECONDS
-            until = perf_counter() + _SECONDS
-            for repeat in range(0 if slow else 1 + _REPEATS):
-                if repeat > 1 and perf_counter() > until:
-                    break
-                once, both = self._time_apart(rows), self._time_together(rows)
-                if repeat:  # the first is for memory and layouts that are made at their first use
-                    apart, together = min(apart, once), min(together, both)
-            if slow:
+        for tokens in SIZES:
+            apart, together = self.times(tokens, _REPEATS)
+            if min(apart) > _SLOW_SECONDS:
                 break
-            ratios[size] = apart / together
+            ratios[tokens] = min(apart) / min(together)
         return Speedups(ratios)
 
-    def _time_apart(self, rows: Mapping[int, PackedRow]) -> float:
-        started = self._now()
+    @torch.inference_mode()
+    def times(self, tokens: int, repeats: int, seconds: float = _SECONDS) -> tuple[list[float], list[float]]:
+        """Seconds of each turn apart and together, which alternate, with a token of each of `tokens` lanes of every
+        model. Fewer turns if they take more than `seconds`."""
+        each = range(len(self._runners))
+        rows = {place: self._row(place, range(place, tokens * len(each), len(each)), 8, 1) for place in each}
+        times: tuple[list[float], list[float]] = ([], [])
+        for repeat in range(1 + repeats):
+            for found, run in zip(times, (self._apart, self._together), strict=True):
+                self._rest()
+                started = self._now()
+                run(rows)
+                found.append(self._now() - started)
+            if repeat == 0 and times[0][0] < _SLOW_SECONDS:
+                for found in times:  # what is made at its first use is there now
+                    found.clear()
+            elif sum(map(sum, times)) > seconds:
+                break
+        return times
+
+    def _apart(self, rows: Mapping[int, PackedRow]) -> None:
         for place, row in rows.items():
             self._runners[place].compute(row, self._storage)
-        return self._now() - started
 
-    def _time_together(self, rows: Mapping[int, PackedRow]) -> float:
-        started = self._now()
+    def _together(self, rows: Mapping[int, PackedRow]) -> None:
         self.shell.compute(rows, self._storage)
-        return self._now() - started
+
+    def _rest(self) -> None:
+        if self._busy():
+            sleep(_REST_SECONDS)
 
     def _now(self) -> float:
         """Seconds. On a CPU those of this thread: others may work beside it."""
