@@ -2,7 +2,7 @@
 the other measurements, each over random models of the same shapes.
 
 These machines are noisy, so what counts are the ratios within one run. Each round measures every contestant once; the
-best round of each is compared.
+medians of the rounds are compared.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -56,14 +57,25 @@ class Part(enum.StrEnum):
     PAIRS = "pairs"
 
 
+class Sampling(enum.StrEnum):
+    """How tokens are chosen beside the loop: the best, or drawn at temperature 1 from the nucleus of 0.9."""
+
+    GREEDY = "greedy"
+    TOP_P = "top-p"
+
+
+_TOP_P = 0.9
+
+
 @dataclass(frozen=True, slots=True)
 class BenchSettings:
-    """`parts` are what is measured. `batches` are those that are held against the loop, `prompt` and `new` tokens per
-    request there and with speculation, `rounds` how often each contestant is measured. `speculated` are the models for
-    speculation, by name."""
+    """`parts` are what is measured. `batches` are those that are held against the loop, each once with every one of
+    `samplings`, `prompt` and `new` tokens per request there and with speculation, `rounds` how often each contestant is
+    measured. `speculated` are the models for speculation, by name."""
 
     parts: tuple[Part, ...] = tuple(Part)
     batches: tuple[int, ...] = (1, 8, 32)
+    samplings: tuple[Sampling, ...] = tuple(Sampling)
     prompt: int = 64
     new: int = 64
     rounds: int = 3
@@ -75,9 +87,10 @@ class BenchSettings:
 
 @dataclass(frozen=True, slots=True)
 class BenchRow:
-    """Generated tokens per second at one batch size. `loop_*` is the Hugging Face loop with the requests as one batch
-    (the best case for it: equal lengths, all there at once), `single_fused` the same loop one request at a time, as the
-    published code runs."""
+    """Generated tokens per second at one batch size, medians of the rounds. `loop_*` is the Hugging Face loop with the
+    requests as one batch (the best case for it: equal lengths, all there at once), `single_fused` the same loop one
+    request at a time, as the published code runs. `spread` is how far apart the slowest and the fastest round of any
+    contestant are, as a part of its median."""
 
     batch: int
     fused: float
@@ -85,6 +98,8 @@ class BenchRow:
     loop_fused: float
     loop_base: float
     single_fused: float
+    sampling: Sampling = Sampling.GREEDY
+    spread: float = 0.0
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -153,7 +168,11 @@ def run_bench(
             family = build_bench_family(Path(folder), peaks=peaks)
             if peaks is None and Part.LOOP in parts:
                 engine, peers = _load(family, placement, settings), _load_peers(family, placement)
-                rows = [_measure(engine, peers, batch, settings, progress) for batch in settings.batches]
+                rows = [
+                    _measure(engine, peers, batch, sampling, settings, progress)
+                    for sampling in settings.samplings
+                    for batch in settings.batches
+                ]
                 del engine, peers
             if Part.SOLVING in parts:
                 engine = _load(family, placement, settings)
@@ -203,7 +222,8 @@ def _load(family: BenchFamily, placement: Placement, settings: BenchSettings) ->
         ExpertSource("second", family.second, family.untuned),
     ]
     most = max((*settings.batches, SOLVING_BATCH))
-    config = EngineConfig(max_batch=most, kv_memory=KV_MEMORY, prefix_cache=False)
+    # Drafts are measured by themselves.
+    config = EngineConfig(max_batch=most, kv_memory=KV_MEMORY, prefix_cache=False, speculate="off")
     return Engine(load_family(family.base, experts, placement=placement), config)
 
 
@@ -218,6 +238,7 @@ def _measure(
     engine: Engine,
     peers: Sequence[PreTrainedModel],
     batch: int,
+    sampling: Sampling,
     settings: BenchSettings,
     progress: Callable[[str], None],
 ) -> BenchRow:
@@ -225,16 +246,25 @@ def _measure(
     names = count()
     prompts = torch.randint(1, VOCABULARY, (batch, settings.prompt), generator=generator)
     on_device = prompts.to(peers[0].device)
+    drawn = sampling is Sampling.TOP_P
+    params = SamplingParams(
+        max_tokens=settings.new,
+        temperature=1.0 if drawn else 0.0,
+        top_p=_TOP_P if drawn else 1.0,
+        seed=batch,
+        ignore_eos=True,
+    )
 
     def ours(fusion: Fusion) -> float:
         for ids in prompts.tolist():
-            engine.submit(_submission(f"{batch}-{next(names)}", ids, fusion, settings.new))
+            name = f"{sampling}-{batch}-{next(names)}"
+            engine.submit(Submission(name, LanePrompts(tuple(ids)), params, fusion))
         return _timed(lambda: [None for _ in _steps(engine)]) / (batch * settings.new)
 
     def loop(models: Sequence[PreTrainedModel], weights: Sequence[float], rows: Tensor) -> float:
-        return _timed(lambda: generate_fused(models, weights, rows, settings.new)) / (
-            len(rows) * settings.new
-        )
+        top_p = _TOP_P if drawn else None
+        seconds = _timed(lambda: generate_fused(models, weights, rows, settings.new, top_p))
+        return seconds / (len(rows) * settings.new)
 
     contestants: dict[str, Callable[[], float]] = {
         "fused": lambda: ours(FUSED),
@@ -243,17 +273,14 @@ def _measure(
         "loop_base": lambda: loop(peers[:1], (1.0,), on_device),
         "single_fused": lambda: loop(peers, (1.0, 1.0, -1.0), on_device[:1]),
     }
-    best = dict.fromkeys(contestants, float("inf"))
+    speeds: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(settings.rounds):
         for name, measure in contestants.items():
-            progress(f"batch {batch}, round {number + 1} of {settings.rounds}: {name}")
-            best[name] = min(best[name], measure())
-    return BenchRow(batch, **{name: 1.0 / seconds for name, seconds in best.items()})
-
-
-def _submission(name: str, ids: list[int], fusion: Fusion, new: int) -> Submission:
-    sampling = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
-    return Submission(name, LanePrompts(tuple(ids)), sampling, fusion)
+            progress(f"{sampling}, batch {batch}, round {number + 1} of {settings.rounds}: {name}")
+            speeds[name].append(1.0 / measure())
+    spread = max((max(found) - min(found)) / median(found) for found in speeds.values())
+    medians = {name: median(found) for name, found in speeds.items()}
+    return BenchRow(batch, **medians, sampling=sampling, spread=spread)
 
 
 def _steps(engine: Engine) -> Iterator[None]:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from proxyserve.bench.adapters import AdapterResult
 from proxyserve.bench.pairs import PairRow
-from proxyserve.bench.run import BenchResult, BenchSettings, Part, run_bench
+from proxyserve.bench.run import BenchResult, BenchSettings, Part, Sampling, run_bench
 from proxyserve.bench.solving import SolvingResult
 from proxyserve.bench.speculation import DEMO, SIZES, SpeculationRow
 from proxyserve.bench.swaps import SwapRow
@@ -34,6 +34,10 @@ def bench_command(
     ] = None,
     batch: Annotated[
         list[int] | None, typer.Option("--batch", min=1, help="Requests at once beside the loop; repeatable.")
+    ] = None,
+    sampling: Annotated[
+        list[Sampling] | None,
+        typer.Option("--sampling", help="How tokens are chosen beside the loop; repeatable."),
     ] = None,
     prompt: Annotated[int, typer.Option("--prompt", min=1, help="Prompt tokens per request.")] = 64,
     new: Annotated[int, typer.Option("--new", min=1, help="Generated tokens per request.")] = 64,
@@ -61,6 +65,7 @@ def bench_command(
     settings = BenchSettings(
         parts=tuple(only or Part),
         batches=tuple(batch or (1, 8, 32)),
+        samplings=tuple(sampling or Sampling),
         prompt=prompt,
         new=new,
         rounds=rounds,
@@ -80,7 +85,8 @@ def bench_command(
 
 def bench_tables(result: BenchResult) -> list[Table]:
     """A table for each thing that was measured."""
-    tables = [bench_table(result)] if result.rows else []
+    samplings = dict.fromkeys(row.sampling for row in result.rows)
+    tables = [bench_table(result, sampling) for sampling in samplings]
     tables += [solving_table(part) for part in result.solving]
     if result.swaps:
         tables += [swap_table(result.swaps), gap_table(result.swaps)]
@@ -93,25 +99,29 @@ def bench_tables(result: BenchResult) -> list[Table]:
     return tables
 
 
-def bench_table(result: BenchResult) -> Table:
+def bench_table(result: BenchResult, sampling: Sampling) -> Table:
     """Tokens per second and ratios, a row per batch size."""
+    rows = [row for row in result.rows if row.sampling is sampling]
     settings = result.settings
     machine = ", ".join(f"{name} {value}" for name, value in result.machine.items())
     table = Table(
-        title=f"generated tokens/s, {settings.dtype}, {settings.threads} thread(s), {settings.prompt} prompt and "
-        f"{settings.new} new tokens per request\n{machine}",
-        caption="loop: plain Hugging Face, all requests as one batch; single: the same, one request at a time",
+        title=f"generated tokens/s, {sampling}, {settings.dtype}, {settings.threads} thread(s), "
+        f"{settings.prompt} prompt and {settings.new} new tokens per request\n{machine}",
+        caption="medians; loop: plain Hugging Face, all requests as one batch; single: the same, one at a time; "
+        "spread: from the slowest to the fastest round of any contestant",
     )
     for title in ("batch", "fused", "base", "loop fused", "loop base", "single fused"):
         table.add_column(title, justify="right")
-    for title in result.rows[0].ratios:
+    for title in rows[0].ratios:
         table.add_column(title, justify="right", style="bold")
-    for row in result.rows:
+    table.add_column("spread", justify="right")
+    for row in rows:
         speeds = (row.fused, row.base, row.loop_fused, row.loop_base, row.single_fused)
         table.add_row(
             str(row.batch),
             *(f"{speed:.0f}" for speed in speeds),
             *(f"{ratio:.2f}x" for ratio in row.ratios.values()),
+            f"{row.spread:.0%}",
         )
     return table
 

@@ -3,6 +3,7 @@ another, each with its own cache, a whole batch in lockstep (as `generate` and t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,10 +13,14 @@ from transformers import DynamicCache, PreTrainedModel
 
 @torch.inference_mode()
 def generate_fused(
-    models: Sequence[PreTrainedModel], weights: Sequence[float], prompts: Tensor, new_tokens: int
+    models: Sequence[PreTrainedModel],
+    weights: Sequence[float],
+    prompts: Tensor,
+    new_tokens: int,
+    top_p: float | None = None,
 ) -> Tensor:
-    """Greedy tokens of `sum_i weights[i] * logits_i`. `prompts` [batch, length] int64, all of one length (so that
-    no padding is needed) -> [batch, new_tokens] int64."""
+    """Tokens of `sum_i weights[i] * logits_i`: the best, or drawn from the nucleus `top_p`. `prompts` [batch, length]
+    int64, all of one length (so that no padding is needed) -> [batch, new_tokens] int64."""
     caches = [DynamicCache(config=model.config) for model in models]
     step_input = prompts
     produced = []
@@ -26,6 +31,16 @@ def generate_fused(
             logits = output.logits[:, -1].float() * weight
             fused = logits if fused is None else fused + logits
         assert fused is not None
-        step_input = fused.argmax(dim=-1, keepdim=True)
+        step_input = fused.argmax(dim=-1, keepdim=True) if top_p is None else _draw(fused, top_p)
         produced.append(step_input)
     return torch.cat(produced, dim=1)
+
+
+def _draw(scores: Tensor, top_p: float) -> Tensor:
+    """As transformers' `TopPLogitsWarper` and `generate` do it: everything is sorted. [batch, vocabulary] -> [batch,
+    1] int64."""
+    ordered, ids = scores.sort(descending=False)
+    unlikely = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+    unlikely[:, -1] = False
+    removed = unlikely.scatter(1, ids, unlikely)
+    return torch.multinomial(scores.masked_fill(removed, -math.inf).softmax(dim=-1), num_samples=1)

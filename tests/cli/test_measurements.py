@@ -19,7 +19,7 @@ from proxyserve.bench.adapters import AdapterResult, AdapterRow, measure_adapter
 from proxyserve.bench.models import BenchFamily, ModelShape
 from proxyserve.bench.pairs import PairRow, measure_pairs
 from proxyserve.bench.peaked import Peaks, make_peaked
-from proxyserve.bench.run import BenchResult, BenchRow, BenchSettings, Part
+from proxyserve.bench.run import BenchResult, BenchRow, BenchSettings, Part, Sampling
 from proxyserve.bench.solving import SolvingResult, SolvingRow, measure_solving
 from proxyserve.bench.swaps import SwapRow, measure_swaps
 from proxyserve.bench.variants import write_adapter, write_variant
@@ -123,10 +123,21 @@ def test_bench_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(bench, "run_bench", answer)
     found = tmp_path / "found.json"
-    arguments = ["bench", "--only", "swaps", "--only", "adapters", "--output", str(found)]
+    arguments = [
+        "bench",
+        "--only",
+        "swaps",
+        "--only",
+        "adapters",
+        "--sampling",
+        "top-p",
+        "--output",
+        str(found),
+    ]
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0, shown.output
     assert asked[0].parts == (Part.SWAPS, Part.ADAPTERS)
+    assert asked[0].samplings == (Sampling.TOP_P,)
     written = json.loads(found.read_text())
     assert written["settings"]["parts"] == ["swaps", "adapters"]
     assert written["rows"][0]["ratios"]["fused / loop"] == 1.5
