@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -188,14 +189,17 @@ class RowBatch:
         if ((source < lowest) | (source >= len(self.sources))).any() or (not allowed and not present.all()):
             raise ValueError(f"{name} names a source that is not there")
         source, row, width = source[present], row[present], width[present]
-        for number, tensor in enumerate(self.sources):
-            mine = source == number
-            if (row[mine] < 0).any() or (row[mine] >= tensor.shape[0]).any():
-                raise ValueError(
-                    f"{name} names a row that source {number} with {tensor.shape[0]} rows does not have"
-                )
-            if (width[mine] > tensor.shape[1]).any() or (width[mine] < 1).any():
-                raise ValueError(f"a row is wider than source {number}, which {name} names, or has no width")
+        heights, widths_of = np.array([tensor.shape for tensor in self.sources]).T
+        absent = (row < 0) | (row >= heights[source])
+        if absent.any():
+            number = source[absent][0]
+            raise ValueError(
+                f"{name} names a row that source {number} with {heights[number]} rows does not have"
+            )
+        wide = (width < 1) | (width > widths_of[source])
+        if wide.any():
+            number = source[wide][0]
+            raise ValueError(f"a row is wider than source {number}, which {name} names, or has no width")
 
     @classmethod
     def of(cls, sources: Sequence[Tensor], rows: Sequence[Row]) -> RowBatch:

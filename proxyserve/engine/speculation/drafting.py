@@ -131,17 +131,16 @@ def _write(
         work.setdefault(lane.trunk, []).append(item)
         drafted.passes[request] = drafted.passes.get(request, 0) + 1
     forward = run_models(runners, work, {})
-    places: list[Place] = []
-    for trunk, items in work.items():
-        source = len(drafted.sources)
-        drafted.sources.append(forward.logits[trunk])
-        for row, item in enumerate(items):
-            drafted.places.setdefault(id(item.lane), []).append((source, row))
-            places.append((source, row))
+    sources = [forward.logits[trunk] for trunk in work]
+    places = [(source, row) for source, items in enumerate(work.values()) for row in range(len(items))]
+    for run, (source, row) in zip(runs, places, strict=True):
+        place = len(drafted.sources) + source, row
+        drafted.places.setdefault(id(run.wish.drafter), []).append(place)
+    drafted.sources.extend(sources)
     return draw(
         backend,
         [FusedRow(run.choice, ahead=len(run.choice.scheduled.drafts)) for run in runs],
-        drafted.sources,
+        sources,
         places,
         adjuster.adjustments([drafted.rows[run.choice.key][-1] for run in runs]),
     )
