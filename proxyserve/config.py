@@ -27,13 +27,15 @@ _ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 class EngineConfig:
     """How the engine runs.
 
-    `dtype` "auto" is float32 on a CPU and bfloat16 on a GPU. `max_batch` is the most requests that run at once,
-    `max_batch_tokens` the most tokens one model computes per step (long prompts are cut into chunks of at most
-    that many), `max_scored_rows` the most rows of logits, of all models together, that a step computes to score prompts
-    (the memory plan sets theirs aside). `kv_memory` is in bytes for the KV caches of all models together; None lets the
-    plan choose. `threads` None leaves torch's own choice. `kernels` names the backend of the logit arithmetic: "torch",
-    "triton", or "auto", which is triton on a CUDA device. `pairs` says whether models that differ in their weights only
-    run "together" in one forward, or "apart"; "auto" measures which is faster.
+    `dtype` "auto" is bfloat16 on a GPU; on a CPU it is float32, or, where all weights are stored in one half-precision
+    dtype, whichever of the two is faster; "fastest" takes the faster of float32 and bfloat16. `max_batch` is the most
+    requests that run at once, `max_batch_tokens` the most tokens one model computes per step (long prompts are cut into
+    chunks of at most that many), `max_scored_rows` the most rows of logits, of all models together, that a step
+    computes to score prompts (the memory plan sets theirs aside). `kv_memory` is in bytes for the KV caches of all
+    models together; None lets the plan choose. `threads` "auto" takes one or all cores, whichever is faster; None
+    leaves torch's own choice. `kernels` names the backend of the logit arithmetic: "torch", "triton", or "auto", which
+    is triton on a CUDA device. `pairs` says whether models that differ in their weights only run "together" in one
+    forward, or "apart"; "auto" measures which is faster.
 
     `speculate` says how many tokens are drafted ahead for each request, and verified together: that many where it can
     be done, "off" for none, or "auto" for as many as measured acceptance and times make worth it, at most `max_drafts`.
@@ -47,7 +49,7 @@ class EngineConfig:
     kv_memory: int | None = None
     block_size: int = 16
     prefix_cache: bool = True
-    threads: int | None = None
+    threads: int | Literal["auto"] | None = None
     kernels: KernelChoice = "auto"
     speculate: Speculate = "auto"
     max_drafts: int = 8

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from proxyserve.api.errors import StartupError
 from proxyserve.api.presets import parse_fusion, parse_presets
 from proxyserve.config import EngineConfig
@@ -18,6 +20,7 @@ from proxyserve.engine.memory import kv_budget, memory_limit, scoring_bytes, spe
 from proxyserve.engine.offer import Offer
 from proxyserve.engine.preparation import check_presets
 from proxyserve.engine.runner import Runner
+from proxyserve.engine.settling import settle_threads
 from proxyserve.engine.verify import verify_paged
 from proxyserve.errors import InvalidRequest
 from proxyserve.experts.audit import AuditLog
@@ -57,11 +60,13 @@ class ExpertSettings:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """An engine that was not started yet, and what changes its experts. `messages` are for the operator."""
+    """An engine that was not started yet, and what changes its experts. `messages` are for the operator, and `threads`
+    is how many compute, and why."""
 
     engine: AsyncEngine
     experts: ExpertManager
     messages: Sequence[str]
+    threads: str
 
 
 @contextmanager
@@ -85,6 +90,9 @@ def open_server(
         if isinstance(base_model, LoadedModel):
             runner = Runner(base_model)
             verify_paged(runner)
+        threads = settle_threads(settings.engine.threads, runner)
+        if threads.value is not None:
+            torch.set_num_threads(threads.value)
         library = Library(base_model, runner, placement)
         roots = Roots(chosen.roots, fetch if chosen.allow_hub else None)
         aside = scoring_bytes(base_model, settings.engine)
@@ -145,7 +153,9 @@ def open_server(
     )
     manager.start()
     try:
-        yield Opened(loop, manager, [*starter.messages, *dropped])
+        number = torch.get_num_threads()
+        told = f"{number} thread{'s' * (number > 1)} ({threads.reason})"
+        yield Opened(loop, manager, [*starter.messages, *dropped], told)
     finally:
         manager.close()
 

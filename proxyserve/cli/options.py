@@ -11,7 +11,7 @@ import re
 import tomllib
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import yaml
@@ -171,6 +171,15 @@ Dtype = Annotated[
         help="auto (float32 on a CPU, bfloat16 on a GPU), float32, bfloat16 or float16.",
     ),
 ]
+ServedDtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        envvar=_envvar("DTYPE"),
+        help="auto (bfloat16 on a GPU; on a CPU float32, or what is stored where that has fewer bits and is faster), "
+        "fastest (the faster of float32 and bfloat16), float32, bfloat16 or float16.",
+    ),
+]
 Kernels = Annotated[
     KernelChoice,
     typer.Option(
@@ -230,6 +239,15 @@ PrefixCache = Annotated[
 Threads = Annotated[
     int | None,
     typer.Option("--threads", envvar=_envvar("THREADS"), min=1, help="CPU threads; default: torch's choice."),
+]
+ServedThreads = Annotated[
+    str,
+    typer.Option(
+        "--threads",
+        envvar=_envvar("THREADS"),
+        metavar="[auto|N]",
+        help="CPU threads that compute; auto takes one or all, by a measurement at the start.",
+    ),
 ]
 SpeculateOption = Annotated[
     str,
@@ -588,6 +606,17 @@ def chat_config(
     except (OSError, UnicodeDecodeError, InvalidRequest) as error:
         raise typer.BadParameter(f"{template}: {error}", param_hint="--chat-template") from error
     return ChatConfig(source, tool_parser, reasoning_parser)
+
+
+def parse_threads(text: str) -> int | Literal["auto"]:
+    """`auto` or a number."""
+    if text == "auto":
+        return "auto"
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise typer.BadParameter(
+            f"'{text}' is neither auto nor a number of threads, 1 or more", param_hint="--threads"
+        )
+    return int(text)
 
 
 def parse_speculate(text: str) -> Speculate:

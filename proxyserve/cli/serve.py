@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console, RenderableType
 from rich.text import Text
@@ -33,6 +32,7 @@ from proxyserve.config import (
     ServerConfig,
     ToolParser,
 )
+from proxyserve.engine.settling import settle_dtype
 from proxyserve.fusion.calibration import Calibration, read_calibrations
 from proxyserve.fusion.policy import FusionPolicy
 from proxyserve.models.family import ExpertSource
@@ -76,7 +76,7 @@ def serve_command(
     host: options.Host = "127.0.0.1",
     port: options.Port = 8000,
     device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
+    dtype: options.ServedDtype = "auto",
     kernels: options.Kernels = "auto",
     pairs: options.Pairs = "auto",
     max_batch: options.MaxBatch = 64,
@@ -85,7 +85,7 @@ def serve_command(
     kv_memory: options.KVMemory = None,
     block_size: options.BlockSize = 16,
     prefix_cache: options.PrefixCache = True,
-    threads: options.Threads = None,
+    threads: options.ServedThreads = "auto",
     speculate: options.SpeculateOption = "auto",
     max_drafts: options.MaxDrafts = 8,
     weight_range: options.Weights = "-4:4",
@@ -190,7 +190,7 @@ def make_settings(
     kv_memory: str | None,
     block_size: int,
     prefix_cache: bool,
-    threads: int | None,
+    threads: str,
     speculate: str,
     max_drafts: int,
     weight_range: str,
@@ -236,7 +236,7 @@ def make_settings(
             kv_memory=None if kv_memory is None else options.parse_size(kv_memory),
             block_size=block_size,
             prefix_cache=prefix_cache,
-            threads=threads,
+            threads=options.parse_threads(threads),
             speculate=options.parse_speculate(speculate),
             max_drafts=max_drafts,
         )
@@ -290,20 +290,20 @@ def serve(
     keys = Keys.of(settings.server)
     configure_logging(settings.logs)
     console = Console(stderr=True)
-    if settings.engine.threads is not None:
-        torch.set_num_threads(settings.engine.threads)
-    placement = choose_placement(settings.engine.device, settings.engine.dtype)
     try:
-        backend_for(placement.device, settings.engine.kernels)
+        backend_for(choose_placement(settings.engine.device).device, settings.engine.kernels)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--kernels") from error
+    folders = [path for source in experts for path in (source.tuned, source.untuned) if path is not None]
+    own = base if isinstance(base, Path) else None
+    placed = settle_dtype(settings.engine.device, settings.engine.dtype, own, folders)
     with (
         console.status("loading") as status,
         open_server(
             base,
             experts,
             settings,
-            placement=placement,
+            placement=placed.value,
             served_name=served_name,
             progress=status.update,
         ) as opened,
@@ -314,7 +314,10 @@ def serve(
         gc.collect()
         gc.freeze()
         messages = [*opened.messages, *keys.warnings]
-        table = startup_table(opened.engine.engine, settings.server, settings.experts, keys.ring)
+        computing = f"{placed.value.dtype} ({placed.reason}), {opened.threads}"
+        table = startup_table(
+            opened.engine.engine, settings.server, settings.experts, keys.ring, computing=computing
+        )
         if settings.logs.format == "json":  # then every line is for machines
             for message in messages:
                 logger.warning("%s", message)

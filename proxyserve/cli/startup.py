@@ -17,8 +17,11 @@ from proxyserve.engine.runner import Runner
 from proxyserve.models.remote import AnyModel, RemoteModel
 
 
-def startup_table(engine: Engine, server: ServerConfig, experts: ExpertSettings, keys: KeyRing) -> Group:
-    """Models, memory and caps, and where to reach the server."""
+def startup_table(
+    engine: Engine, server: ServerConfig, experts: ExpertSettings, keys: KeyRing, *, computing: str
+) -> Group:
+    """Models, memory and caps, and where to reach the server. `computing` says how weights are kept and run, and
+    why."""
     table = Table(title=f"proxyserve {__version__}", title_justify="left")
     for column, justify in (
         ("model", "left"),
@@ -61,6 +64,7 @@ def startup_table(engine: Engine, server: ServerConfig, experts: ExpertSettings,
         lines[-1] += f"{protected}{calibrated}"
     for name, preset in engine.catalog.presets.items():
         lines.append(f"preset {name}: rule {preset.rule.name}")
+    lines.append(f"computing in {computing}")
     config, policy = engine.config, engine.policy
     lines.append(
         f"at most {config.max_batch} requests and {config.max_batch_tokens} tokens per model in a step; "

@@ -126,6 +126,14 @@ class Runner:
         finally:
             bank.close()
 
+    @torch.inference_mode()
+    def rehearse(self, tokens: int) -> None:
+        """Run so many tokens, and as many rows of logits, for the time that they take. Touches no KV blocks; the
+        tokens attend to each other."""
+        places = list(range(tokens))
+        with attention_plan(ShapeProbe()):
+            self._forward([0] * tokens, places, places, tokens)
+
     def attach(self, storage: KVStorage) -> None:
         self.storage = storage
 
