@@ -13,8 +13,9 @@ from torch import Tensor
 
 from proxyserve.engine.adapters import AdapterBank, adapter_plan
 from proxyserve.engine.arena import Layout
-from proxyserve.engine.attention import IMPLEMENTATION, AttentionPlan, ShapeProbe, attention_plan
+from proxyserve.engine.attention import IMPLEMENTATION, Features, ShapeProbe, attention_plan
 from proxyserve.engine.cpu_linear import doubled_bytes, pack_linears
+from proxyserve.engine.cuda.choose import choose_attention
 from proxyserve.engine.heads import HeadRows, head_rows, watch_head
 from proxyserve.engine.kv_storage import KVStorage, LayerShape
 from proxyserve.engine.packed_row import PackedRow
@@ -71,12 +72,14 @@ class Runner:
         #: The adapters whose lanes run as rows of this model's forward.
         self.adapters = AdapterBank(model.module)
         watch_head(model.module.get_output_embeddings())
-        self.shapes = self._probe_shapes()
+        self.shapes, features = self._probe_layers()
+        self.attention = choose_attention(self.shapes, features, model.dtype, model.device)
         #: Whether the logits of a difference of hidden states are the difference of the logits.
         self.head_is_linear = self._probe_head()
 
-    def _probe_shapes(self) -> list[LayerShape]:
-        """Run a few tokens to learn what each layer stores. Raises LoadError if a layer bypasses the registry."""
+    def _probe_layers(self) -> tuple[list[LayerShape], list[Features]]:
+        """Run a few tokens to learn what each layer stores and what its attention is like. Raises LoadError if a layer
+        bypasses the registry."""
         probe = ShapeProbe()
         with attention_plan(probe), torch.inference_mode():
             self._forward(list(range(4)), list(range(4)), [3], 1)
@@ -86,7 +89,7 @@ class Runner:
                 f"{self.model.path}: {len(probe.shapes)} of {layers} layers use the attention registry; "
                 "a model with other kinds of layers cannot be served"
             )
-        return [probe.shapes[layer] for layer in range(layers)]
+        return [probe.shapes[layer] for layer in range(layers)], [probe.features[n] for n in range(layers)]
 
     def _probe_head(self) -> bool:
         """What a configuration does not say, a difference of two rows shows."""
@@ -152,7 +155,7 @@ class Runner:
 
     def compute(self, row: PackedRow, storage: KVStorage) -> Tensor:
         """The logits of a packed row, whose KV goes to `storage`. Must be called in inference mode."""
-        plan = AttentionPlan.of(row.spans, storage)
+        plan = self.attention.plan(row.spans, storage)
         with attention_plan(plan), adapter_plan(row.adapters), head_rows(row.heads):
             return self._forward(row.ids, row.positions, row.wanted, row.rows)
 

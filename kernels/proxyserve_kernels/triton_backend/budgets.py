@@ -135,7 +135,7 @@ def attention_cases() -> Iterator[Case]:
              "scale": "fp32", "softcap": "fp32"}  # fmt: skip
     for size, heads, extras, most in ((128, 32, False, 168), (64, 14, False, 168), (128, 32, True, 168)):
         kv_heads = 8 if heads == 32 else 2
-        values = {
+        values: dict[str, int | bool | str] = {
             "BLOCK_SIZE": 16, "HEADS": heads, "KV_HEADS": kv_heads, "SIZE": size, "VALUE": size, "GROUP": 16,
             "WIDTH": size, "VALUE_WIDTH": size, "KEYS": KEYS, "SHARES": 8, "SOFTCAP": extras, "WINDOW": extras,
             "PRECISION": "tf32",
