@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from proxyserve.engine.kv_storage import KVStorage, LayerShape
 
@@ -261,9 +261,6 @@ class SpanMath:
         return weights[..., :-1].to(query.dtype) @ value
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Model classes build no mask of their own: the plan has them."""
-
-
+# No mask function is registered under that name, so that model classes make no masks, and do not search position ids
+# for packed sequences first (which has the host wait for a GPU): the plan knows who sees whom.
 AttentionInterface.register(IMPLEMENTATION, paged_attention)
-AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)

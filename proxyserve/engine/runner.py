@@ -16,6 +16,7 @@ from proxyserve.engine.arena import Layout
 from proxyserve.engine.attention import IMPLEMENTATION, Features, ShapeProbe, attention_plan
 from proxyserve.engine.cpu_linear import doubled_bytes, pack_linears
 from proxyserve.engine.cuda.choose import choose_attention
+from proxyserve.engine.cuda.singles import Reserved
 from proxyserve.engine.heads import HeadRows, head_rows, watch_head
 from proxyserve.engine.kv_storage import KVStorage, LayerShape
 from proxyserve.engine.packed_row import PackedRow
@@ -27,6 +28,7 @@ from proxyserve.scheduler.scheduler import LaneWork
 from proxyserve.types import ModelKey
 
 if TYPE_CHECKING:
+    from proxyserve.engine.cuda.step_graphs import StepGraphs
     from proxyserve.engine.grouped.group import Group
 
 _PROBE_TOKENS = 9
@@ -134,6 +136,7 @@ class Runner:
 
     def detach(self) -> None:
         self.storage = None
+        self.graphs = None
 
     def run(self, work: Sequence[LaneWork], differences: Sequence[tuple[Lane, Lane]] = ()) -> Tensor:
         """Compute the work's tokens. Returns logits [rows, width] in the model's dtype: those of each work item's last
@@ -141,10 +144,24 @@ class Runner:
         the first lane's minus the second's (for which the head must be linear). Must be called in inference mode."""
         if self.storage is None:
             raise RuntimeError("the runner has no KV storage yet")
+        if self.graphs is not None:
+            replayed = self.graphs.run({self.model.key: work}, {self.model.key: differences})
+            if replayed:
+                return replayed[self.model.key]
         started = perf_counter()
         row = self.pack(work, differences)
         logits = self.compute(row, self.storage)
         self.stats.ran(row.rows, perf_counter() - started)
+        return logits
+
+    def run_reserved(self, plan: Reserved) -> Tensor:
+        """Logits [tokens, width] of all tokens that are in place in `plan`. Looks at no tensor, so that it can be
+        recorded. Must be called in inference mode."""
+        with attention_plan(plan), adapter_plan(None), head_rows(None):
+            output = self.model.module(
+                input_ids=plan.inputs[0:1], position_ids=plan.inputs[1:2], use_cache=False
+            )
+        logits: Tensor = output.logits[0]
         return logits
 
     def pack(self, work: Sequence[LaneWork], differences: Sequence[tuple[Lane, Lane]]) -> PackedRow:

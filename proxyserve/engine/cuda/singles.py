@@ -38,12 +38,8 @@ class Reserved:
         self.capacity = tokens + _SHARING * storage.num_blocks
         device = storage.keys[0].device
         self.inputs = torch.zeros(4, tokens, dtype=torch.int64, device=device)
-        self.pages = torch.zeros(self.capacity, dtype=torch.int64, device=device)
-
-    @property
-    def slots(self) -> Tensor:
-        """See `Plan`."""
-        return self.inputs[2]
+        self.slots = self.inputs[2]
+        self.pages = torch.full((self.capacity,), self.spare, dtype=torch.int64, device=device)
 
     def fits(self, spans: Sequence[Span]) -> bool:
         """Whether `fill` can take these spans."""
