@@ -39,6 +39,7 @@ from proxyserve.engine.cuda.graph_device import GraphDevice, graph_device_for
 from proxyserve.engine.cuda.step_graphs import StepGraphs, sizes_for
 from proxyserve.engine.explain import explain
 from proxyserve.engine.forward import run_models
+from proxyserve.engine.heads import logits_dtype
 from proxyserve.engine.memory import (
     Tenants,
     blocks_of_new_arena,
@@ -113,7 +114,7 @@ class Engine:
         self.backend = backend_for(models.base.device, self.config.kernels)
         experts = bool(models.experts) or grows
         needs = Needs(
-            dtypes=tuple(model.dtype for model in models.models.values()),
+            dtypes=tuple(logits_dtype(model.dtype, model.device) for model in models.models.values()),
             vocabulary=models.base.vocabulary.size,
             rows=self.config.max_batch,
             terms=self.policy.max_experts if experts else 1,

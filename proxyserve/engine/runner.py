@@ -17,7 +17,7 @@ from proxyserve.engine.attention import IMPLEMENTATION, Features, ShapeProbe, at
 from proxyserve.engine.cpu_linear import doubled_bytes, pack_linears
 from proxyserve.engine.cuda.choose import choose_attention
 from proxyserve.engine.cuda.singles import Reserved
-from proxyserve.engine.heads import HeadRows, head_rows, watch_head
+from proxyserve.engine.heads import HeadRows, head_rows, logits_dtype, watch_head, widen_head
 from proxyserve.engine.kv_storage import KVStorage, LayerShape
 from proxyserve.engine.packed_row import PackedRow
 from proxyserve.errors import LoadError
@@ -68,6 +68,10 @@ class Runner:
         self.storage: KVStorage | None = None
         #: The models that this one may run together with.
         self.group: Group | None = None
+        #: Where this model's steps are recorded, if they are.
+        self.graphs: StepGraphs | None = None
+        if logits_dtype(model.dtype, model.device) != model.dtype:
+            widen_head(model.module)
         pack_linears(model.module)
         self._doubled_bytes = doubled_bytes(model.module)
         model.module.set_attn_implementation(IMPLEMENTATION)
@@ -139,7 +143,7 @@ class Runner:
         self.graphs = None
 
     def run(self, work: Sequence[LaneWork], differences: Sequence[tuple[Lane, Lane]] = ()) -> Tensor:
-        """Compute the work's tokens. Returns logits [rows, width] in the model's dtype: those of each work item's last
+        """Compute the work's tokens. Returns logits [rows, width]: those of each work item's last
         `rows` tokens, in the order of `work`, without those whose lanes are in `differences`; then, for each of these,
         the first lane's minus the second's (for which the head must be linear). Must be called in inference mode."""
         if self.storage is None:
