@@ -35,7 +35,8 @@ class EngineConfig:
     models together; None lets the plan choose. `threads` "auto" takes one or all cores, whichever is faster; None
     leaves torch's own choice. `kernels` names the backend of the logit arithmetic: "torch", "triton", or "auto", which
     is triton on a CUDA device. `pairs` says whether models that differ in their weights only run "together" in one
-    forward, or "apart"; "auto" measures which is faster.
+    forward, or "apart"; "auto" measures which is faster. `cuda_graphs`: on a CUDA device, steps of decoding are
+    recorded when a model comes and then replayed, which costs start-up time and memory.
 
     `speculate` says how many tokens are drafted ahead for each request, and verified together: that many where it can
     be done, "off" for none, or "auto" for as many as measured acceptance and times make worth it, at most `max_drafts`.
@@ -51,6 +52,7 @@ class EngineConfig:
     prefix_cache: bool = True
     threads: int | Literal["auto"] | None = None
     kernels: KernelChoice = "auto"
+    cuda_graphs: bool = True
     speculate: Speculate = "auto"
     max_drafts: int = 8
     pairs: PairsChoice = "auto"

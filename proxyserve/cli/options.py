@@ -236,6 +236,14 @@ PrefixCache = Annotated[
         help="Reuse the KV of prompts that begin alike.",
     ),
 ]
+CudaGraphs = Annotated[
+    bool,
+    typer.Option(
+        "--cuda-graphs/--no-cuda-graphs",
+        envvar=_envvar("CUDA_GRAPHS"),
+        help="On a GPU: record decoding steps when a model comes, and replay them.",
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option("--threads", envvar=_envvar("THREADS"), min=1, help="CPU threads; default: torch's choice."),

@@ -35,9 +35,10 @@ def expected_layout(config: PreTrainedConfig, dtype: torch.dtype, device: torch.
 
 
 class Arena:
-    """`num_blocks` blocks of `block_size` tokens: who holds them (`pool`) and what is in them (`storage`)."""
+    """`num_blocks` blocks of `block_size` tokens: who holds them (`pool`) and what is in them (`storage`). `spare`: the
+    storage has a block more, for captured steps."""
 
-    def __init__(self, layout: Layout, num_blocks: int, block_size: int) -> None:
+    def __init__(self, layout: Layout, num_blocks: int, block_size: int, *, spare: bool = False) -> None:
         self.layout = layout
         self.pool = BlockPool(num_blocks)
         self.storage = KVStorage(
@@ -46,6 +47,7 @@ class Arena:
             block_size=block_size,
             dtype=layout.dtype,
             device=layout.device,
+            spare=spare,
         )
 
     @property

@@ -16,12 +16,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from proxyserve.engine.kv_storage import KVStorage, LayerShape
 
@@ -81,10 +81,23 @@ class SpanGroup:
         return mask
 
 
+class Plan(Protocol):
+    """Where one forward's tokens live, and how they attend. `slots` [tokens] int64: the row of each packed token in a
+    layer's pool seen as [num_blocks * block_size, heads, size]. `layers` counts the calls, for the check that every
+    layer came by."""
+
+    storage: KVStorage
+    slots: Tensor
+    layers: list[int]
+
+    def attend(self, layer: int, query: Tensor, how: SpanMath, window: int | None) -> Tensor:
+        """`query` [tokens, heads, size] against the blocks of each token's lane, whose keys and values are in place ->
+        [tokens, heads, value size]."""
+
+
 @dataclass(slots=True)
 class AttentionPlan:
-    """Where one forward's tokens live. `slots` [tokens] int64: the row of each packed token in a layer's pool seen as
-    [num_blocks * block_size, heads, size]. `layers` counts the calls, for the check that every layer came by."""
+    """`Plan` by gathering each lane's blocks into one padded call per group of lanes: any device, every feature."""
 
     storage: KVStorage
     slots: Tensor
@@ -109,6 +122,17 @@ class AttentionPlan:
         ]
         return cls(storage, torch.tensor(slots, device=device), groups)
 
+    def attend(self, layer: int, query: Tensor, how: SpanMath, window: int | None) -> Tensor:
+        """See `Plan`."""
+        keys, values = self.storage.keys[layer], self.storage.values[layer]
+        if len(self.groups) == 1 and self.groups[0].queries == 1:
+            return _attend_group(how, self.groups[0], query[:, None], keys, values, window)[:, 0]
+        output = query.new_empty(query.shape[0], query.shape[1], values.shape[3])
+        for group in self.groups:
+            attended = _attend_group(how, group, query[group.query_index], keys, values, window)
+            output[group.packed] = attended.flatten(0, 1)[group.real]
+        return output
+
 
 def _similar(spans: Sequence[Span]) -> list[list[int]]:
     """Group spans whose lengths lie within one power of two, so that at most half of a padded call is padding."""
@@ -118,19 +142,32 @@ def _similar(spans: Sequence[Span]) -> list[list[int]]:
     return list(groups.values())
 
 
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What one layer's attention is like: query heads, the scale of scores, a sliding window in tokens, a soft cap,
+    whether it has sinks."""
+
+    heads: int
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: bool
+
+
 @dataclass(slots=True)
 class ShapeProbe:
-    """Stands in for a plan when a model is first run: records what each layer would store, lets tokens attend
-    causally."""
+    """Stands in for a plan when a model is first run: records what each layer would store and what its attention is
+    like, lets tokens attend causally."""
 
     shapes: dict[int, LayerShape] = field(default_factory=dict)
+    features: dict[int, Features] = field(default_factory=dict)
 
 
-_current: ContextVar[AttentionPlan | ShapeProbe | None] = ContextVar("proxyserve_attention", default=None)
+_current: ContextVar[Plan | ShapeProbe | None] = ContextVar("proxyserve_attention", default=None)
 
 
 @contextmanager
-def attention_plan(plan: AttentionPlan | ShapeProbe) -> Iterator[None]:
+def attention_plan(plan: Plan | ShapeProbe) -> Iterator[None]:
     """Make `plan` the one that `paged_attention` uses inside the block."""
     token = _current.set(plan)
     try:
@@ -166,24 +203,16 @@ def paged_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(plan, ShapeProbe):
         plan.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
-        plan_free = SpanMath(scale, softcap, s_aux)
+        plan.features[layer] = Features(query.shape[1], scale, sliding_window, softcap, s_aux is not None)
         length = query.shape[2]
         mask = torch.full((length, length), -math.inf, dtype=query.dtype, device=query.device).triu(1)
-        return plan_free(query, key, value, mask).transpose(1, 2), None
+        return SpanMath(scale, softcap, s_aux)(query, key, value, mask).transpose(1, 2), None
     keys, values = plan.storage.keys[layer], plan.storage.values[layer]
     keys.view(-1, *keys.shape[2:]).index_copy_(0, plan.slots, key[0].transpose(0, 1))
     values.view(-1, *values.shape[2:]).index_copy_(0, plan.slots, value[0].transpose(0, 1))
     plan.layers.append(layer)
     attend = SpanMath(scale, softcap, s_aux)
-    packed = query[0].transpose(0, 1)  # [tokens, heads, size]
-    if len(plan.groups) == 1 and plan.groups[0].queries == 1:
-        group = plan.groups[0]
-        return _attend_group(attend, group, packed[:, None], keys, values, sliding_window)[None, :, 0], None
-    output = packed.new_empty(packed.shape[0], packed.shape[1], values.shape[3])
-    for group in plan.groups:
-        attended = _attend_group(attend, group, packed[group.query_index], keys, values, sliding_window)
-        output[group.packed] = attended.flatten(0, 1)[group.real]
-    return output[None], None
+    return plan.attend(layer, query[0].transpose(0, 1), attend, sliding_window)[None], None
 
 
 def _attend_group(
@@ -232,9 +261,6 @@ class SpanMath:
         return weights[..., :-1].to(query.dtype) @ value
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Model classes build no mask of their own: the plan has them."""
-
-
+# No mask function is registered under that name, so that model classes make no masks, and do not search position ids
+# for packed sequences first (which has the host wait for a GPU): the plan knows who sees whom.
 AttentionInterface.register(IMPLEMENTATION, paged_attention)
-AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)

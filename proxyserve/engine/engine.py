@@ -35,8 +35,11 @@ from proxyserve.engine.batch import (
 from proxyserve.engine.certificate import certify
 from proxyserve.engine.choice import Choice, Sampled
 from proxyserve.engine.counters import EngineCounters, held_up
+from proxyserve.engine.cuda.graph_device import GraphDevice, graph_device_for
+from proxyserve.engine.cuda.step_graphs import StepGraphs, sizes_for
 from proxyserve.engine.explain import explain
 from proxyserve.engine.forward import run_models
+from proxyserve.engine.heads import logits_dtype
 from proxyserve.engine.memory import (
     Tenants,
     blocks_of_new_arena,
@@ -63,9 +66,9 @@ from proxyserve.fusion.fusion import MAX_SUPPORT_LAWS, Fusion
 from proxyserve.fusion.policy import FusionPolicy
 from proxyserve.kv.block_pool import BlockPool
 from proxyserve.kv.virtual_pool import VirtualPool
-from proxyserve.models.loaded_model import LoadedModel
+from proxyserve.models.loaded_model import Expert, LoadedModel
 from proxyserve.models.model_set import ModelSet
-from proxyserve.models.remote import RemoteModel
+from proxyserve.models.remote import AnyModel, RemoteModel
 from proxyserve.scheduler.request import RequestState, ScheduledRequest
 from proxyserve.scheduler.scheduler import Plan, Scheduler, Wish
 from proxyserve.types import FinishReason, ModelKey, OutputEvent
@@ -77,7 +80,8 @@ logger = logging.getLogger(__name__)
 class Engine:
     """Holds the models, their KV blocks and the requests. Not thread-safe: `prepare` may be called from anywhere,
     everything else from one thread. `presets` are fusions with names, `calibrations` those of experts. `runners` are
-    those that have been made and verified already, `grows` says that experts may come later. Raises LoadError if a
+    those that have been made and verified already, `grows` says that experts may come later. Steps are recorded by
+    `graph_device`, or by the base's device where that can. Raises LoadError if a
     model cannot be served or memory does not suffice, InvalidRequest for a preset that cannot work, and ValueError for
     settings that do not fit together or the device."""
 
@@ -92,6 +96,7 @@ class Engine:
         calibrations: Mapping[str, Calibration] | None = None,
         runners: Iterable[Runner] = (),
         grows: bool = False,
+        graph_device: GraphDevice | None = None,
     ) -> None:
         catalog = Catalog(models, dict(presets or {}), dict(calibrations or {}))
         self.config = config or EngineConfig()
@@ -109,7 +114,7 @@ class Engine:
         self.backend = backend_for(models.base.device, self.config.kernels)
         experts = bool(models.experts) or grows
         needs = Needs(
-            dtypes=tuple(model.dtype for model in models.models.values()),
+            dtypes=tuple(logits_dtype(model.dtype, model.device) for model in models.models.values()),
             vocabulary=models.base.vocabulary.size,
             rows=self.config.max_batch,
             terms=self.policy.max_experts if experts else 1,
@@ -121,6 +126,12 @@ class Engine:
         )
         self.backend.warm_up(needs, progress)
         progress("planning memory and checking the models in paged mode")
+        recorder = graph_device or graph_device_for(models.base.device)
+        #: The steps that are recorded; None if none are.
+        self.graphs: StepGraphs | None = None
+        if recorder is not None and self.config.cuda_graphs:
+            ahead = 0 if self.config.speculate == "off" else self.config.max_drafts
+            self.graphs = StepGraphs(recorder, sizes_for(self.config.max_batch * (1 + ahead)))
         self.residents = self._settle(models, {runner.model.key: runner for runner in runners}, progress)
         self.scheduler = Scheduler(
             self.residents.pools,
@@ -166,10 +177,13 @@ class Engine:
         )
         per_lane = (blocks // tenants[layout].lanes for layout, blocks in blocks_of.items())
         self.blocks_per_lane: int | None = max(per_lane, default=None)
-        arenas = {layout: Arena(layout, blocks, config.block_size) for layout, blocks in blocks_of.items()}
+        arenas = {layout: self._arena(layout, blocks) for layout, blocks in blocks_of.items()}
         residents.groups.learn(local, progress)
         for runner in local:
             residents.adopt(runner, arenas[runner.layout])
+        self.record((runner, arenas[runner.layout]) for runner in local)
+        for expert in models.experts.values():
+            self.record_together(expert, models.base)
         for model in models.models.values():
             if isinstance(model, LoadedModel) and model.over is not None:
                 residents.adopt_over(model)
@@ -212,7 +226,29 @@ class Engine:
             block_size=size,
             max_batch=self.config.max_batch,
         )
-        return Arena(layout, blocks, size)
+        return self._arena(layout, blocks)
+
+    def _arena(self, layout: Layout, blocks: int) -> Arena:
+        return Arena(layout, blocks, self.config.block_size, spare=self.graphs is not None)
+
+    def record(self, runners: Iterable[tuple[Runner, Arena]]) -> None:
+        """Record the steps of trunks that no step runs yet, where the device can. May be called during steps."""
+        if self.graphs is not None:
+            for runner, arena in runners:
+                self.graphs.record(runner, arena.storage)
+
+    def record_together(self, expert: Expert, base: AnyModel) -> None:
+        """Record the steps in which an expert's trunks, which are recorded, run beside the base. May be called during
+        steps."""
+        if self.graphs is not None:
+            models = (base, expert.tuned, expert.untuned)
+            self.graphs.record_together([model.trunk.key for model in models if model is not None])
+
+    def forget_recorded(self, runners: Iterable[Runner]) -> None:
+        """Of trunks that were recorded, but will not be adopted."""
+        if self.graphs is not None:
+            for runner in runners:
+                self.graphs.drop(runner.model.key)
 
     def adopt(self, runners: Iterable[tuple[Runner, Arena]], models: Iterable[LoadedModel] = ()) -> None:
         """Let steps run more trunks, and models over trunks. Not during a step; offer them to requests afterwards, with
@@ -229,6 +265,8 @@ class Engine:
         for model in models:
             self.residents.drop_over(model)
         for trunk in trunks:
+            if self.graphs is not None:
+                self.graphs.drop(trunk)
             self.residents.drop(trunk)
         self.scheduler.pools = self.residents.pools
         self.offers.forget((*(model.key for model in models), *trunks))
@@ -314,7 +352,9 @@ class Engine:
             counts = {self._choices[request.request_id]: count for request, count in plan.rows.items()}
             to_score = [row for choice, count in counts.items() for row in rows_to_score(choice, count)]
             rows = self._rows_to_sample(plan, counts)
-            forward = run_models(self.runners, plan.work, shared_heads([*to_score, *rows], self.runners))
+            forward = run_models(
+                self.runners, plan.work, shared_heads([*to_score, *rows], self.runners), self.graphs
+            )
             failures = forward.failures
             rows = [row for row in rows if row.choice.key not in failures]
             computed = perf_counter()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from proxyserve.engine.cuda.step_graphs import StepGraphs
 from proxyserve.engine.grouped.group import Group
 from proxyserve.engine.remote_runner import RemoteRows, RemoteRunner
 from proxyserve.engine.runner import Runner
@@ -37,20 +38,24 @@ def run_models(
     runners: Mapping[ModelKey, Runner | RemoteRunner],
     work: Mapping[ModelKey, Sequence[LaneWork]],
     differences: Mapping[ModelKey, Sequence[Pair]],
+    graphs: StepGraphs | None = None,
 ) -> Forward:
     """Run every model's work; each pair of lanes in `differences` has the rows of one. Remote models are asked first
-    and listened to last, so that the local ones run while the answers are on their way. Those of a group that have work
-    for it run in one forward, if there are two or more. Must be called in inference mode."""
+    and listened to last, so that the local ones run while the answers are on their way. What is recorded in `graphs` is
+    replayed. Of the others, those of a group that have work for it run in one forward, if there are two or more. Must
+    be called in inference mode."""
     calls = {}
     for model, items in work.items():
         runner = runners[model]
         if isinstance(runner, RemoteRunner):
             calls[model] = runner.begin(items)
-    logits: dict[ModelKey, Tensor] = {}
+    logits: dict[ModelKey, Tensor] = {} if graphs is None else graphs.run(work, differences)
     groups: dict[Group, dict[ModelKey, Sequence[LaneWork]]] = {}
     for model, items in work.items():
         runner = runners[model]
-        if isinstance(runner, Runner) and runner.group is not None and runner.group.takes(items):
+        if model in logits or not isinstance(runner, Runner) or runner.group is None:
+            continue
+        if runner.group.takes(items):
             groups.setdefault(runner.group, {})[model] = items
     together = {group: members for group, members in groups.items() if len(members) > 1}
     for group, members in together.items():

@@ -1,8 +1,11 @@
-"""What goes through a model's head: rows of hidden states, or differences of two.
+"""What goes through a model's head, rows of hidden states or differences of two, and what comes out.
 
 The two lanes of an expert that is an adapter over its untuned model share one head. A rule that only reads their
 difference needs one row of it instead of two, since a linear head of `h_tuned - h_untuned` is the difference of the
 heads (with less rounding: no two logits are rounded before they are subtracted).
+
+Rounding logits to bfloat16 before they are subtracted is the largest error of a fused law by far, and unneeded: the
+product is summed in float32 anyway, and costs no more if it stays there.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,40 @@ def head_rows(rows: HeadRows | None) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+def logits_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of the logits of a model of this dtype. Only on a CUDA device can a product be of another dtype than its factors
+    at no cost."""
+    return torch.float32 if dtype == torch.bfloat16 and device.type == "cuda" else dtype
+
+
+class WideHead(nn.Module):
+    """Takes the place of a linear head, with its weights, whose logits are to be float32."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.weight = linear.weight
+        self.bias = linear.bias
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[.., in] -> float32 [.., out]."""
+        if hidden.device.type == "cuda":
+            rows = hidden.reshape(-1, hidden.shape[-1])
+            logits = torch.mm(rows, self.weight.t(), out_dtype=torch.float32)
+            logits = logits.view(*hidden.shape[:-1], -1)
+        else:
+            logits = nn.functional.linear(hidden.float(), self.weight.float())
+        return logits if self.bias is None else logits + self.bias
+
+
+def widen_head(model: PreTrainedModel) -> None:
+    """Have the model's logits in float32, in place. Heads that are not plain linear layers (quantised ones) stay."""
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        model.set_output_embeddings(WideHead(head))
 
 
 def watch_head(head: nn.Module) -> None:

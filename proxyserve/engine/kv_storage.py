@@ -25,7 +25,8 @@ class KVStorage:
     """Keys and values of `num_blocks` blocks of `block_size` tokens, per layer.
 
     `keys[layer]` is [num_blocks, block_size, heads, key_size] and `values[layer]` likewise; token t of a lane lives in
-    block `lane.blocks[t // block_size]` at offset `t % block_size`.
+    block `lane.blocks[t // block_size]` at offset `t % block_size`. With `spare`, there is one block more that no lane
+    is ever given: padding of captured steps is written to and read from there.
     """
 
     def __init__(
@@ -36,19 +37,23 @@ class KVStorage:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        spare: bool = False,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        #: Id of the spare block.
+        self.spare = num_blocks if spare else None
+        allocated = num_blocks + spare
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         for shape in shapes:
             # One allocation per layer holds both. It is zeroed: padded positions are read (and masked), and a stray
             # NaN there would survive the mask as NaN * 0.
-            slots = num_blocks * block_size * shape.heads
+            slots = allocated * block_size * shape.heads
             pool = torch.zeros(slots * (shape.key_size + shape.value_size), dtype=dtype, device=device)
             split = slots * shape.key_size
-            self.keys.append(pool[:split].view(num_blocks, block_size, shape.heads, shape.key_size))
-            self.values.append(pool[split:].view(num_blocks, block_size, shape.heads, shape.value_size))
+            self.keys.append(pool[:split].view(allocated, block_size, shape.heads, shape.key_size))
+            self.values.append(pool[split:].view(allocated, block_size, shape.heads, shape.value_size))
 
     def clear(self, blocks: Sequence[int]) -> None:
         """Zero these blocks. Needed after NaN: masked positions are multiplied by 0, which does not remove a NaN."""

@@ -12,6 +12,7 @@ import torch
 
 from proxyserve.config import EngineConfig
 from proxyserve.engine.arena import Layout
+from proxyserve.engine.heads import logits_dtype
 from proxyserve.errors import LoadError, NoRoom
 from proxyserve.models.remote import AnyModel, RemoteModel
 
@@ -99,7 +100,7 @@ def blocks_of_remote(model: RemoteModel, *, block_size: int, max_batch: int, lan
 def scoring_bytes(base: AnyModel, config: EngineConfig) -> int:
     """What a step may take to score prompts: rows of logits of its models, and the laws that are fused at once."""
     width = base.vocabulary.size
-    rows = config.max_scored_rows * width * base.dtype.itemsize
+    rows = config.max_scored_rows * width * logits_dtype(base.dtype, base.device).itemsize
     return rows + fused_at_once(config) * _FUSED_COPIES * width * torch.float32.itemsize
 
 

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from proxyserve.engine.adapters import AdapterBank, adapter_plan
 from proxyserve.engine.arena import Layout
-from proxyserve.engine.attention import IMPLEMENTATION, AttentionPlan, ShapeProbe, attention_plan
+from proxyserve.engine.attention import IMPLEMENTATION, Features, ShapeProbe, attention_plan
 from proxyserve.engine.cpu_linear import doubled_bytes, pack_linears
-from proxyserve.engine.heads import HeadRows, head_rows, watch_head
+from proxyserve.engine.cuda.choose import choose_attention
+from proxyserve.engine.cuda.singles import Reserved
+from proxyserve.engine.heads import HeadRows, head_rows, logits_dtype, watch_head, widen_head
 from proxyserve.engine.kv_storage import KVStorage, LayerShape
 from proxyserve.engine.packed_row import PackedRow
 from proxyserve.errors import LoadError
@@ -26,6 +28,7 @@ from proxyserve.scheduler.scheduler import LaneWork
 from proxyserve.types import ModelKey
 
 if TYPE_CHECKING:
+    from proxyserve.engine.cuda.step_graphs import StepGraphs
     from proxyserve.engine.grouped.group import Group
 
 _PROBE_TOKENS = 9
@@ -65,18 +68,24 @@ class Runner:
         self.storage: KVStorage | None = None
         #: The models that this one may run together with.
         self.group: Group | None = None
+        #: Where this model's steps are recorded, if they are.
+        self.graphs: StepGraphs | None = None
+        if logits_dtype(model.dtype, model.device) != model.dtype:
+            widen_head(model.module)
         pack_linears(model.module)
         self._doubled_bytes = doubled_bytes(model.module)
         model.module.set_attn_implementation(IMPLEMENTATION)
         #: The adapters whose lanes run as rows of this model's forward.
         self.adapters = AdapterBank(model.module)
         watch_head(model.module.get_output_embeddings())
-        self.shapes = self._probe_shapes()
+        self.shapes, features = self._probe_layers()
+        self.attention = choose_attention(self.shapes, features, model.dtype, model.device)
         #: Whether the logits of a difference of hidden states are the difference of the logits.
         self.head_is_linear = self._probe_head()
 
-    def _probe_shapes(self) -> list[LayerShape]:
-        """Run a few tokens to learn what each layer stores. Raises LoadError if a layer bypasses the registry."""
+    def _probe_layers(self) -> tuple[list[LayerShape], list[Features]]:
+        """Run a few tokens to learn what each layer stores and what its attention is like. Raises LoadError if a layer
+        bypasses the registry."""
         probe = ShapeProbe()
         with attention_plan(probe), torch.inference_mode():
             self._forward(list(range(4)), list(range(4)), [3], 1)
@@ -86,7 +95,7 @@ class Runner:
                 f"{self.model.path}: {len(probe.shapes)} of {layers} layers use the attention registry; "
                 "a model with other kinds of layers cannot be served"
             )
-        return [probe.shapes[layer] for layer in range(layers)]
+        return [probe.shapes[layer] for layer in range(layers)], [probe.features[n] for n in range(layers)]
 
     def _probe_head(self) -> bool:
         """What a configuration does not say, a difference of two rows shows."""
@@ -139,17 +148,32 @@ class Runner:
 
     def detach(self) -> None:
         self.storage = None
+        self.graphs = None
 
     def run(self, work: Sequence[LaneWork], differences: Sequence[tuple[Lane, Lane]] = ()) -> Tensor:
-        """Compute the work's tokens. Returns logits [rows, width] in the model's dtype: those of each work item's last
+        """Compute the work's tokens. Returns logits [rows, width]: those of each work item's last
         `rows` tokens, in the order of `work`, without those whose lanes are in `differences`; then, for each of these,
         the first lane's minus the second's (for which the head must be linear). Must be called in inference mode."""
         if self.storage is None:
             raise RuntimeError("the runner has no KV storage yet")
+        if self.graphs is not None:
+            replayed = self.graphs.run({self.model.key: work}, {self.model.key: differences})
+            if replayed:
+                return replayed[self.model.key]
         started = perf_counter()
         row = self.pack(work, differences)
         logits = self.compute(row, self.storage)
         self.stats.ran(row.rows, perf_counter() - started)
+        return logits
+
+    def run_reserved(self, plan: Reserved) -> Tensor:
+        """Logits [tokens, width] of all tokens that are in place in `plan`. Looks at no tensor, so that it can be
+        recorded. Must be called in inference mode."""
+        with attention_plan(plan), adapter_plan(None), head_rows(None):
+            output = self.model.module(
+                input_ids=plan.inputs[0:1], position_ids=plan.inputs[1:2], use_cache=False
+            )
+        logits: Tensor = output.logits[0]
         return logits
 
     def pack(self, work: Sequence[LaneWork], differences: Sequence[tuple[Lane, Lane]]) -> PackedRow:
@@ -160,7 +184,7 @@ class Runner:
 
     def compute(self, row: PackedRow, storage: KVStorage) -> Tensor:
         """The logits of a packed row, whose KV goes to `storage`. Must be called in inference mode."""
-        plan = AttentionPlan.of(row.spans, storage)
+        plan = self.attention.plan(row.spans, storage)
         with attention_plan(plan), adapter_plan(row.adapters), head_rows(row.heads):
             return self._forward(row.ids, row.positions, row.wanted, row.rows)
 

@@ -437,8 +437,12 @@ class ExpertManager:
                     arenas[runner.layout] = engine.new_arena(runner, left)
                     left -= arenas[runner.layout].bytes
             fresh = [(runner, arenas[runner.layout]) for runner in loaded.fresh]
+            with self._paced():
+                engine.record(fresh)
+                engine.record_together(loaded.expert, engine.models.base)
             self._engine.between_steps(lambda: engine.adopt(fresh, loaded.over_trunks)).result()
         except BaseException:
+            engine.forget_recorded(loaded.fresh)
             self._roster.discard(loaded)
             raise
         return loaded

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ class Case:
 
     name: str
     kernel: Any
-    constants: dict[str, int | bool]
+    constants: Mapping[str, int | bool | str]
     warps: int
     budget: Budget
     types: dict[str, str] = field(default_factory=dict)
@@ -101,7 +102,7 @@ def compile_case(case: Case, target: GPUTarget = HOPPER) -> Report:
         width = next((int(w) for w in ("128", "64") if f".{w}" in line), 16 if "16" in line else 32)
         loads[width] = loads.get(width, 0) + 1
     instructions = len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", sass, flags=re.MULTILINE))
-    tile = case.constants.get("TILE")
+    tile = int(case.constants.get("TILE", 0))
     per_token = instructions * case.warps * 32 / (tile * layout.TOKENS.value) if tile else 0.0
     spread = _layout(compiled.asm["ttgir"])
     over = []

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from proxyserve_kernels.triton_backend.aot import Budget, Case
-from proxyserve_kernels.triton_backend.device import layout, pick, residual, select, stats, tilt
+from proxyserve_kernels.triton_backend.device import layout, paged, pick, residual, select, stats, tilt
+from proxyserve_kernels.triton_backend.paged import KEYS, WARPS
 from proxyserve_kernels.triton_backend.tuning import GROUP, ROOM, ROW_WARPS, SEARCH_GROUP, TILES, TOGETHER
 
 KINDS = {
@@ -47,6 +48,7 @@ def cases() -> Iterator[Case]:
     yield from pick_cases()
     yield from tilt_cases()
     yield from residual_cases()
+    yield from attention_cases()
 
 
 def fuse_cases() -> Iterator[Case]:
@@ -123,3 +125,24 @@ def residual_cases() -> Iterator[Case]:
     yield Case("residual_stats tile2", residual.residual_stats, {"TILE": 2, **values}, 1, Budget(96, 80))
     values = {**ROW, **values}
     yield Case("residual_pick", residual.residual_pick, values, ROW_WARPS, Budget(80, narrow=12))
+
+
+def attention_cases() -> Iterator[Case]:
+    """Attention over pages: heads of 64 and 128, with and without what some architectures have."""
+    tensors = ("query", "keys", "values", "out")
+    types = {**dict.fromkeys(tensors, "*bf16"), "pages": "*i64", "firsts": "*i64", "positions": "*i64",
+             "partial": "*fp32", "maxima": "*fp32", "sums": "*fp32", "sinks": "*bf16",
+             "scale": "fp32", "softcap": "fp32"}  # fmt: skip
+    for size, heads, extras, most in ((128, 32, False, 168), (64, 14, False, 168), (128, 32, True, 168)):
+        kv_heads = 8 if heads == 32 else 2
+        values: dict[str, int | bool | str] = {
+            "BLOCK_SIZE": 16, "HEADS": heads, "KV_HEADS": kv_heads, "SIZE": size, "VALUE": size, "GROUP": 16,
+            "WIDTH": size, "VALUE_WIDTH": size, "KEYS": KEYS, "SHARES": 8, "SOFTCAP": extras, "WINDOW": extras,
+            "PRECISION": "tf32",
+        }  # fmt: skip
+        name = f"attend_share size{size} heads{heads}/{kv_heads}{' extras' if extras else ''}"
+        yield Case(name, paged.attend_share, values, WARPS, Budget(most), types)
+        joined = {"HEADS": heads, "VALUE": size, "VALUE_WIDTH": size, "SHARES": 8, "SINKS": extras}
+        budget = Budget(64, narrow=1 if extras else 0)
+        yield Case(f"join_shares size{size} heads{heads}/{kv_heads}{' sinks' if extras else ''}",
+                   paged.join_shares, joined, 1, budget, types)  # fmt: skip
