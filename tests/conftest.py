@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 
@@ -21,11 +22,35 @@ import torch
 from proxyserve.config import EngineConfig
 from proxyserve.engine.engine import Engine
 from proxyserve.engine.loop import AsyncEngine
+from proxyserve.engine.speculation import adaptive
+from proxyserve.engine.speculation.costs import ForwardCosts
+from proxyserve.engine.speculation.step_costs import StepCosts
 from proxyserve.models.family import ExpertSource, load_family
 from proxyserve.models.model_set import ModelSet
 from tests.tiny import TinyFamily, build_family
 
 torch.set_num_threads(1)
+
+
+class NothingPays(StepCosts):
+    """Steps with drafts, and without, take for ever."""
+
+    def seconds(self, *_: object) -> float:
+        return math.inf
+
+    def took(self, *_: object) -> None: ...
+
+    def drafting_took(self, *_: object) -> None: ...
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_times() -> Iterator[None]:
+    """No test depends on how long anything takes: where as many tokens are to be drafted as pay, none does, unless the
+    test says what they cost."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adaptive, "StepCosts", NothingPays)
+        patch.setattr(adaptive, "measure_forwards", lambda *_: ForwardCosts())
+        yield
 
 
 @pytest.fixture(scope="session")

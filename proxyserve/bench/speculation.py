@@ -160,7 +160,7 @@ def _measure_family(
     rounds: int,
     progress: Callable[[str], None],
 ) -> list[SpeculationRow]:
-    experts = [ExpertSource(f"e{share}", *folders) for share, folders in family.experts.items()]
+    experts = [ExpertSource(_name(share), *folders) for share, folders in family.experts.items()]
     engine = _load(family.base, experts, placement, max(batches))
     base = _peer(family.base, placement)
     loops = {
@@ -180,7 +180,7 @@ def _measure_family(
                 tokens = generate_fused(models, (1.0, 1.0, -1.0), ids, new).numel()
                 return int(tokens)
 
-            questions = [_Question(tuple(text), f"e{share}", sampling) for text in ids.tolist()]
+            questions = [_Question(tuple(text), _name(share), sampling) for text in ids.tolist()]
             contest = _Contest(engine, questions, batch, loop)
             rows.append(contest.run(name, share, rounds, progress))
     return rows
@@ -253,7 +253,7 @@ class _Contest:
     def _answer(self, speculate: Speculate, questions: Sequence[_Question]) -> tuple[int, Measured]:
         """Answer all of them. How many tokens that were, and the counts."""
         engine = self._engine
-        engine.config = replace(engine.config, speculate=speculate)
+        engine.speculator.speculate = speculate
         waiting = list(reversed(questions))
         running = tokens = drafted = accepted = steps = 0
         while waiting or running:
@@ -274,6 +274,10 @@ class _Contest:
         fusion = Fusion() if question.expert is None else proxy({question.expert: 1.0})
         name = f"speculation-{next(self._names)}"
         return Submission(name, LanePrompts(question.prompt), question.sampling, fusion)
+
+
+def _name(share: float) -> str:
+    return f"stands-{round(100 * share)}"
 
 
 def _load(base: Path, experts: Sequence[ExpertSource], placement: Placement, most: int) -> Engine:

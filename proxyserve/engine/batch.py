@@ -170,7 +170,7 @@ def shared_heads(
     """By trunk, the pairs of lanes of which only the difference is read. A drafter has been read by itself."""
     found: dict[ModelKey, list[Pair]] = {}
     for choice in dict.fromkeys(row.choice for row in rows if not row.alone):
-        if choice.scheduled.drafts:
+        if choice.scheduled.drafts or (choice.ahead is not None and choice.ahead.shadow):
             continue
         if choice.differences is None:
             choice.differences = _differences(choice, runners)

@@ -125,6 +125,7 @@ class Engine:
             dynamic=experts,
         )
         self.backend.warm_up(needs, progress)
+        self.speculator = Speculator(self.config, models.base.key)
         progress("planning memory and checking the models in paged mode")
         recorder = graph_device or graph_device_for(models.base.device)
         #: The steps that are recorded; None if none are.
@@ -142,7 +143,6 @@ class Engine:
         )
         self._choices: dict[str, Choice] = {}
         self._adjuster = Adjuster()
-        self._speculator = Speculator(self.config, models.base.key)
 
     def _settle(
         self, models: ModelSet, prepared: Mapping[ModelKey, Runner], progress: Callable[[str], None]
@@ -179,6 +179,8 @@ class Engine:
         self.blocks_per_lane: int | None = max(per_lane, default=None)
         arenas = {layout: self._arena(layout, blocks) for layout, blocks in blocks_of.items()}
         residents.groups.learn(local, progress)
+        for runner in local:
+            self.speculator.measure(runner)
         for runner in local:
             residents.adopt(runner, arenas[runner.layout])
         self.record((runner, arenas[runner.layout]) for runner in local)
@@ -304,7 +306,7 @@ class Engine:
             if choice.key in self._choices:
                 raise ValueError(f"request id {choice.key} is in use")
             self._choices[choice.key] = choice
-            self._speculator.begin(choice)
+            self.speculator.begin(choice)
             self.scheduler.add(choice.scheduled)
 
     def submit(self, submission: Submission) -> list[str]:
@@ -340,7 +342,7 @@ class Engine:
         that wanted it."""
         started = perf_counter()
         running = (self._choices[request.request_id] for request in self.scheduler.running)
-        plan = self.scheduler.schedule(self._speculator.wishes(running))
+        plan = self.scheduler.schedule(self.speculator.wishes(running, self.runners))
         self.counters.scheduled(plan, self._choices)
         if plan.empty:
             return []
@@ -362,6 +364,7 @@ class Engine:
             logits = LogitRows(rows, plan.work, forward, drafted.sources, drafted.places)
             scores = score(self.backend, to_score, logits, fused_at_once(self.config))
             sampled = self._sample(rows, adjusted, logits) if rows else []
+            self.speculator.compare(rows, adjusted, sampled, logits, self.backend, self._adjuster)
             accepted = _accepted(rows, sampled) if plan.granted else {}
             self.scheduler.commit(plan, accepted)
             for request, wish in plan.granted.items():
@@ -379,6 +382,7 @@ class Engine:
         if not self.config.prefix_cache:
             for arena in self.residents.arenas.values():
                 arena.pool.drop_cache()
+        self.speculator.stepped(plan, perf_counter() - started, self.runners)
         self.counters.stepped(plan, self.runners, held, started)
         return events
 
@@ -386,15 +390,17 @@ class Engine:
         """Let the plan's granted requests run ahead, and have its work verify what they drafted."""
         if not plan.granted:
             return Drafted()
+        started = perf_counter()
         drafted = draft(
             plan,
             self._choices,
-            self._speculator.proposed,
+            self.speculator.proposed,
             runners=self.runners,
             backend=self.backend,
             adjuster=self._adjuster,
         )
         plan.run_ahead(drafted.passes)
+        self.speculator.drafted(plan, drafted, perf_counter() - started, self.runners)
         return drafted
 
     def _verified(self, choice: Choice, wish: Wish, accepted: int) -> None:
@@ -403,6 +409,7 @@ class Engine:
         if drafts:
             choice.drafted += drafts
             choice.accepted += accepted
+            self.speculator.verified(choice, drafts, accepted)
             name = "lookup" if wish.drafter is None else wish.drafter.model.name
             self.counters.verified(name, drafts, accepted)
             choice.adjustments.take_back()

@@ -34,7 +34,7 @@ def make_engine(family: TinyFamily, adapters: int = 2) -> Engine:
         adapter = make_adapter(untuned.module, seed=number)
         tuned = replace(untuned, key=ModelKey(f"e{number}.tuned"), over=untuned, adapter=adapter)
         experts.append(make_expert(f"e{number}", models.base, tuned, untuned))
-    config = EngineConfig(max_batch=16, max_batch_tokens=64, kv_memory=2**22)
+    config = EngineConfig(max_batch=16, max_batch_tokens=64, kv_memory=2**22, speculate="off")
     return Engine(ModelSet(models.base, experts), config)
 
 

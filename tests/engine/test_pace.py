@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from statistics import median
 
 import pytest
 
 from proxyserve.engine.speculation.acceptance import SPARSEST, Acceptance, Drafting, Kinds
 from proxyserve.engine.speculation.costs import ForwardCosts, start_up_sizes
-from proxyserve.engine.speculation.pace import PAYS, Candidate, StepCosts, choose
+from proxyserve.engine.speculation.pace import PAYS, Candidate, choose
+from proxyserve.engine.speculation.step_costs import StepCosts
+from proxyserve.types import ModelKey
 
 MOST = 8
+TUNED, UNTUNED, BASE = MODELS = ModelKey("tuned"), ModelKey("untuned"), ModelKey("base")
+VERIFIERS = (BASE, UNTUNED)
 
 
 def flat(seconds: float, per_token: float = 0.0) -> Callable[[int], float]:
@@ -45,6 +48,10 @@ class Machine:
         return seconds * 10 if self.random.random() < self.hiccups else seconds
 
 
+def unknown_costs() -> StepCosts:
+    return StepCosts({name: ForwardCosts() for name in MODELS}, {TUNED: ForwardCosts()})
+
+
 class Simulation:
     """Requests of fused decoding with one expert each, all of one drafter. What is learned from is noisy; `seconds` and
     `tokens` are what is expected of the steps that were taken."""
@@ -54,43 +61,44 @@ class Simulation:
         self.rates = list(rates)
         kinds = kinds or Kinds()
         self.drafting = [kinds.begin("expert") for _ in rates]
-        self.costs = StepCosts(
-            {"base": ForwardCosts(), "untuned": ForwardCosts(), "tuned": ForwardCosts()},
-            ForwardCosts(),
-            ForwardCosts(),
-        )
-        self.laws = {"base": machine.base, "untuned": machine.small, "tuned": machine.small}
+        self.costs = unknown_costs()
+        self.laws = {BASE: machine.base, UNTUNED: machine.small, TUNED: machine.small}
         self.seconds = 0.0
         self.tokens = 0.0
         self.drafts = 0
         self.shadows = 0
         for size in start_up_sizes(len(rates) * (MOST + 1)):
             for name, law in self.laws.items():
-                seconds = median(machine.takes(law, size) for _ in range(3))
+                seconds = min(machine.takes(law, size) for _ in range(2))
                 self.costs.forwards[name].observe(size, seconds)
+                if name == TUNED:
+                    self.costs.drafters[name].observe(size, seconds)
 
     def step(self, fixed: int | None = None) -> list[int]:
         """Returns the drafts of each request."""
         requests = len(self.rates)
-        plain: dict[Hashable, int] = dict.fromkeys(self.laws, requests)
+        plain: dict[ModelKey, int] = dict.fromkeys(self.laws, requests)
         wishes = [fixed or 0] * requests
         if fixed is None:
             candidates = [
-                Candidate(("base", "untuned"), drafting.rate or 0.0, MOST, "tuned")
-                for drafting in self.drafting
+                Candidate(VERIFIERS, drafting.rate or 0.0, MOST, TUNED) for drafting in self.drafting
             ]
             wishes = choose(candidates, self.costs, tokens=plain, rows=requests)
-        for depth in range(max(wishes)):
-            count = sum(wish > depth for wish in wishes)
-            self.run("tuned", count)
-            self.host(self.costs.drafting, count)
+        depths: list[dict[ModelKey, int]] = [
+            {TUNED: sum(wish > depth for wish in wishes)} for depth in range(max(wishes))
+        ]
         rows = requests + sum(wishes)
         shadows = [drafting.wants_shadow and not k for drafting, k in zip(self.drafting, wishes, strict=True)]
         self.shadows += sum(shadows)
-        self.run("base", rows)
-        self.run("untuned", rows)
-        self.run("tuned", requests)
-        self.host(self.costs.picking, rows + sum(shadows))
+        tokens: dict[ModelKey, int] = {BASE: rows, UNTUNED: rows, TUNED: requests}
+        picked = rows + sum(shadows)
+        spent = {name: self.takes(self.laws[name], count) for name, count in tokens.items()}
+        rest = self.takes(self.machine.pick, picked)
+        self.costs.took(sum(spent.values()) + rest, tokens, spent, rows)
+        if depths:
+            drafted = sum(self.takes(self.machine.small, depth[TUNED]) for depth in depths)
+            rest = sum(self.takes(self.machine.pick, depth[TUNED]) for depth in depths)
+            self.costs.drafting_took(drafted + rest, depths, {TUNED: drafted})
         for number, (drafting, k) in enumerate(zip(self.drafting, wishes, strict=True)):
             right = [self.machine.random.random() < self.rates[number] for _ in range(max(k, 1))]
             accepted = next((place for place, good in enumerate(right[:k]) if not good), k)
@@ -104,13 +112,9 @@ class Simulation:
                 drafting.skipped()
         return wishes
 
-    def run(self, name: str, tokens: int) -> None:
-        self.costs.forwards[name].observe(tokens, self.machine.takes(self.laws[name], tokens))
-        self.seconds += self.laws[name](tokens)
-
-    def host(self, costs: ForwardCosts, rows: int) -> None:
-        costs.observe(rows, self.machine.takes(self.machine.pick, rows))
-        self.seconds += self.machine.pick(rows)
+    def takes(self, law: Callable[[int], float], count: int) -> float:
+        self.seconds += law(count)
+        return self.machine.takes(law, count)
 
     def speed(self, steps: int, fixed: int | None = None) -> float:
         """Tokens per virtual second from now on."""
@@ -121,16 +125,12 @@ class Simulation:
 
 
 def test_choose_takes_the_best_uniform_number() -> None:
-    machine = Machine()
-    costs = StepCosts(
-        {"base": ForwardCosts(), "untuned": ForwardCosts(), "tuned": ForwardCosts()},
-        ForwardCosts(),
-        ForwardCosts(),
-    )
+    machine, costs = Machine(), unknown_costs()
     for count in range(1, 73):
-        costs.forwards["base"].observe(count, machine.base(count))
-        costs.forwards["untuned"].observe(count, machine.small(count))
-        costs.forwards["tuned"].observe(count, machine.small(count))
+        costs.forwards[BASE].observe(count, machine.base(count))
+        costs.forwards[UNTUNED].observe(count, machine.small(count))
+        costs.forwards[TUNED].observe(count, machine.small(count))
+        costs.drafters[TUNED].observe(count, machine.small(count))
         costs.picking.observe(count, machine.pick(count))
         costs.drafting.observe(count, machine.pick(count))
 
@@ -142,7 +142,7 @@ def test_choose_takes_the_best_uniform_number() -> None:
 
     for rate in (0.0, 0.25, 0.5, 0.75, 0.875, 1.0):
         for requests in (1, 2, 4, 8):
-            candidate = Candidate(("base", "untuned"), rate, MOST, "tuned")
+            candidate = Candidate(VERIFIERS, rate, MOST, TUNED)
             chosen = choose(
                 [candidate] * requests, costs, tokens=dict.fromkeys(costs.forwards, requests), rows=requests
             )
@@ -166,22 +166,22 @@ def test_choose_tells_requests_apart() -> None:
             rows=requests,
         )
 
-    good = Candidate(("base", "untuned"), 0.95, MOST, "tuned")
+    good = Candidate(VERIFIERS, 0.95, MOST, TUNED)
     assert chosen(good)[0] > 2
-    useless = Candidate(("base", "untuned"), 0.02, MOST, "tuned")
+    useless = Candidate(VERIFIERS, 0.02, MOST, TUNED)
     mixed = chosen(good, useless, good, useless)
     assert mixed[0] == mixed[2] > 0 == mixed[1] == mixed[3]
-    short = Candidate(("base", "untuned"), 0.95, 1, "tuned")
+    short = Candidate(VERIFIERS, 0.95, 1, TUNED)
     assert chosen(good, short)[1] <= 1 < chosen(good, short)[0]
-    assert chosen(Candidate(("base", "untuned"), 1.0, 0, "tuned")) == [0]
-    looked_up = Candidate(("base",), 0.5, 2)
+    assert chosen(Candidate(VERIFIERS, 1.0, 0, TUNED)) == [0]
+    looked_up = Candidate((BASE,), 0.5, 2)
     assert chosen(looked_up)[0] > 0, "drafts that cost no forward pay at lower rates"
     assert choose([], simulation.costs, tokens={}, rows=0) == []
 
 
 def test_nothing_is_drafted_before_costs_are_known() -> None:
-    costs = StepCosts({"base": ForwardCosts()}, ForwardCosts(), ForwardCosts())
-    assert choose([Candidate(("base",), 1.0, 4)], costs, tokens={"base": 1}, rows=1) == [0]
+    costs = unknown_costs()
+    assert choose([Candidate((BASE,), 1.0, 4)], costs, tokens={BASE: 1}, rows=1) == [0]
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3, 0.6, 0.8, 0.95])
@@ -215,10 +215,10 @@ def test_starts_and_stops_as_acceptance_changes() -> None:
     assert waited < 60
     simulation.speed(50)
     simulation.rates = [0.0]
-    lost = simulation.drafts
+    drafted = simulation.drafts
     simulation.speed(100)
     assert simulation.step() == [0]
-    assert simulation.drafts - lost < 60
+    assert simulation.drafts - drafted < 100
 
 
 def test_a_new_request_of_a_known_expert_begins_at_once() -> None:

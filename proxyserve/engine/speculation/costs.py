@@ -15,18 +15,28 @@ _CURVE_RATE = 0.1
 #: A forward further from its estimate than a factor of 1.6 counts as one that is this far: whatever held it up is not
 #: what such a forward costs.
 _SURPRISE = math.log(1.6)
+_FIRST = 4
 _EXACT = 16
 
 
 class ForwardCosts:
     """Of the forwards of one model, or of anything else whose time depends on a count. Estimates grow with the count;
-    beyond the largest count seen they go on as they grew before it, or in proportion where only one has been seen."""
+    beyond the largest count seen they go on as they grew before it. Where only one has been seen, the share `growth` of
+    its time is taken to grow in proportion, the rest not at all."""
 
-    def __init__(self) -> None:
+    def __init__(self, growth: float = 1.0) -> None:
+        self._growth = growth
         self._level = 0.0
         self._counts: list[int] = []
         self._curve: dict[int, float] = {}  # by count, log seconds at level 0
         self._seen: dict[int, int] = {}
+
+    def copy(self, times: float = 1.0) -> ForwardCosts:
+        """Of a model whose forwards take that many times as long."""
+        other = ForwardCosts(self._growth)
+        other._level = self._level + math.log(times)
+        other._counts, other._curve, other._seen = [*self._counts], {**self._curve}, {**self._seen}
+        return other
 
     @property
     def known(self) -> bool:
@@ -43,6 +53,8 @@ class ForwardCosts:
             self._add(count, found)
             return
         error = found - self._level - self._curve[count]
+        if error < -_SURPRISE and self._seen[count] < _FIRST:  # what came before was an accident
+            self._curve[count], error = found - self._level, 0.0
         error = max(-_SURPRISE, min(_SURPRISE, error))
         self._level += _LEVEL_RATE * error
         self._seen[count] += 1
@@ -72,7 +84,7 @@ class ForwardCosts:
         # Over a distance of a factor of two, since neighbours differ by noise.
         before = bisect_right(self._counts, last // 2)
         if not before:
-            return self._at(last) * tokens / last
+            return self._at(last) * (1.0 + self._growth * (tokens / last - 1.0))
         first = self._counts[before - 1]
         slope = (self._at(last) - self._at(first)) / (last - first)
         return self._at(last) + slope * (tokens - last)

@@ -9,10 +9,11 @@ tokens cost the models that verify, and on how many requests share all of these.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from proxyserve.engine.speculation.costs import ForwardCosts
+from proxyserve.engine.speculation.step_costs import StepCosts
+from proxyserve.types import ModelKey
 
 #: Speculation must promise this many times the tokens per second of the plain step: estimates err.
 PAYS = 1.05
@@ -25,33 +26,23 @@ _LEAST = 0.05
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A request that could draft at most `most` tokens, each of which stands with probability `rate` if those before it
-    do. `drafter` names the forwards that draft; None if there are none (lookup). `verifiers` names the forwards of
-    which each draft is one token more: a name as often as it has lanes there."""
+    do. `drafter` names the model that drafts; None if none does (lookup). `verifiers` names the models for whose
+    forwards each draft is one token more: a model as often as it has lanes."""
 
-    verifiers: tuple[Hashable, ...]
+    verifiers: tuple[ModelKey, ...]
     rate: float
     most: int
-    drafter: Hashable | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class StepCosts:
-    """Seconds: `forwards` by name and tokens; `picking` by rows, all that a step does beside its forwards; `drafting`
-    by rows, the same for the part of a step that drafts at one depth, taken for another pick until it is known."""
-
-    forwards: Mapping[Hashable, ForwardCosts]
-    picking: ForwardCosts
-    drafting: ForwardCosts
+    drafter: ModelKey | None = None
 
 
 @dataclass(slots=True)
 class _Step:
-    """An imagined step: tokens of each forward, rows of the pick, and requests that draft at each depth by drafter."""
+    """An imagined step: tokens of each model, rows of the pick, and requests that draft at each depth by drafter."""
 
     costs: StepCosts
-    tokens: Counter[Hashable]
+    tokens: Counter[ModelKey]
     rows: int
-    depths: list[Counter[Hashable]] = field(default_factory=list)
+    depths: list[Counter[ModelKey]] = field(default_factory=list)
 
     def draft(self, candidate: Candidate, requests: int, depth: int) -> None:
         """Let so many requests like the candidate draft one token more, their token number `depth` from 0."""
@@ -64,21 +55,13 @@ class _Step:
             self.depths[depth][candidate.drafter] += requests
 
     def seconds(self) -> float:
-        forwards, drafting = self.costs.forwards, self.costs.drafting
-        if not drafting.known:
-            drafting = self.costs.picking
-        total = self.costs.picking.seconds(self.rows)
-        total += sum(forwards[name].seconds(count) for name, count in self.tokens.items())
-        for depth in self.depths:
-            total += drafting.seconds(depth.total())
-            total += sum(forwards[name].seconds(count) for name, count in depth.items())
-        return total
+        return self.costs.seconds(self.tokens, self.rows) + self.costs.drafting_seconds(self.depths)
 
 
 def choose(
-    candidates: Sequence[Candidate], costs: StepCosts, *, tokens: Mapping[Hashable, int], rows: int
+    candidates: Sequence[Candidate], costs: StepCosts, *, tokens: Mapping[ModelKey, int], rows: int
 ) -> list[int]:
-    """How many tokens each candidate drafts, at most its `most`. `tokens` has those of each forward of the step without
+    """How many tokens each candidate drafts, at most its `most`. `tokens` has those of each model in the step without
     drafts, and `rows` how many tokens that step draws, the candidates' included. Prompts that are processed in the same
     step are in neither: they would make a slow step look like one in which drafts are cheap. All zero if speculation
     does not promise to pay."""
