@@ -30,13 +30,14 @@ class EngineConfig:
     `dtype` "auto" is bfloat16 on a GPU; on a CPU it is float32, or, where all weights are stored in one half-precision
     dtype, whichever of the two is faster; "fastest" takes the faster of float32 and bfloat16. `max_batch` is the most
     requests that run at once, `max_batch_tokens` the most tokens one model computes per step (long prompts are cut into
-    chunks of at most that many), `max_scored_rows` the most rows of logits, of all models together, that a step
-    computes to score prompts (the memory plan sets theirs aside). `kv_memory` is in bytes for the KV caches of all
-    models together; None lets the plan choose. `threads` "auto" takes one or all cores, whichever is faster; None
-    leaves torch's own choice. `kernels` names the backend of the logit arithmetic: "torch", "triton", or "auto", which
-    is triton on a CUDA device. `pairs` says whether models that differ in their weights only run "together" in one
-    forward, or "apart"; "auto" measures which is faster. `cuda_graphs`: on a CUDA device, steps of decoding are
-    recorded when a model comes and then replayed, which costs start-up time and memory.
+    chunks of at most that many), `prefill_tokens` the most tokens of prompts among these while other requests decode,
+    beside two for each of those (None: 32 on a CPU, no such limit on a GPU), `max_scored_rows` the most rows of logits,
+    of all models together, that a step computes to score prompts (the memory plan sets theirs aside). `kv_memory` is in
+    bytes for the KV caches of all models together; None lets the plan choose. `threads` "auto" takes one or all cores,
+    whichever is faster; None leaves torch's own choice. `kernels` names the backend of the logit arithmetic: "torch",
+    "triton", or "auto", which is triton on a CUDA device. `pairs` says whether models that differ in their weights only
+    run "together" in one forward, or "apart"; "auto" measures which is faster. `cuda_graphs`: on a CUDA device, steps
+    of decoding are recorded when a model comes and then replayed, which costs start-up time and memory.
 
     `speculate` says how many tokens are drafted ahead for each request, and verified together: that many where it can
     be done, "off" for none, or "auto" for as many as measured acceptance and times make worth it, at most `max_drafts`.
@@ -46,6 +47,7 @@ class EngineConfig:
     dtype: str = "auto"
     max_batch: int = 64
     max_batch_tokens: int = 512
+    prefill_tokens: int | None = None
     max_scored_rows: int = 256
     kv_memory: int | None = None
     block_size: int = 16
@@ -76,6 +78,8 @@ class EngineConfig:
             )
         if self.pairs not in ("auto", "together", "apart"):
             raise ValueError(f"pairs must be auto, together or apart, not '{self.pairs}'")
+        if self.prefill_tokens is not None and self.prefill_tokens < 1:
+            raise ValueError(f"prefill_tokens must be at least 1, not {self.prefill_tokens}")
         if self.max_batch_tokens < self.max_batch:
             raise ValueError(
                 f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_batch ({self.max_batch}), "

@@ -208,6 +208,16 @@ MaxBatchTokens = Annotated[
         help="Most tokens one model computes per step; longer prompts are cut into chunks.",
     ),
 ]
+PrefillTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--prefill-tokens",
+        envvar=_envvar("PREFILL_TOKENS"),
+        min=1,
+        help="Most tokens of prompts that one model computes per step while others decode, beside two for each of "
+        "these. Fewer make shorter pauses, more let long prompts begin sooner. Default: 32 on a CPU, none on a GPU.",
+    ),
+]
 MaxScoredRows = Annotated[
     int,
     typer.Option(

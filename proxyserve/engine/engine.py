@@ -76,6 +76,9 @@ from proxyserve_kernels import Needs, PickControls, RowBatch, backend_for
 
 logger = logging.getLogger(__name__)
 
+#: `EngineConfig.prefill_tokens` on a CPU.
+_CPU_PREFILL_TOKENS = 32
+
 
 class Engine:
     """Holds the models, their KV blocks and the requests. Not thread-safe: `prepare` may be called from anywhere,
@@ -103,8 +106,10 @@ class Engine:
         offer = Offer(catalog, policy or FusionPolicy())
         self.offers = Offers(offer)
         check_presets(offer)
-        for name in ("max_batch_tokens", "max_scored_rows"):
-            if getattr(self.config, name) <= 2 * self.policy.max_experts:
+        least = 2 * self.policy.max_experts + 1
+        for name in ("max_batch_tokens", "max_scored_rows", "prefill_tokens"):
+            value = getattr(self.config, name)
+            if value is not None and value < least:
                 # The last tokens of a request's lanes run in one step, and all of its lanes may be on one trunk.
                 raise ValueError(
                     f"{name} must be above twice the number of experts that a request may name, "
@@ -140,9 +145,16 @@ class Engine:
             max_batch=self.config.max_batch,
             max_batch_tokens=self.config.max_batch_tokens,
             max_scored_rows=self.config.max_scored_rows,
+            prefill_tokens=self._prefill_tokens(least),
         )
         self._choices: dict[str, Choice] = {}
         self._adjuster = Adjuster()
+
+    def _prefill_tokens(self, least: int) -> int | None:
+        """A CPU takes about as long for a token of a prompt as for one that is decoded; a GPU hardly notices it."""
+        if self.config.prefill_tokens is None and self.models.base.device.type == "cpu":
+            return max(least, _CPU_PREFILL_TOKENS)
+        return self.config.prefill_tokens
 
     def _settle(
         self, models: ModelSet, prepared: Mapping[ModelKey, Runner], progress: Callable[[str], None]

@@ -77,7 +77,7 @@ def settle_dtype(
     name = str(other).removeprefix("torch.")
     chosen = other if ratio > 1 else torch.float32
     return Settled(
-        Placement(placement.device, chosen), f"{name} measured {ratio:.1f} times as fast as float32"
+        Placement(placement.device, chosen), f"{name} measured {ratio:.2g} times as fast as float32"
     )
 
 
@@ -135,7 +135,7 @@ def settle_threads(
         return Settled(1, "for small models")
     seconds = (measure or time_threads)((1, cores), runner)
     ratio = seconds[1] / seconds[cores]
-    return Settled(cores if ratio >= _WORTH else 1, f"{cores} measured {ratio:.1f} times as fast as 1")
+    return Settled(cores if ratio >= _WORTH else 1, f"{cores} measured {ratio:.2g} times as fast as 1")
 
 
 def time_threads(numbers: Sequence[int], runner: Runner) -> Mapping[int, float]:

@@ -58,6 +58,10 @@ class LaneWork:
     drafted: int = 0
 
 
+#: Tokens of prompts that a step may run more for each request that decodes in it. On a CPU each of these makes the step
+#: longer by about as much as one token of a prompt does, so prompts stay in proportion.
+_PROMPT_PER_DECODING = 2
+
 _NO_WISHES: Mapping[ScheduledRequest, Wish] = MappingProxyType({})
 _NONE_ACCEPTED: Mapping[ScheduledRequest, int] = MappingProxyType({})
 
@@ -113,7 +117,11 @@ class Scheduler:
     """Owns the queue, the running requests and who holds which blocks of `pools`. That has the pool of each trunk;
     trunks whose layers store alike share one. It may be replaced between steps by one with other trunks, as long as
     those of queued and running requests stay. A step has at most `max_scored_rows` rows of logits, over all lanes of
-    all requests, beside one for each lane to sample from; no request may have more lanes than that."""
+    all requests, beside one for each lane to sample from; no request may have more lanes than that.
+
+    While requests decode, a step runs at most `prefill_tokens` tokens of prompts per trunk, and two more for each of
+    these requests, so that a long prompt does not hold them up for long; None sets no such limit. It must be at least
+    the number of lanes of one request on one trunk, whose last tokens run in one step."""
 
     def __init__(
         self,
@@ -123,6 +131,7 @@ class Scheduler:
         max_batch: int,
         max_batch_tokens: int,
         max_scored_rows: int,
+        prefill_tokens: int | None = None,
     ) -> None:
         if max_batch_tokens < max_batch:
             raise ValueError("max_batch_tokens below max_batch: some running request could never advance")
@@ -131,6 +140,7 @@ class Scheduler:
         self.max_batch = max_batch
         self.max_batch_tokens = max_batch_tokens
         self.max_scored_rows = max_scored_rows
+        self.prefill_tokens = prefill_tokens
         self.running: list[ScheduledRequest] = []
         self.waiting = FairQueue()
 
@@ -162,12 +172,16 @@ class Scheduler:
         budget = _Budget(dict.fromkeys(self.pools, self.max_batch_tokens), self.max_scored_rows)
         # Requests that only need their next token come first: a long prompt never delays a running answer.
         granted: set[int] = set()
-        for request in sorted(self.running, key=lambda r: (_needs_prefill(r), *_rank(r))):
-            if request.state is RequestState.RUNNING:  # else preempted a moment ago
-                self._grant(request, budget, plan, granted)
+        decoding = [request for request in self.running if not _needs_prefill(request)]
+        prefilling = [request for request in self.running if _needs_prefill(request)]
+        self._grant_in_turn(decoding, budget, plan, granted)
+        kept = self._keep_from_prompts(len(decoding), budget)
+        self._grant_in_turn(prefilling, budget, plan, granted)
         if not plan.preempted:
             self._admit(budget, plan, granted)
             if wishes:
+                for trunk, tokens in kept.items():
+                    budget.tokens[trunk] += tokens
                 self._grant_drafts(wishes, budget, plan)
         return plan
 
@@ -185,6 +199,23 @@ class Scheduler:
             self.waiting.charge(request, 1.0 + accepted.get(request, 0))
         for request, rows in plan.rows.items():
             request.unscored = max(0, request.unscored - rows)
+
+    def _grant_in_turn(
+        self, requests: Sequence[ScheduledRequest], budget: _Budget, plan: Plan, granted: set[int]
+    ) -> None:
+        for request in sorted(requests, key=_rank):
+            if request.state is RequestState.RUNNING:  # else preempted a moment ago
+                self._grant(request, budget, plan, granted)
+
+    def _keep_from_prompts(self, decoding: int, budget: _Budget) -> dict[ModelKey, int]:
+        """Leave in the budget what prompts may take beside so many requests that decode. Returns the rest."""
+        if self.prefill_tokens is None or not decoding:
+            return {}
+        most = self.prefill_tokens + _PROMPT_PER_DECODING * decoding
+        kept = {trunk: max(0, tokens - most) for trunk, tokens in budget.tokens.items()}
+        for trunk, tokens in kept.items():
+            budget.tokens[trunk] -= tokens
+        return kept
 
     def _grant(self, request: ScheduledRequest, budget: _Budget, plan: Plan, granted: set[int]) -> None:
         """Give each lane whose turn it is as much of what it misses as its trunk's budget allows."""

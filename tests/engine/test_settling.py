@@ -66,7 +66,7 @@ def test_half_precision_runs_in_what_is_faster(
     settled = settle_dtype("cpu", "auto", base, [tmp_path / "adapter"], measure=measure)
     assert asked == [(FLOAT, stored)]
     assert settled.value.dtype is (stored if faster else FLOAT)
-    assert ("2.0 times" if faster else "0.7 times") in settled.reason
+    assert ("2 times" if faster else "0.67 times") in settled.reason
 
 
 def test_fastest_measures_whatever_is_stored(tiny_family: TinyFamily) -> None:

@@ -248,13 +248,16 @@ def make_request(
     return ScheduledRequest(name, lanes, output, leader=leader, unscored=unscored)
 
 
-def make_scheduler(*, blocks: int = 32, block_size: int = 4, budget: int = 16, rows: int = 16) -> Scheduler:
+def make_scheduler(
+    *, blocks: int = 32, block_size: int = 4, budget: int = 16, rows: int = 16, prefill: int | None = None
+) -> Scheduler:
     return Scheduler(
         {model: BlockPool(blocks) for model in MODELS},
         block_size=block_size,
         max_batch=8,
         max_batch_tokens=budget,
         max_scored_rows=rows,
+        prefill_tokens=prefill,
     )
 
 
@@ -284,6 +287,36 @@ def test_running_answers_go_before_long_prompts() -> None:
         assert short in plan.sampling
         scheduler.commit(plan)
         short.output.append(1)
+
+
+def test_long_prompts_run_in_small_portions_beside_those_who_decode() -> None:
+    """No step has more of them than the limit and two for each request that decodes; alone they take all there is."""
+    scheduler = make_scheduler(blocks=64, budget=40, prefill=5)
+    decoding = [make_request(f"short{number}", {MODELS[0]: 2, MODELS[1]: 2}) for number in range(3)]
+    for request in decoding:
+        scheduler.add(request)
+    scheduler.commit(scheduler.schedule())
+    scheduler.add(make_request("long", {MODELS[0]: 60, MODELS[1]: 70}))
+    scheduler.add(make_request("other", {MODELS[0]: 30}))
+    portions = []
+    for step in range(5):
+        for request in decoding:
+            request.output.append(step)
+        plan = scheduler.schedule()
+        assert set(decoding) <= set(plan.sampling)
+        prompts = {
+            model: sum(item.count for item in work if item.request not in decoding)
+            for model, work in plan.work.items()
+        }
+        assert max(prompts.values()) <= 5 + 2 * len(decoding)
+        portions.append(prompts[MODELS[0]])
+        scheduler.commit(plan)
+        if step == 3:
+            scheduler.finish(decoding.pop())
+    assert portions == [11, 11, 11, 11, 9]
+    for request in decoding:
+        scheduler.finish(request)
+    assert sum(item.count for item in scheduler.schedule().work[MODELS[0]]) == 37  # all that is left
 
 
 def test_choices_share_the_blocks_of_their_prompt() -> None:
