@@ -110,8 +110,10 @@ def _suppose(run: _Runs, token: int, adjuster: Adjuster, drafted: Drafted) -> bo
     adjustments = run.choice.adjustments
     if token < 0 or token in adjustments.rules.ends:
         return False
-    if run.wish.drafter is None and not adjuster.allows(drafted.rows[run.choice.key][-1], token):
-        return False
+    if run.wish.drafter is None:  # what is drawn can come
+        row = drafted.rows[run.choice.key][-1]
+        if token not in run.choice.vocabulary or not adjuster.allows(row, token):
+            return False
     return adjustments.suppose(token) is None
 
 
