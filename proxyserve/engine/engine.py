@@ -412,6 +412,7 @@ class Engine:
             runners=self.runners,
             backend=self.backend,
             adjuster=self._adjuster,
+            graphs=self.graphs,
         )
         plan.run_ahead(drafted.passes)
         self.speculator.drafted(plan, drafted, perf_counter() - started, self.runners)
