@@ -121,7 +121,8 @@ class Engine:
         needs = Needs(
             dtypes=tuple(logits_dtype(model.dtype, model.device) for model in models.models.values()),
             vocabulary=models.base.vocabulary.size,
-            rows=self.config.max_batch,
+            rows=self.config.max_batch
+            + (0 if self.config.speculate == "off" else self.config.max_scored_rows),
             terms=self.policy.max_experts if experts else 1,
             listed=max(Limits().max_logprobs, self.policy.max_explain),
             rules=True,
@@ -377,10 +378,11 @@ class Engine:
             scores = score(self.backend, to_score, logits, fused_at_once(self.config))
             sampled = self._sample(rows, adjusted, logits) if rows else []
             self.speculator.compare(rows, adjusted, sampled, logits, self.backend, self._adjuster)
-            accepted = _accepted(rows, sampled) if plan.granted else {}
+            accepted, broken = _accepted(rows, sampled) if plan.granted else ({}, ())
             self.scheduler.commit(plan, accepted)
             for request, wish in plan.granted.items():
                 self._verified(self._choices[request.request_id], wish, accepted.get(request, 0))
+            self._retreat(broken)
             self.counters.sampling_seconds += perf_counter() - computed
         except Exception as error:  # whatever it was, the process and all other requests go on
             logger.exception("a step failed; the requests in it are ended")
@@ -410,6 +412,7 @@ class Engine:
             runners=self.runners,
             backend=self.backend,
             adjuster=self._adjuster,
+            graphs=self.graphs,
         )
         plan.run_ahead(drafted.passes)
         self.speculator.drafted(plan, drafted, perf_counter() - started, self.runners)
@@ -417,14 +420,24 @@ class Engine:
 
     def _verified(self, choice: Choice, wish: Wish, accepted: int) -> None:
         """The first `accepted` of a choice's drafts stand; none is supposed any more."""
-        drafts = len(choice.scheduled.drafts)
+        drafts, stood = len(choice.scheduled.drafts), max(0, accepted)
         if drafts:
             choice.drafted += drafts
-            choice.accepted += accepted
-            self.speculator.verified(choice, drafts, accepted)
+            choice.accepted += stood
+            self.speculator.verified(choice, drafts, stood)
             name = "lookup" if wish.drafter is None else wish.drafter.model.name
-            self.counters.verified(name, drafts, accepted)
+            self.counters.verified(name, drafts, stood)
             choice.adjustments.take_back()
+
+    def _retreat(self, choices: Iterable[Choice]) -> None:
+        """A model broke down over their drafts, or would have without. What it left behind their texts goes, and they
+        go on a token at a time."""
+        for choice in choices:
+            choice.ahead = None
+            for lane in choice.scheduled.lanes:
+                storage = self.runners[lane.trunk].storage
+                if storage is not None:
+                    storage.clear(lane.blocks, lane.computed)
 
     def _rows_to_sample(self, plan: Plan, counts: Mapping[Choice, int]) -> list[FusedRow]:
         """The last rows of the plan's requests, `counts` being how many each has: one to draw from, and one for each
@@ -615,17 +628,22 @@ class Engine:
 
 def _accepted(
     rows: Sequence[FusedRow], sampled: Sequence[Sampled | Halt | None]
-) -> dict[ScheduledRequest, int]:
-    """How many drafts of each request stand: the leading ones that are what their rows drew."""
+) -> tuple[dict[ScheduledRequest, int], set[Choice]]:
+    """How many drafts of each request stand, in the sense of `Scheduler.commit`: the leading ones that are what their
+    rows drew. And the choices with drafts of which some row has no law: masked or not, a NaN over a draft reaches the
+    rows before it in the same forward, so such a row says nothing, and its token is for the next step to draw."""
     accepted: dict[ScheduledRequest, int] = {}
+    broken: set[Choice] = set()
     for row, result in zip(rows, sampled, strict=True):
         request, ahead = row.choice.scheduled, row.ahead
-        if (
-            ahead == len(request.drafts)
-            or ahead != accepted.get(request, 0)
-            or not isinstance(result, Sampled)
-        ):
+        if not request.drafts:
             continue
-        if result.token == request.drafts[ahead]:
-            accepted[request] = ahead + 1
-    return accepted
+        if result is None:
+            broken.add(row.choice)
+        if ahead != accepted.get(request, 0):
+            continue
+        if result is None:
+            accepted[request] = ahead - 1
+        elif ahead < len(request.drafts) and isinstance(result, Sampled):
+            accepted[request] = ahead + (result.token == request.drafts[ahead])
+    return accepted, broken

@@ -55,10 +55,14 @@ class KVStorage:
             self.keys.append(pool[:split].view(allocated, block_size, shape.heads, shape.key_size))
             self.values.append(pool[split:].view(allocated, block_size, shape.heads, shape.value_size))
 
-    def clear(self, blocks: Sequence[int]) -> None:
-        """Zero these blocks. Needed after NaN: masked positions are multiplied by 0, which does not remove a NaN."""
+    def clear(self, blocks: Sequence[int], start: int = 0) -> None:
+        """Zero these blocks from their token number `start` on. Needed after NaN: masked positions are multiplied by 0,
+        which does not remove a NaN."""
+        whole = -(-start // self.block_size)
         for tensor in (*self.keys, *self.values):
-            tensor[list(blocks)] = 0
+            tensor[list(blocks[whole:])] = 0
+            if whole * self.block_size > start:
+                tensor[blocks[whole - 1], start % self.block_size :] = 0
 
     @property
     def bytes(self) -> int:

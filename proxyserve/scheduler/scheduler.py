@@ -187,7 +187,8 @@ class Scheduler:
 
     def commit(self, plan: Plan, accepted: Mapping[ScheduledRequest, int] = _NONE_ACCEPTED) -> None:
         """The plan's work has been done: its tokens are computed, full blocks are published, and whoever wanted rows of
-        logits has them. `accepted` says how many of a request's drafts, which are still there, will be output."""
+        logits has them. `accepted` says how many of a request's drafts, which are still there, will be output and have
+        another token after them; at -1 there is no token at all, and the last one must be run again."""
         for trunk, work in plan.work.items():
             pool = self.pools[trunk]
             for item in work:

@@ -3,17 +3,20 @@ is right, texts, log-probs and all that is told of them are the same."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from proxyserve.api.presets import parse_fusion
 from proxyserve.config import EngineConfig
 from proxyserve.engine.engine import Engine
 from proxyserve.engine.runner import Runner
+from proxyserve.engine.speculation import drafting
 from proxyserve.engine.speculation.drafter import drafter_of
 from proxyserve.engine.submission import Submission
 from proxyserve.engine.thinking import Thinking, ThinkingBudget
@@ -21,6 +24,7 @@ from proxyserve.experts.library import Library
 from proxyserve.experts.source import ExpertSpec, Source
 from proxyserve.fusion.calibration import Calibration, CalibrationPoint
 from proxyserve.models.family import ExpertSource, load_family
+from proxyserve.models.loaded_model import LoadedModel
 from proxyserve.models.model_set import ModelSet
 from proxyserve.scheduler.scheduler import LaneWork
 from proxyserve.text.reasoning import ReasoningMarks
@@ -385,6 +389,24 @@ def test_a_drafting_forward_that_fails_ends_the_step_alone(
     monkeypatch.undo()
     expected = run(make_engine(models), [submission("a", PROMPT, {"qa": 1.0})])["a/0"]
     assert run(engine, [submission("a", PROMPT, {"qa": 1.0})])["a/0"].tokens == expected.tokens
+
+
+def test_a_draft_that_breaks_a_model_leaves_nothing_behind(
+    kin: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token over which the base is NaN is drafted all the time, and never comes."""
+    broken = 300
+    models = load_family(kin.base, [ExpertSource("qa", kin.root / "qa", kin.small)])
+    assert isinstance(models.base, LoadedModel)
+    with torch.no_grad():
+        models.base.module.get_input_embeddings().weight[broken] = math.nan
+    wishes = [submission("a", PROMPT[:8], {"qa": 1.0}, logit_bias={broken: -100.0}, max_tokens=20)]
+    expected = run(make_engine(models), wishes)["a/0"]
+    monkeypatch.setattr(drafting, "draw", lambda backend, rows, *rest: [broken] * len(rows))
+    got = run(make_engine(models, 3, block_size=4), wishes)["a/0"]
+    assert got.last is not None and got.last.fusion is not None
+    assert got.last.error is None and got.last.fusion.accepted == 0
+    assert got.tokens == expected.tokens
 
 
 # Adapters and experts that come and go -------------------------------------------------------------------------------

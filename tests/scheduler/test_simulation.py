@@ -117,8 +117,9 @@ class Simulation:
                 request.awaiting = False
                 simulated = self.live[request.request_id]
                 assert simulated.scored == simulated.unscored, "sampled before the prompt was scored"
-                request.output.extend(request.drafts[: accepted.get(request, 0)])
-                if simulated.length:
+                stood = accepted.get(request, 0)
+                request.output.extend(request.drafts[: max(0, stood)])
+                if simulated.length and stood >= 0:
                     request.output.append(self.rng.randint(0, 1))
                 if len(request.output) == simulated.length:
                     self.finished.append(self.live.pop(request.request_id))
@@ -148,9 +149,9 @@ class Simulation:
             request.drafts.extend(self.rng.randint(0, 1) for _ in range(drafts))
             if wish.drafter is not None:
                 passes[request] = min(drafts + 1, wish.drafts)
-            accepted[request] = self.rng.randint(0, drafts)
+            accepted[request] = self.rng.randint(-1, drafts)
             self.drafted += drafts
-            self.accepted += accepted[request]
+            self.accepted += max(0, accepted[request])
             self.cut += drafts < wish.drafts
         plan.run_ahead(passes)
         ahead = 0
@@ -232,7 +233,7 @@ def test_nothing_is_lost(seed: int) -> None:
 
 def test_pools_that_run_dry_preempt() -> None:
     """The simulation above is only worth something if it does reach preemption, and drafts of all fates."""
-    simulation = Simulation(7, blocks=12, block_size=2, max_batch=8, budget=64, rows=4)
+    simulation = Simulation(1, blocks=12, block_size=2, max_batch=8, budget=12, rows=4)
     for _ in range(300):
         simulation.arrive()
         simulation.step()

@@ -21,6 +21,7 @@ from torch import Tensor
 from proxyserve.engine.adjustments import Adjuster, RowAdjustments
 from proxyserve.engine.batch import FusedRow, Place, build_drawing, target_entropies
 from proxyserve.engine.choice import Choice
+from proxyserve.engine.cuda.step_graphs import StepGraphs
 from proxyserve.engine.forward import run_models
 from proxyserve.engine.residents import AnyRunner
 from proxyserve.scheduler.request import ScheduledRequest
@@ -67,6 +68,7 @@ def draft(
     runners: Mapping[ModelKey, AnyRunner],
     backend: Backend,
     adjuster: Adjuster,
+    graphs: StepGraphs | None = None,
 ) -> Drafted:
     """Write the drafts of the plan's granted requests. `proposed` has, for those without a drafter, at least as many
     tokens as were granted. Must be called in inference mode."""
@@ -80,7 +82,7 @@ def draft(
     runs = _rule(runs, adjuster, drafted)
     while runs:
         written = [run for run in runs if run.wish.drafter is not None]
-        tokens = _write(written, drafted, runners, backend, adjuster) if written else []
+        tokens = _write(written, drafted, runners, graphs, backend, adjuster) if written else []
         tokens.extend(run.proposed[len(run.choice.scheduled.drafts)] for run in runs[len(written) :])
         supposed = [
             run for run, token in zip(runs, tokens, strict=True) if _suppose(run, token, adjuster, drafted)
@@ -110,8 +112,10 @@ def _suppose(run: _Runs, token: int, adjuster: Adjuster, drafted: Drafted) -> bo
     adjustments = run.choice.adjustments
     if token < 0 or token in adjustments.rules.ends:
         return False
-    if run.wish.drafter is None and not adjuster.allows(drafted.rows[run.choice.key][-1], token):
-        return False
+    if run.wish.drafter is None:  # what is drawn can come
+        row = drafted.rows[run.choice.key][-1]
+        if token not in run.choice.vocabulary or not adjuster.allows(row, token):
+            return False
     return adjustments.suppose(token) is None
 
 
@@ -119,6 +123,7 @@ def _write(
     runs: Sequence[_Runs],
     drafted: Drafted,
     runners: Mapping[ModelKey, AnyRunner],
+    graphs: StepGraphs | None,
     backend: Backend,
     adjuster: Adjuster,
 ) -> list[int]:
@@ -130,7 +135,7 @@ def _write(
         item = LaneWork(request, lane, lane.wanted + len(request.drafts) - 1, 1, rows=1)
         work.setdefault(lane.trunk, []).append(item)
         drafted.passes[request] = drafted.passes.get(request, 0) + 1
-    forward = run_models(runners, work, {})
+    forward = run_models(runners, work, {}, graphs)
     sources = [forward.logits[trunk] for trunk in work]
     places = [(source, row) for source, items in enumerate(work.values()) for row in range(len(items))]
     for run, (source, row) in zip(runs, places, strict=True):
