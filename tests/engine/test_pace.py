@@ -88,12 +88,11 @@ class Simulation:
             {TUNED: sum(wish > depth for wish in wishes)} for depth in range(max(wishes))
         ]
         rows = requests + sum(wishes)
-        shadows = [drafting.wants_shadow and not k for drafting, k in zip(self.drafting, wishes, strict=True)]
+        shadows = [drafting.due >= 1.0 and not k for drafting, k in zip(self.drafting, wishes, strict=True)]
         self.shadows += sum(shadows)
         tokens: dict[ModelKey, int] = {BASE: rows, UNTUNED: rows, TUNED: requests}
-        picked = rows + sum(shadows)
         spent = {name: self.takes(self.laws[name], count) for name, count in tokens.items()}
-        rest = self.takes(self.machine.pick, picked)
+        rest = self.takes(self.machine.pick, rows)
         self.costs.took(sum(spent.values()) + rest, tokens, spent, rows)
         if depths:
             drafted = sum(self.takes(self.machine.small, depth[TUNED]) for depth in depths)
@@ -334,7 +333,7 @@ def test_shadows_come_at_first_and_when_there_is_news() -> None:
         found, since = list[int](), 0
         while len(found) < count:
             since += 1
-            if drafting.wants_shadow:
+            if drafting.due >= 1.0:
                 drafting.shadowed(right)
                 found.append(since)
                 since = 0

@@ -20,6 +20,8 @@ _UNLIKE = 2.0
 _LEAST_VARIANCE = 0.05
 #: Tokens from one shadow to the next at most.
 SPARSEST = 16
+#: A new request of a kind of which so many trials are known begins with half as many between them.
+_KNOWN = 32.0
 #: An outcome further than this from the rate is news.
 _NEWS = 0.5
 
@@ -57,7 +59,7 @@ class Drafting:
     def __init__(self, kind: Acceptance) -> None:
         self._own = Acceptance()
         self._kind = kind
-        self._gap = 1
+        self._gap = 1 if kind.tried < _KNOWN else SPARSEST // 2
         self._since = 0
 
     @property
@@ -72,10 +74,10 @@ class Drafting:
         return own.rate if unlike else kind.rate
 
     @property
-    def wants_shadow(self) -> bool:
-        """Whether a plain step should draw the drafter's token too. At each token until something is known, then ever
-        more rarely as long as the outcome is what the rate says."""
-        return self.rate is None or self._since + 1 >= self._gap
+    def due(self) -> float:
+        """From 1 on a plain step should draw the drafter's token too, and from 1/2 on if others do. At each token until
+        something is known, then ever more rarely as long as the outcome is what the rate says."""
+        return 1.0 if self.rate is None else (self._since + 1) / self._gap
 
     def skipped(self) -> None:
         """A plain step without a shadow."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from time import perf_counter
 
 from proxyserve.config import EngineConfig, Speculate
 from proxyserve.engine.adjustments import Adjuster, RowAdjustments
@@ -33,8 +34,8 @@ class Speculator:
         self._base = base
         self._config = config
         self._adaptive = Adaptive()
-        self._drafting_seconds = 0.0
-        self._compared = False
+        #: Seconds of this step that were spent on drafting and comparing.
+        self._aside = 0.0
 
     def measure(self, runner: Runner) -> None:
         """Before any step: find out what the model's forwards cost. For one that has no storage yet."""
@@ -65,7 +66,7 @@ class Speculator:
         """How far each of them would go if it only needs its next token. A draft is never the last token of an answer:
         the row before it draws that."""
         running = list(running)
-        self._compared, self._drafting_seconds = False, 0.0
+        self._aside = 0.0
         proposed: dict[ScheduledRequest, list[int]] = {}
         most: dict[Choice, int] = {}
         for choice in running:
@@ -102,6 +103,7 @@ class Speculator:
         """As many drafts as pay; where none does, see whether they would stand."""
         self._adaptive.start(runners)
         counts = self._adaptive.drafts(most, running, runners)
+        plain: list[tuple[Ahead, float]] = []
         for choice in most:
             ahead = choice.ahead
             if ahead is None or ahead.drafting is None or choice in counts:
@@ -109,14 +111,18 @@ class Speculator:
             if ahead.drafter is None:
                 ahead.guess = self.proposed[choice.scheduled][0]
             else:
-                ahead.shadow = ahead.drafting.wants_shadow
+                plain.append((ahead, ahead.drafting.due))
+        # Comparing is mostly a price per step, so those that are soon due are compared along with those that are.
+        if any(due >= 1.0 for _, due in plain):
+            for ahead, due in plain:
+                ahead.shadow = due >= 0.5
         return counts
 
     def drafted(
         self, plan: Plan, drafted: Drafted, seconds: float, runners: Mapping[ModelKey, AnyRunner]
     ) -> None:
         """The plan's granted requests have their drafts, which took so long."""
-        self._drafting_seconds = seconds
+        self._aside += seconds
         if self.speculate != "auto":
             return
         depths: list[dict[ModelKey, int]] = []
@@ -154,7 +160,7 @@ class Speculator:
                 ahead.drafting.skipped()
         if not asked:
             return
-        self._compared = True
+        started = perf_counter()
         places = [
             logits.place(ahead.drafter, row.nth) for row, _, ahead, _ in asked if ahead.drafter is not None
         ]
@@ -163,6 +169,7 @@ class Speculator:
         for (_, _, ahead, right), token in zip(asked, tokens, strict=True):
             if ahead.drafting is not None:
                 ahead.drafting.shadowed(token == right)
+        self._aside += perf_counter() - started
 
     def verified(self, choice: Choice, drafted: int, accepted: int) -> None:
         """Of so many drafts of a choice the first `accepted` stand."""
@@ -171,5 +178,5 @@ class Speculator:
 
     def stepped(self, plan: Plan, seconds: float, runners: Mapping[ModelKey, AnyRunner]) -> None:
         """The step has taken so long, all in all."""
-        if self.speculate == "auto" and not self._compared:  # comparing takes time that other steps do not
-            self._adaptive.stepped(plan, seconds - self._drafting_seconds, runners)
+        if self.speculate == "auto":
+            self._adaptive.stepped(plan, seconds - self._aside, runners)
