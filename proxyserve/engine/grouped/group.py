@@ -56,14 +56,16 @@ class Group:
         """What `Runner.run` returns for each of these members. Must be called in inference mode."""
         started = perf_counter()
         members = {key: self._members[key] for key in work}
-        storage = next(iter(members.values()))[0].storage
+        first = next(iter(members.values()))[0]
+        storage = first.storage
         if storage is None or any(runner.storage is not storage for runner, _ in members.values()):
             raise RuntimeError("a group's members need one KV storage")
         rows = {
             place: runner.pack(work[key], differences.get(key, ()))
             for key, (runner, place) in members.items()
         }
-        logits = self._shell.compute(rows, storage)
+        spans = [span for row in rows.values() for span in row.spans]
+        logits = self._shell.compute(rows, first.attention.plan(spans, storage))
         self.forwards += 1
         shares = {place: _FIXED_TOKENS + len(row.ids) for place, row in rows.items()}
         second = (perf_counter() - started) / sum(shares.values())
