@@ -29,9 +29,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from proxyserve.engine.adapters import adapter_plan
-from proxyserve.engine.attention import AttentionPlan, attention_plan
+from proxyserve.engine.attention import Plan, attention_plan
 from proxyserve.engine.heads import HeadRows, head_rows
-from proxyserve.engine.kv_storage import KVStorage
 from proxyserve.engine.packed_row import PackedRow
 
 #: Tokens of all members up to which a norm's weights are gathered; beyond, each member's own norm runs.
@@ -67,6 +66,7 @@ class Shell:
     def __init__(self, like: PreTrainedModel) -> None:
         """For models like this one, which is not a member yet. Raises NotAlike if its tree is of no use."""
         self.turn = Turn()
+        self._device = like.device
         #: Whether the model's logits are what its head puts out, with nothing done to them afterwards.
         self.bare = False
         self._leaves: dict[str, PerMember] = {}
@@ -131,10 +131,10 @@ class Shell:
         for leaf in self._leaves.values():
             leaf.put(place, None)
 
-    def compute(self, rows: Mapping[int, PackedRow], storage: KVStorage) -> list[Tensor]:
-        """The logits of packed rows by the places of their members, whose KV goes to `storage`. Must be called in
-        inference mode."""
-        turn, device = self.turn, storage.keys[0].device
+    def compute(self, rows: Mapping[int, PackedRow], plan: Plan) -> list[Tensor]:
+        """The logits of packed rows by the places of their members; `plan` is that of all their spans. Must be called
+        in inference mode."""
+        turn, device = self.turn, self._device
         turn.members, turn.counts = list(rows), [len(row.ids) for row in rows.values()]
         turn.wanted = [len(row.wanted) for row in rows.values()]
         turn.heads = [row.heads for row in rows.values()]
@@ -145,7 +145,6 @@ class Shell:
         wanted = [
             start + place for start, row in zip(starts, rows.values(), strict=False) for place in row.wanted
         ]
-        plan = AttentionPlan.of([span for row in rows.values() for span in row.spans], storage)
         try:
             with attention_plan(plan), adapter_plan(*(row.adapters for row in rows.values())):
                 output = self._module(

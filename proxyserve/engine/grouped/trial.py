@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from time import perf_counter, sleep, thread_time
 
 import torch
+from torch import Tensor
 
 from proxyserve.engine.attention import Span
 from proxyserve.engine.grouped.shell import NotAlike, Shell
@@ -85,7 +86,7 @@ class Trial:
             rows = {
                 place: self._row(place, [place], start, counts[place]) for place in members if counts[place]
             }
-            together = self.shell.compute(rows, self._storage)
+            together = self._together(rows)
             for (place, row), logits in zip(rows.items(), together, strict=True):
                 alone = replace(row, spans=[Span([len(members) + place], start, counts[place])])
                 expected = self._runners[place].compute(alone, self._storage)
@@ -93,7 +94,7 @@ class Trial:
                     raise NotAlike("they give other logits together")
             self._rest()
         self.shell.bare = True
-        again = self.shell.compute(rows, self._storage)
+        again = self._together(rows)
         self.shell.bare = all(map(torch.equal, again, together))
 
     def release(self) -> Shell:
@@ -136,8 +137,9 @@ class Trial:
         for place, row in rows.items():
             self._runners[place].compute(row, self._storage)
 
-    def _together(self, rows: Mapping[int, PackedRow]) -> None:
-        self.shell.compute(rows, self._storage)
+    def _together(self, rows: Mapping[int, PackedRow]) -> list[Tensor]:
+        spans = [span for row in rows.values() for span in row.spans]
+        return self.shell.compute(rows, self._runners[0].attention.plan(spans, self._storage))
 
     def _rest(self) -> None:
         if self._busy():
