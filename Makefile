@@ -11,7 +11,7 @@
 PYTHON ?= python3
 TORCH_PIP_ARGS ?=
 CONSTRAINTS ?= constraints.txt
-EXTRAS ?= dev,eval,otel
+EXTRAS ?= dev,eval,otel,quantize
 ARGS ?=
 PYTEST_ARGS ?=
 PYTEST_WORKERS ?= 2

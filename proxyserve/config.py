@@ -38,7 +38,7 @@ class EngineConfig:
     arithmetic: "torch", "triton", or "auto", which is triton on a CUDA device. `pairs` says whether models that differ
     in their weights only run "together" in one forward, or "apart"; "auto" measures which is faster. `cuda_graphs`: on
     a CUDA device, steps of decoding are recorded when a model comes and then replayed, which costs start-up time and
-    memory.
+    memory. `quantize` stores the linear layers of a local base in so many bits.
 
     `speculate` says how many tokens are drafted ahead for each request, and verified together: that many where it can
     be done, "off" for none, or "auto" for as many as measured acceptance and times make worth it, at most `max_drafts`.
@@ -54,6 +54,7 @@ class EngineConfig:
     block_size: int = 16
     prefix_cache: bool = True
     threads: int | Literal["auto"] | None = None
+    quantize: Literal["int8", "int4"] | None = None
     kernels: KernelChoice = "auto"
     cuda_graphs: bool = True
     speculate: Speculate = "auto"

@@ -85,7 +85,13 @@ def open_server(
     try:
         audit = AuditLog.open(chosen.state_dir)
         restored = store.restore()
-        base_model = load_family(base, base_name=served_name, placement=placement, progress=progress).base
+        base_model = load_family(
+            base,
+            base_name=served_name,
+            placement=placement,
+            quantize=settings.engine.quantize,
+            progress=progress,
+        ).base
         runner = None
         if isinstance(base_model, LoadedModel):
             runner = Runner(base_model)

@@ -267,6 +267,16 @@ ServedThreads = Annotated[
         help="CPU threads that compute; auto takes one or all, by a measurement at the start.",
     ),
 ]
+QuantizeOption = Annotated[
+    str,
+    typer.Option(
+        "--quantize",
+        envvar=_envvar("QUANTIZE"),
+        metavar="[off|int8|int4]",
+        help="Store the linear layers of the base (not its head, and no expert's) in int8 or, on a GPU, int4; needs "
+        "proxyserve[quantize]. Saves memory; on a CPU it is slower.",
+    ),
+]
 SpeculateOption = Annotated[
     str,
     typer.Option(
@@ -635,6 +645,17 @@ def parse_threads(text: str) -> int | Literal["auto"]:
             f"'{text}' is neither auto nor a number of threads, 1 or more", param_hint="--threads"
         )
     return int(text)
+
+
+def parse_quantize(text: str) -> Literal["int8", "int4"] | None:
+    """`off`, `int8` or `int4`."""
+    if text in ("off", "False"):  # YAML reads a bare off as false
+        return None
+    if text == "int8":
+        return "int8"
+    if text == "int4":
+        return "int4"
+    raise typer.BadParameter(f"'{text}' is none of off, int8 and int4", param_hint="--quantize")
 
 
 def parse_speculate(text: str) -> Speculate:

@@ -63,7 +63,7 @@ def pack_linears(module: nn.Module) -> int:
 
 
 def _gains(weight: Tensor) -> bool:
-    if weight.device.type != "cpu":
+    if weight.device.type != "cpu" or hasattr(weight, "qdata"):  # quantised
         return False
     if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

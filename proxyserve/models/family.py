@@ -10,6 +10,7 @@ from proxyserve.errors import LoadError
 from proxyserve.models.loaded_model import LoadedModel
 from proxyserve.models.loading import Placement, choose_placement, load_model
 from proxyserve.models.model_set import NAME, ModelSet, make_expert
+from proxyserve.models.quantization import Bits, quantized
 from proxyserve.models.remote import load_remote
 from proxyserve.models.upstream import RemoteSource
 from proxyserve.types import ModelKey
@@ -30,11 +31,12 @@ def load_family(
     *,
     base_name: str | None = None,
     placement: Placement | None = None,
+    quantize: Bits | None = None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> ModelSet:
     """Load everything, each folder once. The base is called `base_name` or after its folder (a remote one after its
-    name there); an untuned model that several experts share is called after its folder. Raises LoadError; `progress` is
-    told what is being loaded."""
+    name there); an untuned model that several experts share is called after its folder. `quantize` stores the linear
+    layers of a local base in fewer bits. Raises LoadError; `progress` is told what is being loaded."""
     placement = placement or choose_placement()
     remote = None
     if isinstance(base, RemoteSource):
@@ -70,6 +72,11 @@ def load_family(
 
     base_model = load(base, name) if isinstance(base, Path) else remote
     assert base_model is not None
+    if quantize is not None:
+        if not isinstance(base_model, LoadedModel):
+            raise LoadError("--quantize is for a base in this process, not for one on another server")
+        progress(f"quantising {name} to {quantize}")
+        base_model = loaded[base_model.path] = quantized(base_model, quantize)
     pairs = []
     for expert in experts:
         if not NAME.fullmatch(expert.name):

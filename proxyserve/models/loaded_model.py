@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel
 
+from proxyserve.models.quantization import Quantized
 from proxyserve.models.vocabulary import SharedVocabulary
 from proxyserve.text.tokenizer import Tokenizer
 from proxyserve.types import ModelKey
@@ -25,7 +26,9 @@ class LoadedModel:
     `bytes` are those of the weights, tied ones counted once.
 
     A model may be `over` another one: an `adapter` over its weights, or, without an adapter, the same weights under
-    another name. `module` is then the other's; `parameters` and `bytes` are what is added to it."""
+    another name. `module` is then the other's; `parameters` and `bytes` are what is added to it.
+
+    `quantized` says how linear layers are stored that are not in the model's `dtype`."""
 
     key: ModelKey
     path: Path
@@ -39,6 +42,7 @@ class LoadedModel:
     created: int = field(default_factory=lambda: int(time()))
     over: LoadedModel | None = None
     adapter: LoraWeights | None = None
+    quantized: Quantized | None = None
 
     @property
     def trunk(self) -> LoadedModel:

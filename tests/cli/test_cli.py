@@ -84,6 +84,38 @@ def test_line_wins_over_environment_over_file(started: list[Started], tmp_path: 
     assert (settings.engine.max_batch, settings.engine.kv_memory) == (3, 2**20)
 
 
+def test_what_a_cpu_settles_itself(started: list[Started], tmp_path: Path) -> None:
+    assert CliRunner().invoke(app, ["serve", "/base"]).exit_code == 0
+    engine = started[-1][2].engine
+    assert (engine.threads, engine.dtype, engine.prefill_tokens, engine.quantize) == (
+        "auto",
+        "auto",
+        None,
+        None,
+    )
+    file = tmp_path / "server.yaml"
+    file.write_text("threads: auto\nquantize: off\ndtype: fastest\n")
+    line = ["serve", "/base", "--config", str(file), "--prefill-tokens", "64"]
+    assert CliRunner().invoke(app, line).exit_code == 0
+    engine = started[-1][2].engine
+    assert (engine.threads, engine.dtype, engine.prefill_tokens, engine.quantize) == (
+        "auto",
+        "fastest",
+        64,
+        None,
+    )
+    assert CliRunner().invoke(app, ["serve", "/base", "--quantize", "int8"]).exit_code == 0
+    assert started[-1][2].engine.quantize == "int8"
+    for option, value in (
+        ("--threads", "0"),
+        ("--threads", "all"),
+        ("--quantize", "int3"),
+        ("--prefill-tokens", "0"),
+    ):
+        refused = CliRunner().invoke(app, ["serve", "/base", option, value])
+        assert refused.exit_code == 2 and option in refused.output
+
+
 def test_yaml_and_unknown_names(started: list[Started], tmp_path: Path) -> None:
     file = tmp_path / "server.yaml"
     file.write_text("served_name: big\nweight_range: '-1:2'\n")
