@@ -178,6 +178,26 @@ def test_drafts(
         assert result.exit_code == 2 and named in result.output
 
 
+@pytest.mark.parametrize("command", [["serve", "/base"], ["demo"]])
+def test_pairs(
+    started: list[Started], tmp_path: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxyserve.cli.demo.serve", serve.serve)
+    file = tmp_path / "a.yaml"
+    file.write_text("pairs: apart\n")
+    for arguments, environment, expected in (
+        ([], {}, "auto"),
+        (["--config", str(file)], {}, "apart"),
+        (["--config", str(file)], {"PROXYSERVE_PAIRS": "auto"}, "auto"),
+        (["--pairs", "together"], {"PROXYSERVE_PAIRS": "apart"}, "together"),
+    ):
+        result = CliRunner().invoke(app, [*command, *arguments], env=environment)
+        assert result.exit_code == 0, result.output
+        assert started[-1][2].engine.pairs == expected
+    result = CliRunner().invoke(app, [*command, "--pairs", "both"])
+    assert result.exit_code == 2 and "--pairs" in result.output
+
+
 def test_settings_that_contradict_each_other(started: list[Started]) -> None:
     result = CliRunner().invoke(app, ["serve", "/base", "--max-batch", "64", "--max-batch-tokens", "32"])
     assert result.exit_code == 2 and "max_batch_tokens" in result.output

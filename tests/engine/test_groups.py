@@ -372,6 +372,28 @@ def test_mixed_requests_in_chunks_run_once_per_group_and_step(families: Callable
         assert stats[name].seconds > 0
 
 
+def test_drafts_run_together_and_are_verified_together(families: Callable[[str], TinyFamily]) -> None:
+    """Two tuned models draft in one forward; then they have one token each and the untuned model has more."""
+    family = families("llama")
+    results, forwards = {}, {}
+    for pairs in ("apart", "together"):
+        engine = make_engine(family, pairs, speculate=3)  # type: ignore[arg-type]
+        asked = [{"qa": 1.0}, {"record": 0.7}, {"qa": 0.5}]
+        results[pairs] = run(
+            engine,
+            [
+                submission(f"r{number}", PROMPT, each, max_tokens=12, logprobs=2)
+                for number, each in enumerate(asked)
+            ],
+        )
+        forwards[pairs] = {name: stats.forwards for name, stats in engine.residents.stats.items()}
+    same(results["apart"], results["together"])
+    assert forwards["apart"] == forwards["together"]
+    # Not more than the most that any of them had alone: each of these was one with the others'.
+    small = {name: count for name, count in forwards["together"].items() if name != family.base.name}
+    assert the_group(engine).forwards <= max(small.values()) < sum(small.values())
+
+
 def test_adapters_beside_whole_models(families: Callable[[str], TinyFamily]) -> None:
     """Rows of the untuned model with adapters, differences of hidden states among them, and a model of its own."""
     family = families("llama")

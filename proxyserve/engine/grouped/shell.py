@@ -94,7 +94,7 @@ class Shell:
         leaf: PerMember
         if module is head:
             leaf = HeadPerMember(self)
-        elif type(module) is nn.Linear:
+        elif type(module) is nn.Linear and type(module.weight) is nn.Parameter:  # not quantised
             leaf = LinearPerMember(self)
         elif _is_norm(module):
             leaf = NormPerMember(self, module)
