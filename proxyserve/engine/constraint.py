@@ -22,7 +22,7 @@ class Constraint(Protocol):
 
     def rollback(self, count: int) -> None:
         """Undo the last `count` calls of `advance`, one that raised among them: everything is as if they had never been
-        made. At most MOST_DRAFTS of them."""
+        made. At most the last MOST_DRAFTS calls can be undone."""
 
     @property
     def complete(self) -> bool:

@@ -95,9 +95,9 @@ class GrammarConstraint:
         count -= over
         if count:
             del self._tokens[-count:]
-            if self._matcher.is_error() or not self._matcher.rollback(count):
-                # The library leaves no error behind by itself: begin again. Drafts that are drawn under the masks
-                # meet one only where the grammar takes too much work.
+            if not self._matcher.rollback(count):
+                # It is in error, and stays so: begin again. Drafts that are drawn under the masks come to this only
+                # where the grammar takes too much work.
                 self._matcher = self._compiled.deep_copy()
                 self._matcher.consume_tokens(self._tokens)
         self._fresh = False

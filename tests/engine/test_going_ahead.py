@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proxyserve.config import MOST_DRAFTS
@@ -69,16 +69,18 @@ def state_of(constraint: Constraint) -> object:
 
 def wander(asked: Constrains, steps: Sequence[int | str]) -> None:
     """Texts are said, and (a number) so many of the last tokens unsaid."""
-    constraint, kept = asked.start(), list[int]()
+    constraint, kept, room = asked.start(), list[int](), 0
     for step in steps:
         if isinstance(step, int):
-            count = min(step, len(kept), MOST_DRAFTS)
+            count = min(step, room)
             constraint.rollback(count)
+            room -= count
             del kept[len(kept) - count :]
         else:
             for token in TOKENIZER.encode(step, add_special_tokens=False):
                 constraint.advance(token)
                 kept.append(token)
+                room = min(room + 1, MOST_DRAFTS)
         fresh = asked.start()
         for token in kept:
             fresh.advance(token)
@@ -112,13 +114,28 @@ ASKED: Mapping[str, Callable[[bool], Constrains]] = {
     st.lists(
         st.one_of(
             st.sampled_from(
-                ["<think>", "</think>", "</think>{", "</thi", "nk>", "\n", "\u2713", "abc", CALL, CALL[:30], CALL[30:]]
+                [
+                    "<think>",
+                    "</think>",
+                    "</think>{",
+                    "</thi",
+                    "nk>",
+                    "\n",
+                    "\u2713",
+                    "abc",
+                    CALL,
+                    CALL[:30],
+                    CALL[30:],
+                ]
             ),
-            st.integers(1, 12),
+            st.integers(1, MOST_DRAFTS),
         ),
         max_size=12,
     ),
-)  # fmt: skip
+)
+@example(True, ["abcd\u2713", 1])  # inside a character, when the budget is spent
+@example(False, [CALL, 30, "abc" * 20])  # a call that was whole, and is another text now
+@example(False, ["abc" * 20, MOST_DRAFTS, CALL])  # fmt: skip
 def test_constraints(name: str, begun: bool, steps: list[int | str]) -> None:
     wander(ASKED[name](begun), steps)
 
