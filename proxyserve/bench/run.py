@@ -30,6 +30,8 @@ from proxyserve.bench.peaked import Peaks
 from proxyserve.bench.solving import BATCH as SOLVING_BATCH
 from proxyserve.bench.solving import SolvingResult, measure_solving
 from proxyserve.bench.speculation import DEMO, SIZES, SpeculationRow, measure_speculation
+from proxyserve.bench.stalls import CONTEXT as LONG_CONTEXT
+from proxyserve.bench.stalls import StallRow, measure_stalls
 from proxyserve.bench.swaps import SwapRow, measure_swaps
 from proxyserve.config import EngineConfig
 from proxyserve.engine.engine import Engine
@@ -47,7 +49,8 @@ KV_MEMORY = 2**30
 
 class Part(enum.StrEnum):
     """What can be measured: fused decoding beside the plain loop, what solving weights costs, experts that are swapped
-    under load, many experts at once, what drafting ahead gives, and alike models in one forward."""
+    under load, many experts at once, what drafting ahead gives, alike models in one forward, and what streams notice of
+    a long prompt."""
 
     LOOP = "loop"
     SOLVING = "solving"
@@ -55,6 +58,7 @@ class Part(enum.StrEnum):
     ADAPTERS = "adapters"
     SPECULATION = "speculation"
     PAIRS = "pairs"
+    STALLS = "stalls"
 
 
 class Sampling(enum.StrEnum):
@@ -115,7 +119,7 @@ class BenchRow:
 class BenchResult:
     """What was measured, empty or None for what was not. `solving` has a result per kind of laws, `swaps` a row per
     number of streams, `speculation` one per models, batch and share of drafts that stand, `pairs` one per size and
-    number of models and tokens of each."""
+    number of models and tokens of each, `stalls` one per number of streams, with prompts in portions and without."""
 
     settings: BenchSettings
     machine: dict[str, str]
@@ -125,6 +129,7 @@ class BenchResult:
     adapters: AdapterResult | None = None
     speculation: tuple[SpeculationRow, ...] = ()
     pairs: tuple[PairRow, ...] = ()
+    stalls: tuple[StallRow, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         adapters = self.adapters
@@ -144,6 +149,7 @@ class BenchResult:
             "adapters": None if adapters is None else {**asdict(adapters), "ratios": adapters.ratios},
             "speculation": [row.as_dict() for row in self.speculation],
             "pairs": [{**asdict(row), "ratios": row.ratios} for row in self.pairs],
+            "stalls": [row.as_dict() for row in self.stalls],
         }
 
 
@@ -197,6 +203,11 @@ def run_bench(
             progress=progress,
         )
     pairs = measure_pairs(placement, progress=progress) if Part.PAIRS in parts else []
+    stalls: list[StallRow] = []
+    if Part.STALLS in parts:
+        with tempfile.TemporaryDirectory() as folder:
+            family = build_bench_family(Path(folder), context=LONG_CONTEXT)
+            stalls = measure_stalls(family, placement, progress=progress)
     machine = _machine(placement.device)
     return BenchResult(
         settings,
@@ -207,6 +218,7 @@ def run_bench(
         adapters,
         tuple(speculation),
         tuple(pairs),
+        tuple(stalls),
     )
 
 

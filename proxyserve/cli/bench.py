@@ -18,6 +18,7 @@ from proxyserve.bench.pairs import PairRow
 from proxyserve.bench.run import BenchResult, BenchSettings, Part, Sampling, run_bench
 from proxyserve.bench.solving import SolvingResult
 from proxyserve.bench.speculation import DEMO, SIZES, SpeculationRow
+from proxyserve.bench.stalls import PROMPT, StallRow
 from proxyserve.bench.swaps import SwapRow
 from proxyserve.cli import options
 from proxyserve.cli.bench_serve import bench_serve_command
@@ -51,12 +52,12 @@ def bench_command(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", help="Write the result as JSON.")] = None,
 ) -> None:
-    """Six parts over random models. loop: tokens per second of proxyserve and of the plain Hugging Face loop. solving:
-    how much longer a step takes whose weights are solved. swaps: how long it takes to swap an expert, and what running
-    streams notice. adapters: many LoRA experts at once beside as many full ones and beside one. speculation: tokens per
-    second with drafts, without, of the base alone and of the plain loop, where drafts stand at a chosen share of the
-    tokens, and over the demo family. pairs: small models that differ in their weights only in one forward beside one
-    after the other."""
+    """Seven parts over random models. loop: tokens per second of proxyserve and of the plain Hugging Face loop.
+    solving: how much longer a step takes whose weights are solved. swaps: how long it takes to swap an expert, and what
+    running streams notice. adapters: many LoRA experts at once beside as many full ones and beside one. speculation:
+    tokens per second with drafts, without, of the base alone and of the plain loop, where drafts stand at a chosen
+    share of the tokens, and over the demo family. pairs: small models that differ in their weights only in one forward
+    beside one after the other. stalls: how long streams wait for a token while a long prompt is computed."""
     if context.invoked_subcommand is not None:
         return
     unknown = set(models or ()) - {*SIZES, DEMO}
@@ -96,6 +97,8 @@ def bench_tables(result: BenchResult) -> list[Table]:
         tables.append(speculation_table(result.speculation))
     if result.pairs:
         tables.append(pair_table(result.pairs))
+    if result.stalls:
+        tables.append(stall_table(result.stalls))
     return tables
 
 
@@ -256,4 +259,21 @@ def pair_table(rows: Sequence[PairRow]) -> Table:
             *(f"{seconds * 1e3:.2f}" for seconds in (row.apart, row.together)),
             *(f"{ratio:.2f}x" for ratio in row.ratios.values()),
         )
+    return table
+
+
+def stall_table(rows: Sequence[StallRow]) -> Table:
+    """Milliseconds between two tokens of the streams, a row per number of streams and way to cut the prompt."""
+    table = Table(
+        title=f"what streams notice of a prompt of {PROMPT:,} tokens",
+        caption="worst: the longest time between two tokens while it is computed; medians of the rounds",
+    )
+    for title in ("streams", "prompts in portions", "usual ms", "worst ms"):
+        table.add_column(title, justify="right")
+    table.add_column("worst / usual", justify="right", style="bold")
+    table.add_column("its first token after s", justify="right")
+    for row in rows:
+        portions = "yes" if row.portions else "no"
+        times = (f"{row.usual * 1e3:.0f}", f"{row.worst * 1e3:.0f}")
+        table.add_row(str(row.streams), portions, *times, f"{row.ratio:.1f}x", f"{row.first:.1f}")
     return table

@@ -21,6 +21,7 @@ from proxyserve.bench.pairs import PairRow, measure_pairs
 from proxyserve.bench.peaked import Peaks, make_peaked
 from proxyserve.bench.run import BenchResult, BenchRow, BenchSettings, Part, Sampling
 from proxyserve.bench.solving import SolvingResult, SolvingRow, measure_solving
+from proxyserve.bench.stalls import StallRow
 from proxyserve.bench.swaps import SwapRow, measure_swaps
 from proxyserve.bench.variants import write_adapter, write_variant
 from proxyserve.cli import bench, evaluate
@@ -92,6 +93,7 @@ def bench_result() -> BenchResult:
         (swaps,),
         adapters,
         pairs=(PairRow("5M", 2, 8, apart=0.006, together=0.005),),
+        stalls=(StallRow(8, portions=True, usual=0.03, worst=0.075, first=3.0),),
     )
 
 
@@ -107,6 +109,7 @@ def test_bench_tables() -> None:
     # 4 requests per step; 64 MiB for a full expert and 1 MiB for an adapter.
     assert "│ 4 adapters │ 160 │ 4.0 │ 1.0 │ 5.0 │" in " ".join(text.split())
     assert "│ 2 of 5M │ 8 │ 6.00 │ 5.00 │ 1.20x │" in " ".join(text.split())
+    assert "│ 8 │ yes │ 30 │ 75 │ 2.5x │ 3.0 │" in " ".join(text.split())
     assert "adapters / full 2.00x" in text and "adapters / one 0.80x" in text and "per adapter 64.00x" in text
 
 
@@ -141,6 +144,7 @@ def test_bench_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     written = json.loads(found.read_text())
     assert written["settings"]["parts"] == ["swaps", "adapters"]
     assert written["rows"][0]["ratios"]["fused / loop"] == 1.5
+    assert written["stalls"][0]["ratio"] == pytest.approx(2.5)
     assert written["solving"][0]["rows"][0]["overhead"] == pytest.approx(0.05)
     assert written["swaps"][0]["ratios"]["worst swap"] == pytest.approx(2.0)
     assert written["adapters"]["ratios"]["adapters / full"] == pytest.approx(2.0)
