@@ -16,6 +16,7 @@ ARGS ?=
 PYTEST_ARGS ?=
 PYTEST_WORKERS ?= 2
 LOAD_SECONDS ?= 120
+GPU_SECTIONS ?= env,ceilings,warm-up,pick,features
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,7 +27,7 @@ PIN := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint format typecheck pytest load bench eval clean
+.PHONY: help install serve test lint format typecheck pytest load bench bench-gpu eval clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +67,12 @@ load: install ## two minutes of 200 clients that stream, leave and abort at rand
 
 bench: install ## proxyserve beside the plain Hugging Face loop; what solving, swaps and many experts cost
 	$(BIN)/proxyserve bench $(ARGS)
+
+# Needs nothing but torch, triton and transformers, so it uses any Python that has them, and under eight minutes. On a
+# machine without a GPU it only shows that it runs: figures mean nothing there.
+bench-gpu: ## kernels and decoding on a GPU beside what their bytes must cost (PYTHON has torch; OUT: a folder for JSON)
+	PYTHONPATH=.:kernels $(PYTHON) -m proxyserve_kernels.bench --only $(GPU_SECTIONS)
+	PYTHONPATH=.:kernels $(PYTHON) -m proxyserve.bench.gpu
 
 eval: install ## the gap-closed table of the demo family
 	$(BIN)/proxyserve eval $(ARGS)

@@ -55,6 +55,7 @@ WITHOUT_HTTP = (
     "engine",
     "experts",
     "grammar",
+    "bench.gpu",
 )
 
 

@@ -71,6 +71,12 @@ def startup_table(
         f"weights {policy.min_weight:g} to {policy.max_weight:g}"
     )
     lines.append(_drafts(config))
+    if engine.graphs is not None:
+        kernels = {runner.attention.name for runner in engine.residents.local}
+        lines.append(
+            f"{len(engine.graphs)} decoding steps recorded, of at most {engine.graphs.sizes[-1]} tokens "
+            f"(--no-cuda-graphs); attention by {', '.join(sorted(kernels))}"
+        )
     scoring = scoring_bytes(base, config)
     limit = memory_limit(base.device, experts.memory, scoring)
     [used, most, aside] = spelled([engine.residents.bytes, limit, scoring])

@@ -56,14 +56,14 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 class PretendGraphDevice:
-    """`GraphDevice`. `replays` counts those of each recording, `uploads` the copies, `side_by_side` how many recordings
-    were started together each time."""
+    """`GraphDevice`. `replays` counts those of each recording, `sizes` says how many models each has, `uploads` counts
+    copies; `side_by_side`: how many recordings were started together each time."""
 
     def __init__(self) -> None:
         self.replays: list[int] = []
         self.uploads = 0
         self.side_by_side: list[int] = []
-        self.pools: list[Hashable] = []
+        self.sizes: list[int] = []
 
     def upload(self, source: Tensor, target: Tensor) -> None:
         self.uploads += 1
@@ -83,7 +83,7 @@ class PretendGraphDevice:
             _Recorder.current = None
         number = len(self.replays)
         self.replays.append(0)
-        self.pools.append(pool)
+        self.sizes.append(len(work))
 
         def replay() -> None:
             self.replays[number] += 1

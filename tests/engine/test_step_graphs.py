@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from operator import mul
 from typing import Any
 
 import pytest
@@ -244,10 +245,7 @@ def test_an_engine_with_recorded_steps(tiny_models: ModelSet) -> None:
         for mine, plain in zip(result.logprobs, expected[key].logprobs, strict=True):
             assert mine.logprob == pytest.approx(plain.logprob, abs=1e-4)
     forwards = sum(stats.forwards for stats in engine.residents.stats.values())
-    replayed_models = sum(
-        count * (3 if len(pool) == 3 else 1)  # type: ignore[arg-type]
-        for count, pool in zip(device.replays, device.pools, strict=True)
-    )
+    replayed_models = sum(map(mul, device.replays, device.sizes))
     assert forwards - replayed_models == len(tiny_models.trunks), "one forward of each model had prompts"
 
 
@@ -270,10 +268,7 @@ def test_drafting_and_verifying_are_replayed(tiny_models: ModelSet) -> None:
     assert run(engine, [wanted])["r/0"].tokens == run(plain, [wanted])["r/0"].tokens
     forwards = sum(stats.forwards for stats in engine.residents.stats.values())
     assert forwards == sum(stats.forwards for stats in plain.residents.stats.values())
-    replayed = sum(
-        count * (3 if len(pool) == 3 else 1)  # type: ignore[arg-type]
-        for count, pool in zip(device.replays, device.pools, strict=True)
-    )
+    replayed = sum(map(mul, device.replays, device.sizes))
     assert forwards - replayed == 3, "one forward of each model had the prompt"
 
 

@@ -42,7 +42,9 @@ class CudaGraphDevice:
         self._device = device
         # What is recorded on a stream keeps the stream's priority: -1 goes before 0.
         self._first = torch.cuda.Stream(device, priority=-1)
-        self._sides: list[torch.cuda.Stream] = []
+        # A stream that one thread records on must not be replayed on by another meanwhile.
+        self._recorded_sides: list[torch.cuda.Stream] = []
+        self._replayed_sides: list[torch.cuda.Stream] = []
         self._pools: dict[Hashable, Any] = {}
 
     def upload(self, source: Tensor, target: Tensor) -> None:
@@ -66,7 +68,7 @@ class CudaGraphDevice:
             # "thread_local": what other threads do with the device meanwhile is theirs.
             graph.capture_begin(pool=self._pools[pool], capture_error_mode="thread_local")
             try:
-                self._side_by_side(work)
+                self._side_by_side(work, self._recorded_sides)
             except BaseException:
                 with suppress(RuntimeError):  # a broken capture cannot be ended, only left
                     graph.capture_end()
@@ -77,14 +79,15 @@ class CudaGraphDevice:
 
     def together(self, replays: Sequence[Work]) -> None:
         """See `GraphDevice`."""
-        self._side_by_side(replays)
+        self._side_by_side(replays, self._replayed_sides)
 
-    def _side_by_side(self, work: Sequence[Work]) -> None:
-        """The first on the current stream, the others on streams that begin and end with it."""
-        while len(self._sides) < len(work) - 1:
-            self._sides.append(torch.cuda.Stream(self._device))
+    def _side_by_side(self, work: Sequence[Work], sides: list[torch.cuda.Stream]) -> None:
+        """The first on the current stream, the others on `sides`, which begin and end with it; missing ones are
+        made."""
+        while len(sides) < len(work) - 1:
+            sides.append(torch.cuda.Stream(self._device))
         current = torch.cuda.current_stream(self._device)
-        used = self._sides[: len(work) - 1]
+        used = sides[: len(work) - 1]
         for stream, other in zip(used, work[1:], strict=True):
             stream.wait_stream(current)
             with torch.cuda.stream(stream):

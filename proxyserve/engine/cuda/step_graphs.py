@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 #: Steps of more tokens are bound by arithmetic, not by launches, and gain little.
 MOST_TOKENS = 256
 
+#: Recordings of several models are replayed one at a time, and share their memory.
+_TOGETHER = "together"
+
 #: A model, and the tokens that its part of a recording has room for.
 Part = tuple[ModelKey, int]
 
@@ -72,6 +75,7 @@ class StepGraphs:
         self._models: Mapping[ModelKey, _Model] = MappingProxyType({})
         self._graphs: Mapping[frozenset[Part], Work] = MappingProxyType({})
         self._recording = Lock()
+        self._changing = Lock()
 
     def __len__(self) -> int:
         """Recordings that are there now."""
@@ -99,9 +103,10 @@ class StepGraphs:
                     logger.warning("%s runs without recorded steps: %s", key, error)
                     return False
             assert logits is not None
-            self._models = MappingProxyType({**self._models, key: _Model(runner, logits, reserved)})
-            self._add(graphs)
-            runner.graphs = self
+            with self._changing:
+                self._models = MappingProxyType({**self._models, key: _Model(runner, logits, reserved)})
+                self._add(graphs)
+                runner.graphs = self
         return True
 
     @torch.inference_mode()
@@ -119,8 +124,10 @@ class StepGraphs:
                 name = frozenset((trunk, tokens) for trunk in trunks)
                 if name not in self._graphs:
                     # Nothing is run, so that steps may run these models meanwhile.
-                    graphs[name] = self._device.record(parts, trunks)
-            self._add(graphs)
+                    graphs[name] = self._device.record(parts, _TOGETHER)
+            with self._changing:
+                if all(trunk in self._models for trunk in trunks):  # none of them has left meanwhile
+                    self._add(graphs)
 
     def _add(self, graphs: Mapping[frozenset[Part], Work]) -> None:
         self.recorded += len(graphs)
@@ -128,7 +135,7 @@ class StepGraphs:
 
     def drop(self, trunk: ModelKey) -> None:
         """Forget all recordings with this model. Nothing happens if there are none."""
-        with self._recording:
+        with self._changing:  # which takes no time, whatever is being recorded
             if trunk in self._models:
                 self._models[trunk].runner.graphs = None
             self._models = MappingProxyType({key: m for key, m in self._models.items() if key != trunk})
