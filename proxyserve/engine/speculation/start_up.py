@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from time import perf_counter
+from time import perf_counter, thread_time
 
 import torch
 
@@ -34,27 +34,25 @@ def measure_forwards(runner: Runner, most: int) -> ForwardCosts:
     lanes = [Lane(model.key, first, output, blocks=[block]) for block in range(max(sizes))]
     try:
         _seconds(runner, lanes)  # memory, kernels and layouts that are made at their first use
-        found = {
-            size: min(_seconds(runner, lanes[:size]) for _ in range(_ROUNDS)) for size in reversed(sizes)
-        }
+        rounds = [{size: _seconds(runner, lanes[:size]) for size in sizes} for _ in range(_ROUNDS)]
     finally:
         runner.detach()
     costs = ForwardCosts()
     for size in sizes:
-        costs.observe(size, found[size])
+        costs.observe(size, min(found[size] for found in rounds))
     return costs
 
 
 def _seconds(runner: Runner, lanes: Sequence[Lane]) -> float:
     """A forward with the only token of each lane."""
     request = ScheduledRequest("measure", tuple(lanes), lanes[0].output)
-    _finish(runner)
+    work = [LaneWork(request, lane, 0, 1, rows=1) for lane in lanes]
+    if runner.model.device.type != "cuda":
+        started = thread_time()  # other programs do not count
+        runner.run(work)
+        return thread_time() - started
+    torch.cuda.synchronize(runner.model.device)
     started = perf_counter()
-    runner.run([LaneWork(request, lane, 0, 1, rows=1) for lane in lanes])
-    _finish(runner)
+    runner.run(work)
+    torch.cuda.synchronize(runner.model.device)
     return perf_counter() - started
-
-
-def _finish(runner: Runner) -> None:
-    if runner.model.device.type == "cuda":
-        torch.cuda.synchronize(runner.model.device)
