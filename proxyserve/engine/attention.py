@@ -18,6 +18,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -27,6 +29,8 @@ from proxyserve.engine.kv_storage import KVStorage, LayerShape
 
 #: The name under which `paged_attention` is registered.
 IMPLEMENTATION = "proxyserve_paged"
+
+Numbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,37 @@ class Span:
     count: int
 
 
+@dataclass(frozen=True, slots=True)
+class SpanTable:
+    """The spans of a packed row as arrays, int64 on the host: `starts`, `counts` and `offsets` (of their first token in
+    the packed row) [n], `blocks` [n, most], padded with 0."""
+
+    starts: Numbers
+    counts: Numbers
+    offsets: Numbers
+    blocks: Numbers
+
+    @classmethod
+    def of(cls, spans: Sequence[Span], block_size: int) -> SpanTable:
+        starts = np.array([span.start for span in spans], dtype=np.int64)
+        counts = np.array([span.count for span in spans], dtype=np.int64)
+        used = -(-(starts + counts) // block_size)
+        blocks = np.zeros((len(spans), used.max()), dtype=np.int64)
+        for row, (span, number) in enumerate(zip(spans, used.tolist(), strict=True)):
+            blocks[row, :number] = span.blocks[:number]
+        return cls(starts, counts, np.cumsum(counts) - counts, blocks)
+
+    def slots(self, block_size: int) -> Numbers:
+        """Where each token of the packed row is stored, [tokens]."""
+        if self.counts.max() == 1:
+            return self.blocks[np.arange(len(self.starts)), self.starts // block_size] * block_size + (
+                self.starts % block_size
+            )
+        owners = np.repeat(np.arange(len(self.counts)), self.counts)
+        positions = np.arange(len(owners)) - self.offsets[owners] + self.starts[owners]
+        return self.blocks[owners, positions // block_size] * block_size + positions % block_size
+
+
 class SpanGroup:
     """Spans of similar length that attend in one padded call.
 
@@ -47,22 +82,21 @@ class SpanGroup:
     others from the flattened [n * q]."""
 
     def __init__(
-        self, spans: Sequence[Span], offsets: Sequence[int], block_size: int, device: torch.device
+        self, spans: SpanTable, members: Sequence[int], block_size: int, device: torch.device
     ) -> None:
-        self.count = len(spans)
-        self.queries = max(span.count for span in spans)
-        blocks = max(-(-(span.start + span.count) // block_size) for span in spans)
+        starts, counts, offsets = spans.starts[members], spans.counts[members], spans.offsets[members]
+        blocks = -(-int((starts + counts).max()) // block_size)
+        self.count = len(members)
+        self.queries = int(counts.max())
         self.keys = blocks * block_size
-        tables = [[*span.blocks[:blocks], *[0] * (blocks - len(span.blocks))] for span in spans]
-        self.tables = torch.tensor(tables, dtype=torch.int64, device=device).flatten()
-        starts = torch.tensor([span.start for span in spans], device=device)
-        counts = torch.tensor([span.count for span in spans], device=device)
-        steps = torch.arange(self.queries, device=device)
+        steps = np.arange(self.queries)
         inside = steps < counts[:, None]
-        self.query_index = torch.tensor(list(offsets), device=device)[:, None] + torch.where(inside, steps, 0)
-        self.positions = starts[:, None] + torch.where(inside, steps, 0)
-        self.packed = self.query_index[inside]
-        self.real = inside.flatten().nonzero()[:, 0]
+        query_index = offsets[:, None] + np.where(inside, steps, 0)
+        self.tables = _tensor(spans.blocks[members, :blocks].ravel(), device)
+        self.query_index = _tensor(query_index, device)
+        self.positions = _tensor(starts[:, None] + np.where(inside, steps, 0), device)
+        self.packed = _tensor(query_index[inside], device)
+        self.real = _tensor(np.flatnonzero(inside), device)
         self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
@@ -108,19 +142,9 @@ class AttentionPlan:
     def of(cls, spans: Sequence[Span], storage: KVStorage) -> AttentionPlan:
         size = storage.block_size
         device = storage.keys[0].device
-        slots: list[int] = []
-        offsets: list[int] = []
-        for span in spans:
-            offsets.append(len(slots))
-            slots.extend(
-                span.blocks[position // size] * size + position % size
-                for position in range(span.start, span.start + span.count)
-            )
-        groups = [
-            SpanGroup([spans[i] for i in members], [offsets[i] for i in members], size, device)
-            for members in _similar(spans)
-        ]
-        return cls(storage, torch.tensor(slots, device=device), groups)
+        table = SpanTable.of(spans, size)
+        groups = [SpanGroup(table, members, size, device) for members in _similar(spans)]
+        return cls(storage, _tensor(table.slots(size), device), groups)
 
     def attend(self, layer: int, query: Tensor, how: SpanMath, window: int | None) -> Tensor:
         """See `Plan`."""
@@ -132,6 +156,10 @@ class AttentionPlan:
             attended = _attend_group(how, group, query[group.query_index], keys, values, window)
             output[group.packed] = attended.flatten(0, 1)[group.real]
         return output
+
+
+def _tensor(numbers: Numbers, device: torch.device) -> Tensor:
+    return torch.from_numpy(numbers).to(device)
 
 
 def _similar(spans: Sequence[Span]) -> list[list[int]]:
