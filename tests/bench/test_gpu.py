@@ -38,6 +38,7 @@ def test_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert speeds["fused, recorded, drafts"]["tokens per step"] > drafts / 2
         assert all(row["step ms"] > 0 and row["floor ms"] > 0 for row in rows)
     assert sum(device.replays) > 50
+    assert [row["by"] for row in result["sections"]["attention"]["rows"]] == ["triton", "gather"] * 2
     goals = [row["what"] for row in result["sections"]["summary"]["rows"]]
     assert "tiny, 1 requests: fused step / floor" in goals
     assert "tiny, 2 requests: 2 drafts, if 0.8 of them stood, / base alone" in goals

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from functools import partial
 
 import torch
 
+from proxyserve.bench.gpu.attention import measure_attention
 from proxyserve.bench.gpu.decoding import Decoding, Steps, Way
 from proxyserve.bench.gpu.floor import Floor, Reads, expected_tokens
 from proxyserve.bench.gpu.models import EXPERT, PAIRS, TINY, Pair, make_models
@@ -20,6 +22,7 @@ from proxyserve.engine.engine import Engine
 from proxyserve.models.loaded_model import LoadedModel
 from proxyserve.models.loading import Placement
 from proxyserve_kernels.bench.report import Report
+from proxyserve_kernels.bench.timing import GraphClock, HostClock
 
 #: Seconds after which no new measurement begins. With the sections of the kernels that `make bench-gpu` asks for, all
 #: is over before eight minutes are.
@@ -57,6 +60,8 @@ class GpuBench:
     def run(self) -> None:
         """All of it. A pair that fails is reported, and the next one begins."""
         self._measure_rate()
+        if self.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+            self._try("attention", self._measure_attention)
         for name, pair in self.pairs.items():
             if not self._fits(pair):
                 self.report.progress(f"{name} does not fit into this device's memory")
@@ -101,6 +106,12 @@ class GpuBench:
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def _measure_attention(self) -> None:
+        cuda = self.device.type == "cuda"
+        dtype = torch.bfloat16 if cuda else torch.float32
+        clock = GraphClock() if cuda else HostClock(1)
+        measure_attention(self.report, clock, self.pairs, self.batches, self.context, self.device, dtype)
 
     # One pair ------------------------------------------------------------------------------------------------
 
