@@ -104,7 +104,10 @@ FIRST_TOKEN = _histogram(
     "time_to_first_token_seconds",
     "From a request's arrival to the first token of each choice, as the HTTP layer saw it.",
 )
-INTER_TOKEN = _histogram("inter_token_latency_seconds", "Between successive tokens of a choice.")
+INTER_TOKEN = _histogram(
+    "inter_token_latency_seconds",
+    "Between successive tokens of a choice; several tokens of one step share the time since the one before them.",
+)
 END_TO_END = _histogram(
     "e2e_request_latency_seconds",
     "From a request's arrival to the end of each finished choice, as the HTTP layer saw it.",

@@ -182,3 +182,20 @@ def test_a_nan_stays_in_its_row(backend: Backend) -> None:
             scores = backend.fused_scores(batch)[:, :3].cpu()
             assert scores[0].tolist() == scores[2].tolist() == good
             assert scores[1].isnan().any(), (place, fields)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (Row(Ref(2, 0), 4), "base names a source that is not there"),
+        (Row(Ref(1, 3), 4), "base names a row that source 1 with 3 rows does not have"),
+        (Row(Ref(0, -1), 4), "base names a row that source 0 with 2 rows does not have"),
+        (Row(Ref(0, 0), 5, (Term(Ref(1, 0)),)), "wider than source 1, which positive names"),
+        (Row(Ref(0, 0), 0), "wider than source 0, which base names, or has no width"),
+    ],
+)
+def test_rows_that_are_not_there_are_told(row: Row, message: str) -> None:
+    sources = [torch.zeros(2, 6), torch.zeros(3, 4)]
+    RowBatch.of(sources, [Row(Ref(1, 2), 4)])
+    with pytest.raises(ValueError, match=message):
+        RowBatch.of(sources, [Row(Ref(1, 2), 4), row])
