@@ -14,6 +14,9 @@ from proxyserve.bench.load.drive import Target
 EXPERT = "expert"
 #: Most requests at once, of any server.
 SEATS = 64
+#: Of transformers' cache: tokens per block, and most tokens that it computes at once.
+_BLOCK = 32
+_MOST_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ class Server:
 
     def target(self, port: int) -> Target:
         """Greedy, as long as asked for."""
-        return Target(f"http://127.0.0.1:{port}", extra={"temperature": 0, **self.extra})
+        return Target(f"http://127.0.0.1:{port}", extra={"temperature": 0, **self.extra}, timeout=120.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,7 @@ def _ours(models: Models) -> list[Server]:
             *(sys.executable, "-m", "proxyserve", "serve", str(models.base), "--served-name", "base"),
             *("--expert", f"{EXPERT}={models.tuned},{models.untuned}", "--dtype", models.dtype),
             *("--device", "cpu", "--threads", "1", "--speculate", speculate, "--no-prefix-cache"),
-            *("--max-batch", str(SEATS), "--log-level", "warning"),
+            *("--max-batch", str(SEATS), "--kv-memory", "1GiB", "--log-level", "warning"),
         )
         return Server(name, command, quiet=True)
 
@@ -138,6 +141,9 @@ def _transformers(models: Models) -> Server:
     command = (
         *(str(program), "serve", str(models.base), "--continuous-batching", "--device", "cpu"),
         *("--dtype", models.dtype, "--log-level", "error"),
+        # By default its cache takes nine tenths of the memory that is free.
+        *("--cb-block-size", str(_BLOCK), "--cb-num-blocks", str(2 * SEATS * -(-models.context // _BLOCK))),
+        *("--cb-max-batch-tokens", str(_MOST_TOKENS)),
     )
     # It has no `ignore_eos`: a generation config without an end does the same.
     extra = {"ignore_eos": None, "stream_options": None, "generation_config": "{}"}

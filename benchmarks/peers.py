@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
+import signal
 import sys
 from pathlib import Path
 from tempfile import mkdtemp
@@ -111,7 +112,8 @@ def _numbers(text: str, option: str, low: int, high: int) -> tuple[int, ...]:
 
 
 def main() -> None:
-    """Mistakes of the user end with a line, not with a traceback."""
+    """Mistakes of the user end with a line, not with a traceback; whoever ends this process ends the servers too."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         typer.run(command)
     except ProxyserveError as error:

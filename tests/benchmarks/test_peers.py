@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from proxyserve.bench.models import ModelShape
 
 TINY = ModelShape(hidden=192, layers=2, heads=4, kv_heads=2, intermediate=96, tied=False)
 
-# Says what the models were made to say, as far as a server without models can: nothing but the number of tokens is right.
+# A server without a model: nothing of its answers is right but the number of tokens.
 STAND_IN = """
 import json, sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -42,11 +43,12 @@ class Handler(BaseHTTPRequestHandler):
         prompt, new = body["prompt"], body["max_tokens"]
         usage = {"prompt_tokens": len(prompt.split() if isinstance(prompt, str) else prompt), "completion_tokens": new}
         choice = {"index": 0, "text": " w2" * new, "finish_reason": "length"}
-        self.send_response(200)
-        self.end_headers()
         answer = json.dumps({"choices": [choice], "usage": usage})
         if body.get("stream"):
             answer = f"data: {answer}\\n\\ndata: [DONE]\\n\\n"
+        self.send_response(200)
+        self.send_header("content-length", str(len(answer)))
+        self.end_headers()
         self.wfile.write(answer.encode())
 
     def log_message(self, *arguments):
@@ -78,7 +80,10 @@ def test_everybody_gets_the_model_the_dtype_and_one_thread(models: Models, tmp_p
     llama = found["llama.cpp"].command
     assert [llama[llama.index(option) + 1] for option in ("--threads", "--threads-batch")] == ["1", "1"]
     # Each of its requests has a part of the context of its own.
-    assert int(llama[llama.index("--ctx-size") + 1]) == int(llama[llama.index("--parallel") + 1]) * models.context
+    assert (
+        int(llama[llama.index("--ctx-size") + 1])
+        == int(llama[llama.index("--parallel") + 1]) * models.context
+    )
     speculation = {
         name: server.command[server.command.index("--speculate") + 1]
         for name, server in found.items()
@@ -103,7 +108,9 @@ def test_our_options_exist() -> None:
 def test_every_contestant_has_its_server(models: Models, tmp_path: Path) -> None:
     names = {server.name for server in servers(models, tmp_path)}
     assert {one.server for one in contestants(models)} - {LOOP.server} == names
-    assert all(one.peer != one.server.startswith("proxyserve") for one in contestants(models) if one is not LOOP)
+    assert all(
+        one.peer != one.server.startswith("proxyserve") for one in contestants(models) if one is not LOOP
+    )
 
 
 def test_peers_see_nothing_of_our_modules() -> None:
@@ -163,11 +170,15 @@ def test_a_run_reports_those_that_do_not_start(monkeypatch: pytest.MonkeyPatch, 
         comparing,
         "contestants",
         lambda models: [
-            *(Contestant(name, name, "base", peer=True) for name in ("works", "absent", "no program", "ends")),
+            *(
+                Contestant(name, name, "base", peer=True)
+                for name in ("works", "absent", "no program", "ends")
+            ),
             LOOP,
         ],
     )
     monkeypatch.setattr(comparing, "SIZES", {"tiny": (TINY, TINY)})
+    monkeypatch.setattr(comparing, "build_agreeing_family", partial(build_agreeing_family, vocabulary=400))
     settings = Settings(tmp_path, size="tiny", clients=(1, 2), rounds=2, prompt=5, new=4)
     messages: list[str] = []
     threads = torch.get_num_threads()
