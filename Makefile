@@ -5,7 +5,8 @@
 #                 one in constraints.txt. Plain `pip` may fetch a build with CUDA: larger, and it runs on a CPU as well.
 # CONSTRAINTS     empty installs the newest versions instead of the pinned ones (GPU machines, see constraints.txt)
 # EXTRAS          optional parts of the project to install
-# ARGS            extra arguments for serve, bench, eval; PYTEST_ARGS for test and load
+# ARGS            extra arguments for serve, bench, bench-peers, eval; PYTEST_ARGS for test and load
+# PEERS           folder that `make bench-peers` installs other servers into
 # LOAD_SECONDS    how long the clients of `make load` ask
 
 PYTHON ?= python3
@@ -16,6 +17,7 @@ ARGS ?=
 PYTEST_ARGS ?=
 PYTEST_WORKERS ?= 2
 LOAD_SECONDS ?= 120
+PEERS ?= benchmarks/.peers
 GPU_SECTIONS ?= env,ceilings,warm-up,pick,features
 
 VENV := .venv
@@ -27,10 +29,10 @@ PIN := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint format typecheck pytest load bench bench-gpu eval clean
+.PHONY: help install serve test lint format typecheck pytest load bench bench-gpu bench-peers eval clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## make .venv with the proxyserve command in it
 
@@ -56,7 +58,7 @@ format: install ## let ruff repair what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-typecheck: install ## mypy over the server, the kernels and the Python client
+typecheck: install ## mypy over the server, the kernels, the Python client and the benchmarks
 	$(BIN)/mypy
 
 pytest: install
@@ -74,10 +76,14 @@ bench-gpu: ## kernels and decoding on a GPU beside what their bytes must cost (P
 	PYTHONPATH=.:kernels $(PYTHON) -m proxyserve_kernels.bench --only $(GPU_SECTIONS)
 	PYTHONPATH=.:kernels $(PYTHON) -m proxyserve.bench.gpu
 
+bench-peers: install ## proxyserve beside vLLM, llama.cpp and transformers serve, which it installs (PEERS: where)
+	PYTHON=$(PYTHON) TORCH_PIP_ARGS="$(TORCH_PIP_ARGS)" benchmarks/setup_peers.sh $(PEERS) || true
+	$(BIN)/python -m benchmarks.peers --peers $(PEERS) $(ARGS)
+
 eval: install ## the gap-closed table of the demo family
 	$(BIN)/proxyserve eval $(ARGS)
 
 clean: ## remove .venv and everything that tools left behind
 	rm -rf $(VENV) build dist *.egg-info clients/python/build clients/python/*.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find proxyserve kernels clients tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find proxyserve kernels clients benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +

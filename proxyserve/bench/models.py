@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as RawTokenizer
-from tokenizers import models
+from tokenizers import models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from proxyserve.bench.peaked import Peaks, make_peaked
@@ -86,8 +87,10 @@ def random_llama(
 
 
 def word_tokenizer(vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """A vocabulary of made-up words: nothing is encoded in a benchmark, but a server needs a tokenizer."""
+    """A vocabulary of made-up words, "w7 w31": prompts are mostly ids, but a server needs a tokenizer."""
     words = {f"w{index}": index for index in range(vocabulary)}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=RawTokenizer(models.WordLevel(words, unk_token="w1")), eos_token="w0", unk_token="w1"
-    )
+    tokenizer = RawTokenizer(models.WordLevel(words, unk_token="w1"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    # Special ones are looked for first, and would be found in "w15" as well.
+    end, unknown = (AddedToken(word, single_word=True, normalized=False) for word in ("w0", "w1"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, unk_token=unknown)
