@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from proxyserve.bench.load.answer import Checks
-from proxyserve.bench.load.chart import save_load_chart
+from proxyserve.bench.load.chart import check_charts, save_load_chart
 from proxyserve.bench.load.drive import Load, Target
 from proxyserve.bench.load.lengths import Lengths
 from proxyserve.bench.load.prompts import Prompts
@@ -124,12 +124,13 @@ def bench_serve_command(
         timeout=timeout,
     )
     workload = Workload(
-        models=dict(map(_share, model)),
-        prompt=Lengths.parse(prompt),
-        output=Lengths.parse(output),
+        models=_shares(model),
+        prompt=_lengths(prompt, "--prompt"),
+        output=_lengths(output, "--output"),
         prompts=Prompts(tokenizer, as_text=texts or chat),
         seed=seed,
     )
+    _check_files(json_file, chart)
     settings = LoadSettings(target, workload, _loads(clients, rate, requests), rounds=rounds, warmup=warmup)
     console = Console(stderr=True)
     # Lines, not a spinner: that is a thread, which would wake up in the middle of what is timed.
@@ -224,6 +225,17 @@ def _numbers(text: str | None, option: str) -> list[float]:
     return numbers
 
 
+def _shares(models: Sequence[str]) -> dict[str, float]:
+    shares: dict[str, float] = {}
+    for name, share in map(_share, models):
+        if name in shares:
+            raise ProxyserveError(
+                f"--model has '{name}' twice; give it once, with its share of the requests."
+            )
+        shares[name] = share
+    return shares
+
+
 def _share(text: str) -> tuple[str, float]:
     """`NAME` or `NAME=SHARE`; names may have an equals sign themselves."""
     name, equals, share = text.rpartition("=")
@@ -236,6 +248,22 @@ def _share(text: str) -> tuple[str, float]:
     if not 0.0 < number < math.inf or not name:
         raise ProxyserveError(f"'{text}' for --model: the share after '=' must be above 0.")
     return name, number
+
+
+def _lengths(text: str, option: str) -> Lengths:
+    try:
+        return Lengths.parse(text)
+    except ProxyserveError as error:
+        raise ProxyserveError(f"{option}: {error}") from error
+
+
+def _check_files(json_file: Path | None, chart: Path | None) -> None:
+    """Before minutes are measured, not after."""
+    for option, file in (("--json", json_file), ("--chart", chart)):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ProxyserveError(f"{option}: there is no folder {file.parent}.")
+    if chart is not None:
+        check_charts()
 
 
 def _fields(text: str) -> dict[str, Any]:

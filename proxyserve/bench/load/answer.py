@@ -69,7 +69,7 @@ def read_answer(ask: Ask, record: Exchange, checks: Checks) -> Answer | Failure:
     finished: str | None = None
     try:
         for time, event in _events(record):
-            if "error" in event:
+            if event.get("error"):
                 return Failure(ask.model, "error event", json.dumps(event["error"])[:_MESSAGE])
             usage = event.get("usage") or usage
             for choice in event.get("choices", ()):
@@ -78,19 +78,12 @@ def read_answer(ask: Ask, record: Exchange, checks: Checks) -> Answer | Failure:
                 ids = ids if here is None else (ids or 0) + len(here)
                 if here or _text(choice):
                     times.append(time)
+        prompt_usage, answer_usage = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
     except (ValueError, AttributeError, TypeError):
         return Failure(ask.model, "malformed", said)
     if not times:
         return Failure(ask.model, "empty", said)
-    answer = Answer(
-        ask.model,
-        record.began,
-        record.ended,
-        tuple(times),
-        usage.get("prompt_tokens"),
-        usage.get("completion_tokens"),
-        ids,
-    )
+    answer = Answer(ask.model, record.began, record.ended, tuple(times), prompt_usage, answer_usage, ids)
     return replace(answer, doubts=tuple(_doubts(answer, ask, checks, finished)))
 
 
@@ -105,6 +98,14 @@ def _events(record: Exchange) -> Iterator[tuple[float, dict[str, Any]]]:
                     yield time, json.loads(data)
         return
     yield record.ended, json.loads(b"".join(piece for _, piece in record.pieces))
+
+
+def _count(usage: dict[str, Any], name: str) -> int | None:
+    """A number of `usage`. Raises TypeError where it is none."""
+    number = usage.get(name)
+    if number is not None and not isinstance(number, int):
+        raise TypeError(name)
+    return number
 
 
 def _text(choice: dict[str, Any]) -> str:

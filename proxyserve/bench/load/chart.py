@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,15 +18,19 @@ _PANELS = (("ttft", "first text"), ("gap", "between two pieces"), ("whole", "who
 _COLORS = {0.5: "#1b6ca8", 0.9: "#e08214", 0.99: "#b0413e"}
 
 
-def save_load_chart(result: LoadResult, path: Path) -> None:
-    """A PNG: tokens per second, and three kinds of times at three quantiles, over the loads; lines are medians of the
-    rounds, bands reach from the lowest round to the highest. Raises ProxyserveError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure as Picture
-    except ImportError as error:
+def check_charts() -> None:
+    """Raises ProxyserveError without matplotlib, which does not come with every installation."""
+    if find_spec("matplotlib") is None:
         raise ProxyserveError(
             "The chart needs matplotlib: pip install 'proxyserve[eval]', or leave --chart out."
-        ) from error
+        )
+
+
+def save_load_chart(result: LoadResult, path: Path) -> None:
+    """A PNG: tokens per second, and three kinds of times at three quantiles, over the loads; lines are medians of the
+    rounds, bands reach from the lowest round to the highest. Needs what `check_charts` looks for."""
+    from matplotlib.figure import Figure as Picture
+
     summaries = result.summaries
     picture = Picture(figsize=(11, 7), layout="constrained")
     axes = picture.subplots(2, 2).flat

@@ -24,7 +24,7 @@ class Prompts:
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise ProxyserveError(
-                f"There is no tokenizer.json in {folder}; give the folder of the model served."
+                f"There is no tokenizer.json in {folder}; give --tokenizer the folder of the model served."
             )
         self._tokenizer = Tokenizer.from_file(str(file))
         special = {

@@ -54,19 +54,22 @@ def run_load(settings: LoadSettings, *, progress: Callable[[str], None] = lambda
     """Measure. A server that fails is in the result; raises ProxyserveError only for settings that cannot be."""
     began = datetime.now(UTC).isoformat(timespec="seconds")
     rounds: dict[Load, list[Round]] = {load: [] for load in settings.loads}
+    # No request is asked twice: the server may remember it, and would not have to read its prompt again.
+    asked = 0
+
+    def ask(load: Load) -> Round:
+        nonlocal asked
+        found = measure(settings.target, settings.workload, load, first=asked)
+        asked += load.requests
+        return found
+
     for number in range(settings.rounds):
         for load, found in rounds.items():
             if number == 0 and settings.warmup:
                 progress(f"{load}: warm-up")
-                measure(
-                    settings.target,
-                    settings.workload,
-                    warmup_of(load, settings.warmup),
-                    first=-settings.warmup,
-                )
+                ask(warmup_of(load, settings.warmup))
             progress(f"{load}: round {number + 1} of {settings.rounds}")
-            # Other requests in each round, since the server may remember those of the last one.
-            found.append(measure(settings.target, settings.workload, load, first=number * load.requests))
+            found.append(ask(load))
     return LoadResult(
         settings, began, tuple(summarize(load, found) for load, found in rounds.items() if found)
     )

@@ -31,18 +31,23 @@ class Address:
     @classmethod
     def parse(cls, url: str, route: str, key: str | None = None) -> Address:
         """`url` may end in /v1 or not; `route` is what follows that, for example `/completions`."""
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname, parts.port
+        except ValueError:
+            host = None
+        if not host or parts.scheme not in ("http", "https"):
             raise ProxyserveError(f"'{url}' is no address of a server; write http://127.0.0.1:8000")
         secure = parts.scheme == "https"
         path = parts.path.rstrip("/").removesuffix("/v1") + "/v1" + route
-        return cls(parts.hostname, parts.port or (443 if secure else 80), secure, path, key)
+        return cls(host, port or (443 if secure else 80), secure, path, key)
 
     def head(self, length: int) -> bytes:
         """The request line and the headers of a body of `length` bytes."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
         lines = [
             f"POST {self.path} HTTP/1.1",
-            f"Host: {self.host}:{self.port}",
+            f"Host: {host}:{self.port}",
             "Content-Type: application/json",
             f"Content-Length: {length}",
             "Connection: close",
