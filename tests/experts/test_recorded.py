@@ -16,6 +16,11 @@ QA = proxy_kind({"qa": 1.0}, PROMPT)
 RECORD = proxy_kind({"record": 1.0}, PROMPT)
 
 
+@pytest.fixture(autouse=True)
+def few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxyserve.engine.cuda.step_graphs.MOST_TOKENS", 4)
+
+
 def recorded(server: Server) -> set[str]:
     """The models whose steps are recorded."""
     return {str(r.model.key) for r in server.plain.residents.local if r.graphs is not None}
