@@ -23,7 +23,6 @@ from proxyserve.config import EngineConfig
 from proxyserve.engine.engine import Engine
 from proxyserve.engine.loop import AsyncEngine
 from proxyserve.engine.speculation import adaptive
-from proxyserve.engine.speculation.costs import ForwardCosts
 from proxyserve.engine.speculation.step_costs import StepCosts
 from proxyserve.models.family import ExpertSource, load_family
 from proxyserve.models.model_set import ModelSet
@@ -49,7 +48,7 @@ def no_times() -> Iterator[None]:
     test says what they cost."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adaptive, "StepCosts", NothingPays)
-        patch.setattr(adaptive, "measure_forwards", lambda *_: ForwardCosts())
+        patch.setattr(adaptive, "measure_forwards", lambda *_: {})
         yield
 
 

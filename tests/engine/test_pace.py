@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 
 from proxyserve.engine.speculation.acceptance import SPARSEST, Acceptance, Drafting, Kinds
-from proxyserve.engine.speculation.costs import ForwardCosts, start_up_sizes
+from proxyserve.engine.speculation.costs import ForwardCosts, Speed, start_up_sizes
 from proxyserve.engine.speculation.pace import PAYS, Candidate, choose
 from proxyserve.engine.speculation.step_costs import StepCosts
 from proxyserve.types import ModelKey
@@ -49,7 +49,10 @@ class Machine:
 
 
 def unknown_costs() -> StepCosts:
-    return StepCosts({name: ForwardCosts() for name in MODELS}, {TUNED: ForwardCosts()})
+    costs = StepCosts()
+    for name in MODELS:
+        costs.know(name, {})
+    return costs
 
 
 class Simulation:
@@ -61,18 +64,17 @@ class Simulation:
         self.rates = list(rates)
         kinds = kinds or Kinds()
         self.drafting = [kinds.begin("expert") for _ in rates]
-        self.costs = unknown_costs()
+        self.costs = StepCosts()
         self.laws = {BASE: machine.base, UNTUNED: machine.small, TUNED: machine.small}
         self.seconds = 0.0
         self.tokens = 0.0
         self.drafts = 0
         self.shadows = 0
-        for size in start_up_sizes(len(rates) * (MOST + 1)):
-            for name, law in self.laws.items():
-                seconds = min(machine.takes(law, size) for _ in range(2))
-                self.costs.forwards[name].observe(size, seconds)
-                if name == TUNED:
-                    self.costs.drafters[name].observe(size, seconds)
+        for name, law in self.laws.items():
+            sizes = start_up_sizes(len(rates) * (MOST + 1))
+            # Of this thread's time, which is less noisy.
+            measured = {size: law(size) * math.exp(machine.random.gauss(0.0, 0.03)) for size in sizes}
+            self.costs.know(name, measured)
 
     def step(self, fixed: int | None = None) -> list[int]:
         """Returns the drafts of each request."""
@@ -262,7 +264,7 @@ def test_a_machine_that_becomes_slow_and_fast_again_changes_nothing() -> None:
 
 
 def test_costs_between_and_beyond_what_was_seen() -> None:
-    costs = ForwardCosts()
+    costs = ForwardCosts(Speed())
     assert costs.seconds(1) == math.inf
     assert costs.seconds(0) == 0.0
     costs.observe(4, 8.0)
@@ -281,7 +283,7 @@ def test_costs_between_and_beyond_what_was_seen() -> None:
 
 def test_costs_grow_with_tokens_whatever_was_measured() -> None:
     generator = random.Random(1)
-    costs = ForwardCosts()
+    costs = ForwardCosts(Speed())
     for _ in range(500):
         tokens = generator.randint(1, 200)
         costs.observe(tokens, (1.0 + tokens / 50) * math.exp(generator.gauss(0.0, 0.3)))
@@ -292,7 +294,7 @@ def test_costs_grow_with_tokens_whatever_was_measured() -> None:
 
 def test_costs_of_what_is_not_run_follow_the_machine_and_nothing_else() -> None:
     generator = random.Random(2)
-    costs = ForwardCosts()
+    costs = ForwardCosts(Speed())
     for tokens in (1, 2, 3, 6):
         costs.observe(tokens, 1.0 + 0.1 * tokens)
     for step in range(5_000):
@@ -304,8 +306,22 @@ def test_costs_of_what_is_not_run_follow_the_machine_and_nothing_else() -> None:
         assert costs.seconds(tokens) / costs.seconds(1) == pytest.approx((1.0 + 0.1 * tokens) / 1.1, rel=0.2)
 
 
+def test_what_is_not_drafted_for_a_while_follows_the_machine() -> None:
+    """A drafter that was tried when the machine was busy does not seem slow for ever."""
+    costs = StepCosts()
+    for name in MODELS:
+        costs.know(name, {1: 1.0, 2: 1.1, 4: 1.2})
+    for busy, drafts in ((1.0, True), (6.0, True), (1.0, False)):
+        for _ in range(100):
+            spent = dict.fromkeys(MODELS, busy)
+            costs.took(4.0 * busy, dict.fromkeys(MODELS, 1), spent, 1)
+            if drafts:
+                costs.drafting_took(2.0 * busy, [{TUNED: 1}], {TUNED: busy})
+    assert costs.drafting_seconds([{TUNED: 1}]) == pytest.approx(2.0, rel=0.25)
+
+
 def test_one_slow_forward_moves_costs_little() -> None:
-    costs = ForwardCosts()
+    costs = ForwardCosts(Speed())
     for _ in range(50):
         costs.observe(1, 1.0)
         costs.observe(5, 1.5)

@@ -11,7 +11,6 @@ from proxyserve.engine.choice import Choice
 from proxyserve.engine.residents import AnyRunner
 from proxyserve.engine.runner import Runner
 from proxyserve.engine.speculation.acceptance import Drafting, Kinds
-from proxyserve.engine.speculation.costs import ForwardCosts
 from proxyserve.engine.speculation.pace import Candidate, choose
 from proxyserve.engine.speculation.start_up import measure_forwards
 from proxyserve.engine.speculation.step_costs import StepCosts
@@ -27,10 +26,8 @@ class Adaptive:
     def __init__(self) -> None:
         self._kinds = Kinds()
         #: As measured at start-up, by what forwards of two models must have in common to take the same time.
-        self._measured: dict[tuple[Layout, int], ForwardCosts] = {}
-        self._forwards: dict[ModelKey, ForwardCosts] = {}
-        self._drafters: dict[ModelKey, ForwardCosts] = {}
-        self._costs = StepCosts(self._forwards, self._drafters)
+        self._measured: dict[tuple[Layout, int], Mapping[int, float]] = {}
+        self._costs = StepCosts()
         self._spent: dict[ModelKey, float] = {}
 
     def measure(self, runner: Runner, most: int) -> None:
@@ -97,7 +94,7 @@ class Adaptive:
         if not usual or plan.admitted or plan.preempted:
             return
         spent = self._lap(runners, plan.work)
-        if spent is None or not all(trunk in self._forwards for trunk in plan.work):
+        if spent is None or not all(trunk in self._costs.forwards for trunk in plan.work):
             return
         tokens = {trunk: sum(item.count for item in work) for trunk, work in plan.work.items()}
         self._costs.took(seconds, tokens, spent, sum(plan.rows.values()))
@@ -114,25 +111,26 @@ class Adaptive:
 
     def _know(self, trunks: Iterable[ModelKey], runners: Mapping[ModelKey, AnyRunner]) -> None:
         """Have an idea of what these models cost."""
-        if all(trunk in self._forwards for trunk in trunks):
+        known = self._costs.forwards
+        if all(trunk in known for trunk in trunks):
             return
-        for gone in [trunk for trunk in self._forwards if trunk not in runners]:
-            del self._forwards[gone], self._drafters[gone]
+        for gone in [trunk for trunk in known if trunk not in runners]:
+            self._costs.forget(gone)
         for trunk in trunks:
             runner = runners[trunk]
-            if trunk not in self._forwards and isinstance(runner, Runner):
-                self._forwards[trunk], self._drafters[trunk] = self._expected(runner), self._expected(runner)
+            if trunk not in known and isinstance(runner, Runner):
+                self._costs.know(trunk, self._expected(runner))
 
-    def _expected(self, runner: Runner) -> ForwardCosts:
+    def _expected(self, runner: Runner) -> Mapping[int, float]:
         """What a model like this one was measured to cost; for one that came later and is like none, what the one that
         is closest in size would at this size."""
         if not self._measured:
-            return ForwardCosts()
+            return {}
         layout, size = _likeness(runner)
         if (layout, size) in self._measured:
-            return self._measured[layout, size].copy()
+            return self._measured[layout, size]
         closest = min(self._measured, key=lambda known: abs(math.log(known[1] / size)))
-        return self._measured[closest].copy(size / closest[1])
+        return {count: seconds * size / closest[1] for count, seconds in self._measured[closest].items()}
 
 
 def _likeness(runner: Runner) -> tuple[Layout, int]:

@@ -2,16 +2,18 @@
 
     log seconds(count) = level + shape(count) + own(count)
 
-The shape is what was found the first time, mostly at start-up. The level follows how fast the machine happens to be,
-and what one count shows of it holds for all: counts that are not run for a while stay comparable with those that are,
-and whether several tokens are worth it is a matter of ratios. What remains is a count's own. The own parts of the
-counts that are run add up to nothing, or the level could be anything.
+The shape is what was found the first time, mostly at start-up. The level follows how fast the machine happens to be. It
+is the same for all costs, and what any of them shows of it holds for all: those that nobody pays for a while stay
+comparable with those that are, and whether several tokens are worth it is a matter of ratios. What remains is a count's
+own. Of what is run, the own parts add up to nothing, or the level could be anything.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right, insort
+from collections.abc import Mapping
+from types import MappingProxyType
 
 _LEVEL_RATE = 0.15
 _OWN_RATE = 0.1
@@ -20,9 +22,35 @@ _OWN_RATE = 0.1
 _SURPRISE = math.log(1.6)
 #: Observations of a count until it is clear which of them were accidents.
 _FIRST = 4
-#: How many of the last observations say which counts are run now.
-_RECENT = 64.0
+#: How many of the last observations say what is run now.
+_RECENT = 128.0
+_FORGOTTEN = 0.01
 _EXACT = 16
+
+
+class Speed:
+    """Of the machine, as the logarithm of how many times as long everything takes as at first."""
+
+    def __init__(self) -> None:
+        self.level = 0.0
+        #: Goes up with each change of anybody's estimates.
+        self.version = 0
+        self._recent: dict[tuple[ForwardCosts, int], float] = {}
+
+    def ran(self, costs: ForwardCosts, count: int) -> None:
+        """Move what the own parts of what is run now have in common to the level: their estimates stay, others follow
+        the level."""
+        self.version += 1
+        recent = {
+            key: weight * (1.0 - 1.0 / _RECENT) for key, weight in self._recent.items() if weight > _FORGOTTEN
+        }
+        recent[costs, count] = recent.get((costs, count), 0.0) + 1.0
+        self._recent = recent
+        mean = sum(weight * curve.own[place] for (curve, place), weight in recent.items())
+        mean /= sum(recent.values())
+        self.level += mean
+        for (curve, place), weight in recent.items():
+            curve.own[place] -= mean * weight / (weight + 1.0)
 
 
 class ForwardCosts:
@@ -30,23 +58,18 @@ class ForwardCosts:
     Beyond the largest count seen costs go on as they grew before it; where only one has been seen, the share `growth`
     of its time is taken to grow in proportion, the rest not at all."""
 
-    def __init__(self, growth: float = 1.0) -> None:
+    def __init__(
+        self, speed: Speed, growth: float = 1.0, measured: Mapping[int, float] = MappingProxyType({})
+    ) -> None:
+        """`measured` are seconds by count, found when the level was 0."""
+        self._speed = speed
         self._growth = growth
-        self._level = 0.0
-        self._counts: list[int] = []
-        self._shape: dict[int, float] = {}
-        self._own: dict[int, float] = {}
-        self._seen: dict[int, int] = {}
-        self._recent: dict[int, float] = {}
-        self._curve: list[float] = []  # seconds by place in `_counts`; empty: to be made
-
-    def copy(self, times: float = 1.0) -> ForwardCosts:
-        """Of a model whose forwards take that many times as long."""
-        other = ForwardCosts(self._growth)
-        other._level = self._level + math.log(times)
-        other._counts, other._shape, other._own = [*self._counts], {**self._shape}, {**self._own}
-        other._seen, other._recent = {**self._seen}, {**self._recent}
-        return other
+        self._counts = sorted(measured)
+        self._shape = {count: math.log(seconds) for count, seconds in measured.items()}
+        self.own = dict.fromkeys(measured, 0.0)
+        self._seen = dict.fromkeys(measured, 1)
+        self._estimates: dict[int, float] = {}  # by tokens, of one version
+        self._version = -1
 
     @property
     def known(self) -> bool:
@@ -58,33 +81,25 @@ class ForwardCosts:
         both are positive."""
         if tokens < 1 or not 0.0 < seconds < math.inf:
             raise ValueError(f"a forward of {tokens} tokens cannot have taken {seconds} seconds")
-        count, found = _bucket(tokens), math.log(seconds) - self._level
+        count, found = _bucket(tokens), math.log(seconds) - self._speed.level
         if count in self._shape:
-            self._correct(count, found - self._shape[count] - self._own[count])
-        else:
-            if self._counts:  # it may be held up by accident, but nothing makes it faster
-                found = min(found, math.log(self.seconds(count)) - self._level + _SURPRISE)
-            insort(self._counts, count)
-            self._shape[count], self._own[count], self._seen[count], self._recent[count] = found, 0.0, 1, 0.0
-        self._curve = []
+            self._correct(count, found - self._shape[count] - self.own[count])
+            self._speed.ran(self, count)
+            return
+        if self._counts:  # it may be held up by accident, but nothing makes it faster
+            found = min(found, math.log(self.seconds(count)) - self._speed.level + _SURPRISE)
+        insort(self._counts, count)
+        self._shape[count], self.own[count], self._seen[count] = found, 0.0, 1
+        self._version = -1
 
     def _correct(self, count: int, error: float) -> None:
         self._seen[count] += 1
         if error < -_SURPRISE and self._seen[count] <= _FIRST:  # what came before was an accident
-            self._own[count] += error
+            self.own[count] += error
         else:
             error = max(-_SURPRISE, min(_SURPRISE, error))
-            self._level += _LEVEL_RATE * error
-            self._own[count] += max(_OWN_RATE, 1.0 / self._seen[count]) * error
-        for other in self._recent:
-            self._recent[other] *= 1.0 - 1.0 / _RECENT
-        self._recent[count] += 1.0
-        mean = sum(weight * self._own[other] for other, weight in self._recent.items())
-        mean /= sum(self._recent.values())
-        self._level += mean
-        for other, weight in self._recent.items():
-            # Estimates of counts that are run stay as they are, others go with the level.
-            self._own[other] -= mean * weight / (weight + 1.0)
+            self._speed.level += _LEVEL_RATE * error
+            self.own[count] += max(_OWN_RATE, 1.0 / self._seen[count]) * error
 
     def seconds(self, tokens: int) -> float:
         """The estimate for `tokens` tokens, 0.0 for none. Infinite as long as nothing has been observed."""
@@ -92,31 +107,36 @@ class ForwardCosts:
             return 0.0
         if not self._counts:
             return math.inf
-        counts, curve = self._counts, self._curve or self._make_curve()
+        if self._version != self._speed.version:
+            self._version, self._estimates = self._speed.version, {}
+        found = self._estimates.get(tokens)
+        if found is None:
+            found = self._estimates[tokens] = self._estimate(tokens)
+        return found
+
+    def _estimate(self, tokens: int) -> float:
+        counts = self._counts
         place = bisect_left(counts, tokens)
         if place == len(counts):
-            return self._beyond(tokens, curve)
+            return self._beyond(tokens)
         if place == 0 or counts[place] == tokens:
-            return curve[place]
+            return self._at(place)
+        lower, upper = self._at(place - 1), self._at(place)
         share = (tokens - counts[place - 1]) / (counts[place] - counts[place - 1])
-        return curve[place - 1] * (1.0 - share) + curve[place] * share
+        return lower * (1.0 - share) + upper * share
 
-    def _make_curve(self) -> list[float]:
-        least = math.inf
-        for count in reversed(self._counts):
-            least = min(least, math.exp(self._level + self._shape[count] + self._own[count]))
-            self._curve.append(least)
-        self._curve.reverse()
-        return self._curve
+    def _at(self, place: int) -> float:
+        """At the count in this place."""
+        least = min(self._shape[count] + self.own[count] for count in self._counts[place:])
+        return math.exp(self._speed.level + least)
 
-    def _beyond(self, tokens: int, curve: list[float]) -> float:
-        last = self._counts[-1]
+    def _beyond(self, tokens: int) -> float:
+        last, at_last = self._counts[-1], self._at(-1)
         # Over a distance of a factor of two, since neighbours differ by noise.
         before = bisect_right(self._counts, last // 2) - 1
         if before < 0:
-            return curve[-1] * (1.0 + self._growth * (tokens / last - 1.0))
-        slope = (curve[-1] - curve[before]) / (last - self._counts[before])
-        return curve[-1] + slope * (tokens - last)
+            return at_last * (1.0 + self._growth * (tokens / last - 1.0))
+        return at_last + (at_last - self._at(before)) / (last - self._counts[before]) * (tokens - last)
 
 
 def _bucket(tokens: int) -> int:

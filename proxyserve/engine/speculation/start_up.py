@@ -9,7 +9,7 @@ import torch
 
 from proxyserve.engine.kv_storage import KVStorage
 from proxyserve.engine.runner import Runner, probe_ids
-from proxyserve.engine.speculation.costs import ForwardCosts, start_up_sizes
+from proxyserve.engine.speculation.costs import start_up_sizes
 from proxyserve.scheduler.lane import Lane
 from proxyserve.scheduler.request import ScheduledRequest
 from proxyserve.scheduler.scheduler import LaneWork
@@ -21,9 +21,9 @@ _ROUNDS = 2
 
 
 @torch.inference_mode()
-def measure_forwards(runner: Runner, most: int) -> ForwardCosts:
-    """Time forwards of up to about `most` tokens, and not many more than 32. For a model that no step runs yet, and
-    that has no storage."""
+def measure_forwards(runner: Runner, most: int) -> dict[int, float]:
+    """Seconds of forwards of up to about `most` tokens, and not many more than 32. For a model that no step runs yet,
+    and that has no storage."""
     sizes = start_up_sizes(min(most, _MOST_TOKENS))
     model = runner.model
     runner.attach(
@@ -37,10 +37,7 @@ def measure_forwards(runner: Runner, most: int) -> ForwardCosts:
         rounds = [{size: _seconds(runner, lanes[:size]) for size in sizes} for _ in range(_ROUNDS)]
     finally:
         runner.detach()
-    costs = ForwardCosts()
-    for size in sizes:
-        costs.observe(size, min(found[size] for found in rounds))
-    return costs
+    return {size: min(found[size] for found in rounds) for size in sizes}
 
 
 def _seconds(runner: Runner, lanes: Sequence[Lane]) -> float:

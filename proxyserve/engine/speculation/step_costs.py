@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
-from proxyserve.engine.speculation.costs import ForwardCosts
+from proxyserve.engine.speculation.costs import ForwardCosts, Speed
 from proxyserve.types import ModelKey
 
 #: Of all that is done beside forwards, as long as it is not known better: it is mostly a price per call.
 _PICK_GROWTH = 0.2
 
 
-@dataclass(frozen=True, slots=True)
 class StepCosts:
     """Forwards by model and tokens: `forwards` all models' one of each step, `drafters` those that draft. By rows:
     `picking` all that a step does beside its forwards, `drafting` all that is done beside them at one depth of drafts,
     taken for another pick until it is known."""
 
-    forwards: Mapping[ModelKey, ForwardCosts]
-    drafters: Mapping[ModelKey, ForwardCosts]
-    picking: ForwardCosts = field(default_factory=lambda: ForwardCosts(_PICK_GROWTH))
-    drafting: ForwardCosts = field(default_factory=lambda: ForwardCosts(_PICK_GROWTH))
+    def __init__(self) -> None:
+        self._speed = Speed()
+        self.forwards: dict[ModelKey, ForwardCosts] = {}
+        self.drafters: dict[ModelKey, ForwardCosts] = {}
+        self.picking = ForwardCosts(self._speed, _PICK_GROWTH)
+        self.drafting = ForwardCosts(self._speed, _PICK_GROWTH)
+
+    def know(self, name: ModelKey, measured: Mapping[int, float]) -> None:
+        """A model may be in steps from now on. `measured` are seconds of its forwards by tokens, as they were when the
+        first step began."""
+        self.forwards[name] = ForwardCosts(self._speed, measured=measured)
+        self.drafters[name] = ForwardCosts(self._speed, measured=measured)
+
+    def forget(self, name: ModelKey) -> None:
+        del self.forwards[name], self.drafters[name]
 
     def seconds(self, tokens: Mapping[ModelKey, int], rows: int) -> float:
         """Of a step beside its drafting: with so many tokens of each model, and so many rows to pick from."""
