@@ -24,6 +24,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from proxyserve.bench.adapters import AdapterResult, measure_adapters
+from proxyserve.bench.mixed import BATCH as MIXED_BATCH
+from proxyserve.bench.mixed import MixedRow, measure_mixed
 from proxyserve.bench.models import VOCABULARY, BenchFamily, build_bench_family
 from proxyserve.bench.pairs import PairRow, measure_pairs
 from proxyserve.bench.peaked import Peaks
@@ -47,7 +49,8 @@ KV_MEMORY = 2**30
 
 class Part(enum.StrEnum):
     """What can be measured: fused decoding beside the plain loop, what solving weights costs, experts that are swapped
-    under load, many experts at once, what drafting ahead gives, and alike models in one forward."""
+    under load, many experts at once, what drafting ahead gives, alike models in one forward, and different requests in
+    one batch."""
 
     LOOP = "loop"
     SOLVING = "solving"
@@ -55,6 +58,7 @@ class Part(enum.StrEnum):
     ADAPTERS = "adapters"
     SPECULATION = "speculation"
     PAIRS = "pairs"
+    MIXED = "mixed"
 
 
 class Sampling(enum.StrEnum):
@@ -83,6 +87,7 @@ class BenchSettings:
     device: str = "auto"
     threads: int = 1
     speculated: tuple[str, ...] = (next(iter(SIZES)), DEMO)
+    mixed: tuple[int, ...] = (MIXED_BATCH,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +120,7 @@ class BenchRow:
 class BenchResult:
     """What was measured, empty or None for what was not. `solving` has a result per kind of laws, `swaps` a row per
     number of streams, `speculation` one per models, batch and share of drafts that stand, `pairs` one per size and
-    number of models and tokens of each."""
+    number of models and tokens of each, `mixed` one per batch, without speculation and with it."""
 
     settings: BenchSettings
     machine: dict[str, str]
@@ -125,6 +130,7 @@ class BenchResult:
     adapters: AdapterResult | None = None
     speculation: tuple[SpeculationRow, ...] = ()
     pairs: tuple[PairRow, ...] = ()
+    mixed: tuple[MixedRow, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         adapters = self.adapters
@@ -144,6 +150,7 @@ class BenchResult:
             "adapters": None if adapters is None else {**asdict(adapters), "ratios": adapters.ratios},
             "speculation": [row.as_dict() for row in self.speculation],
             "pairs": [{**asdict(row), "ratios": row.ratios} for row in self.pairs],
+            "mixed": [row.as_dict() for row in self.mixed],
         }
 
 
@@ -197,6 +204,16 @@ def run_bench(
             progress=progress,
         )
     pairs = measure_pairs(placement, progress=progress) if Part.PAIRS in parts else []
+    mixed: list[MixedRow] = []
+    if Part.MIXED in parts:
+        mixed = measure_mixed(
+            placement,
+            batches=settings.mixed,
+            prompt=settings.prompt,
+            new=settings.new,
+            rounds=settings.rounds,
+            progress=progress,
+        )
     machine = _machine(placement.device)
     return BenchResult(
         settings,
@@ -207,6 +224,7 @@ def run_bench(
         adapters,
         tuple(speculation),
         tuple(pairs),
+        tuple(mixed),
     )
 
 
