@@ -24,6 +24,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from proxyserve.bench.adapters import AdapterResult, measure_adapters
+from proxyserve.bench.mixed import BATCH as MIXED_BATCH
+from proxyserve.bench.mixed import MixedRow, measure_mixed
 from proxyserve.bench.models import VOCABULARY, BenchFamily, build_bench_family
 from proxyserve.bench.pairs import PairRow, measure_pairs
 from proxyserve.bench.peaked import Peaks
@@ -49,8 +51,8 @@ KV_MEMORY = 2**30
 
 class Part(enum.StrEnum):
     """What can be measured: fused decoding beside the plain loop, what solving weights costs, experts that are swapped
-    under load, many experts at once, what drafting ahead gives, alike models in one forward, and what streams notice of
-    a long prompt."""
+    under load, many experts at once, what drafting ahead gives, alike models in one forward, what streams notice of a
+    long prompt, and different requests in one batch."""
 
     LOOP = "loop"
     SOLVING = "solving"
@@ -59,6 +61,7 @@ class Part(enum.StrEnum):
     SPECULATION = "speculation"
     PAIRS = "pairs"
     STALLS = "stalls"
+    MIXED = "mixed"
 
 
 class Sampling(enum.StrEnum):
@@ -87,6 +90,7 @@ class BenchSettings:
     device: str = "auto"
     threads: int = 1
     speculated: tuple[str, ...] = (next(iter(SIZES)), DEMO)
+    mixed: tuple[int, ...] = (MIXED_BATCH,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +123,8 @@ class BenchRow:
 class BenchResult:
     """What was measured, empty or None for what was not. `solving` has a result per kind of laws, `swaps` a row per
     number of streams, `speculation` one per models, batch and share of drafts that stand, `pairs` one per size and
-    number of models and tokens of each, `stalls` one per number of streams, with prompts in portions and without."""
+    number of models and tokens of each, `stalls` one per number of streams, with prompts in portions and without,
+    `mixed` one per batch, without speculation and with it."""
 
     settings: BenchSettings
     machine: dict[str, str]
@@ -130,6 +135,7 @@ class BenchResult:
     speculation: tuple[SpeculationRow, ...] = ()
     pairs: tuple[PairRow, ...] = ()
     stalls: tuple[StallRow, ...] = ()
+    mixed: tuple[MixedRow, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         adapters = self.adapters
@@ -150,6 +156,7 @@ class BenchResult:
             "speculation": [row.as_dict() for row in self.speculation],
             "pairs": [{**asdict(row), "ratios": row.ratios} for row in self.pairs],
             "stalls": [row.as_dict() for row in self.stalls],
+            "mixed": [row.as_dict() for row in self.mixed],
         }
 
 
@@ -208,6 +215,16 @@ def run_bench(
         with tempfile.TemporaryDirectory() as folder:
             family = build_bench_family(Path(folder), context=LONG_CONTEXT)
             stalls = measure_stalls(family, placement, progress=progress)
+    mixed: list[MixedRow] = []
+    if Part.MIXED in parts:
+        mixed = measure_mixed(
+            placement,
+            batches=settings.mixed,
+            prompt=settings.prompt,
+            new=settings.new,
+            rounds=settings.rounds,
+            progress=progress,
+        )
     machine = _machine(placement.device)
     return BenchResult(
         settings,
@@ -219,6 +236,7 @@ def run_bench(
         tuple(speculation),
         tuple(pairs),
         tuple(stalls),
+        tuple(mixed),
     )
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from proxyserve.bench.adapters import AdapterResult
+from proxyserve.bench.mixed import MixedRow
 from proxyserve.bench.pairs import PairRow
 from proxyserve.bench.run import BenchResult, BenchSettings, Part, Sampling, run_bench
 from proxyserve.bench.solving import SolvingResult
@@ -34,7 +35,8 @@ def bench_command(
         list[Part] | None, typer.Option("--only", help="Measure this part alone; repeatable.")
     ] = None,
     batch: Annotated[
-        list[int] | None, typer.Option("--batch", min=1, help="Requests at once beside the loop; repeatable.")
+        list[int] | None,
+        typer.Option("--batch", min=1, help="Requests at once beside the loop, and mixed; repeatable."),
     ] = None,
     sampling: Annotated[
         list[Sampling] | None,
@@ -57,7 +59,8 @@ def bench_command(
     running streams notice. adapters: many LoRA experts at once beside as many full ones and beside one. speculation:
     tokens per second with drafts, without, of the base alone and of the plain loop, where drafts stand at a chosen
     share of the tokens, and over the demo family. pairs: small models that differ in their weights only in one forward
-    beside one after the other. stalls: how long streams wait for a token while a long prompt is computed."""
+    beside one after the other. stalls: how long streams wait for a token while a long prompt is computed. mixed: plain
+    requests, some with one expert and some with three in one batch, beside batches of each."""
     if context.invoked_subcommand is not None:
         return
     unknown = set(models or ()) - {*SIZES, DEMO}
@@ -74,6 +77,7 @@ def bench_command(
         device=device,
         threads=threads or 1,
         speculated=tuple(models or BenchSettings().speculated),
+        mixed=tuple(batch or BenchSettings().mixed),
     )
     console = Console(stderr=True)
     with console.status("starting") as status:
@@ -99,6 +103,8 @@ def bench_tables(result: BenchResult) -> list[Table]:
         tables.append(pair_table(result.pairs))
     if result.stalls:
         tables.append(stall_table(result.stalls))
+    if result.mixed:
+        tables.append(mixed_table(result.mixed))
     return tables
 
 
@@ -276,4 +282,26 @@ def stall_table(rows: Sequence[StallRow]) -> Table:
         portions = "yes" if row.portions else "no"
         times = (f"{row.usual * 1e3:.0f}", f"{row.worst * 1e3:.0f}")
         table.add_row(str(row.streams), portions, *times, f"{row.ratio:.1f}x", f"{row.first:.1f}")
+    return table
+
+
+def mixed_table(rows: Sequence[MixedRow]) -> Table:
+    """Tokens per second of pure batches and of the mix, a row per batch and way to speculate."""
+    table = Table(
+        title="different requests in one batch: generated tokens/s",
+        caption="mixed / mean: weighted mean of the pure batches' time per token by the mix's, median round (slowest "
+        "to fastest); 1.00x: mixing costs nothing",
+    )
+    table.add_column("speculation")
+    for title in ("batch", *rows[0].speeds):
+        table.add_column(title, justify="right")
+    table.add_column("mixed / mean", justify="right", style="bold")
+    for row in rows:
+        found = row.ratios_by_round
+        table.add_row(
+            str(row.speculate),
+            str(row.batch),
+            *(f"{speed:.0f}" for speed in row.speeds.values()),
+            f"{row.ratio:.2f}x ({min(found):.2f}-{max(found):.2f})",
+        )
     return table

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from proxyserve.bench.adapters import AdapterResult, AdapterRow, measure_adapters
+from proxyserve.bench.mixed import KINDS, MIXED, MixedRow, measure_mixed
 from proxyserve.bench.models import BenchFamily, ModelShape
 from proxyserve.bench.pairs import PairRow, measure_pairs
 from proxyserve.bench.peaked import Peaks, make_peaked
@@ -94,6 +95,9 @@ def bench_result() -> BenchResult:
         adapters,
         pairs=(PairRow("5M", 2, 8, apart=0.006, together=0.005),),
         stalls=(StallRow(8, portions=True, usual=0.03, worst=0.075, first=3.0),),
+        mixed=(
+            MixedRow("off", 6, dict(zip((*KINDS, MIXED), ([0.01], [0.02], [0.03], [0.025]), strict=True))),
+        ),
     )
 
 
@@ -110,6 +114,7 @@ def test_bench_tables() -> None:
     assert "│ 4 adapters │ 160 │ 4.0 │ 1.0 │ 5.0 │" in " ".join(text.split())
     assert "│ 2 of 5M │ 8 │ 6.00 │ 5.00 │ 1.20x │" in " ".join(text.split())
     assert "│ 8 │ yes │ 30 │ 75 │ 2.5x │ 3.0 │" in " ".join(text.split())
+    assert "│ off │ 6 │ 100 │ 50 │ 33 │ 40 │ 0.80x (0.80-0.80) │" in " ".join(text.split())
     assert "adapters / full 2.00x" in text and "adapters / one 0.80x" in text and "per adapter 64.00x" in text
 
 
@@ -149,8 +154,9 @@ def test_bench_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert written["swaps"][0]["ratios"]["worst swap"] == pytest.approx(2.0)
     assert written["adapters"]["ratios"]["adapters / full"] == pytest.approx(2.0)
     assert written["pairs"][0]["ratios"]["together / apart"] == pytest.approx(1.2)
+    assert written["mixed"][0]["ratio"] == pytest.approx(0.8)
     CliRunner().invoke(app, ["bench"])
-    assert asked[1].parts == tuple(Part)
+    assert asked[1].parts == tuple(Part) and asked[1].mixed == (24,)
 
 
 CPU = Placement(torch.device("cpu"), torch.float32)
@@ -188,6 +194,17 @@ def test_pairs_are_measured_together_and_apart() -> None:
     rows = measure_pairs(CPU, shapes={"tiny": shape}, turns=1)
     assert {row.models for row in rows} == {2, 8} and all(row.size == "tiny" for row in rows)
     assert all(row.apart > 0.0 and row.together > 0.0 for row in rows)
+
+
+def test_requests_are_measured_mixed_and_apart() -> None:
+    shape = ModelShape(hidden=16, layers=1, heads=2, kv_heads=1, intermediate=16, tied=True)
+    rows = measure_mixed(CPU, base=shape, expert=shape, batches=(4,), prompt=4, new=3, rounds=1)
+    assert [row.speculate for row in rows] == ["off", "auto"]
+    for row in rows:
+        assert list(row.shares.values()) == [0.5, 0.25, 0.25]
+        assert all(len(seconds) == 1 and seconds[0] > 0.0 for seconds in row.seconds.values())
+        plain, one, three, mixed = (seconds[0] for seconds in row.seconds.values())
+        assert row.ratio == pytest.approx((0.5 * plain + 0.25 * one + 0.25 * three) / mixed)
 
 
 def test_a_variant_is_another_model_of_the_same_shape(bench_family: BenchFamily, tmp_path: Path) -> None:
