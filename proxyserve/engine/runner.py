@@ -13,7 +13,7 @@ from torch import Tensor
 
 from proxyserve.engine.adapters import AdapterBank, adapter_plan
 from proxyserve.engine.arena import Layout
-from proxyserve.engine.attention import IMPLEMENTATION, Features, ShapeProbe, attention_plan
+from proxyserve.engine.attention import IMPLEMENTATION, Features, Plan, ShapeProbe, attention_plan
 from proxyserve.engine.cpu_linear import doubled_bytes, pack_linears
 from proxyserve.engine.cuda.choose import choose_attention
 from proxyserve.engine.cuda.singles import Reserved
@@ -162,7 +162,7 @@ class Runner:
                 return replayed[self.model.key]
         started = perf_counter()
         row = self.pack(work, differences)
-        logits = self.compute(row, self.storage)
+        logits = self.compute(row, self.attention.plan(row.spans, self.storage))
         self.stats.ran(row.rows, perf_counter() - started)
         return logits
 
@@ -182,9 +182,8 @@ class Runner:
             self.stats.tokens[item.lane.model.name] += item.count
         return PackedRow.of(work, differences, self.adapters, self.model.device)
 
-    def compute(self, row: PackedRow, storage: KVStorage) -> Tensor:
-        """The logits of a packed row, whose KV goes to `storage`. Must be called in inference mode."""
-        plan = self.attention.plan(row.spans, storage)
+    def compute(self, row: PackedRow, plan: Plan) -> Tensor:
+        """The logits of a packed row; `plan` is that of its spans. Must be called in inference mode."""
         with attention_plan(plan), adapter_plan(row.adapters), head_rows(row.heads):
             return self._forward(row.ids, row.positions, row.wanted, row.rows)
 

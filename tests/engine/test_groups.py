@@ -209,14 +209,17 @@ def test_more_tokens_than_norms_are_gathered_for(
 def test_weights_are_held_once_and_let_go(families: Callable[[str], TinyFamily]) -> None:
     family = families("llama")
     pair = Pair.of([family.untuned, *family.experts.values()])
-    norms = [runner.model.module.model.norm.weight for runner in pair.runners]
-    assert len({norm.untyped_storage().data_ptr() for norm in norms}) == 1
-    assert norms[0].untyped_storage().nbytes() == sum(norm.nbytes for norm in norms)
-    assert not torch.equal(norms[0], norms[1])
+    norms = sum(
+        weight.nbytes
+        for runner in pair.runners
+        for name, weight in runner.model.module.named_parameters()
+        if "norm" in name
+    )
+    assert pair.group.bytes == norms
     gone = pair.runners.pop(0)
     pair.group.leave(gone)
     left = [weakref.ref(layer) for layer in gone.model.module.modules() if isinstance(layer, nn.Linear)]
-    del gone, norms
+    del gone
     gc.collect()
     assert left and not any(layer() is not None for layer in left)
     pair.compare([step[:2] for step in STEPS])
@@ -225,6 +228,18 @@ def test_weights_are_held_once_and_let_go(families: Callable[[str], TinyFamily])
     pair.group.join(again, pair.group.seat(again))  # into the gap
     pair.runners.append(again)
     pair.compare(STEPS)
+
+
+def test_members_weights_stay_where_they_are(families: Callable[[str], TinyFamily]) -> None:
+    """Recorded steps have their addresses, and other threads may be reading them."""
+    family = families("llama")
+    pair = Pair.of([family.untuned, *family.experts.values()])
+    members = list(pair.runners)
+    places = [weight.data_ptr() for runner in members for weight in runner.model.module.parameters()]
+    gone = members[0]
+    pair.group.leave(gone)
+    pair.group.join(gone, pair.group.seat(gone))
+    assert places == [weight.data_ptr() for runner in members for weight in runner.model.module.parameters()]
 
 
 def test_models_that_are_not_alike_are_refused(families: Callable[[str], TinyFamily]) -> None:
@@ -453,7 +468,7 @@ def test_models_come_and_go_under_load(families: Callable[[str], TinyFamily]) ->
             engine.residents.groups.learn([twin, *engine.residents.local])
             engine.adopt([(twin, arena)])
             assert twin.group is group and len(group) == 4
-            assert engine.residents.bytes == before + twin.model.bytes
+            assert engine.residents.bytes > before
         elif steps == 10:
             engine.drop([], [twin.model.key])
             assert twin.group is None and len(group) == 3

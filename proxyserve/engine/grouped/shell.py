@@ -3,8 +3,8 @@
 Two small models take the time of Python and of hundreds of tiny operations twice. A `Shell` is the tree of one of
 them with every module that has weights replaced by one that runs each member's own module on that member's tokens;
 whatever has none (rotary embedding, attention, activations, residuals) runs once for all of them, as transformers
-wrote it. Nothing is held twice, nothing is padded, and each matrix meets the rows that it would meet alone, so that
-results are the same bits.
+wrote it. Nothing is copied but the weights of norms, nothing is padded, and each matrix meets the rows that it would
+meet alone, so that results are the same bits.
 
     packed row:    a a a | b | c c      tokens of members a, b, c
     linear layer:  A(a a a), B(b), C(c c), side by side again
@@ -131,6 +131,11 @@ class Shell:
         for leaf in self._leaves.values():
             leaf.put(place, None)
 
+    @property
+    def bytes(self) -> int:
+        """Of what is held twice: the weights of norms."""
+        return sum(leaf.bytes for leaf in self._leaves.values())
+
     def compute(self, rows: Mapping[int, PackedRow], plan: Plan) -> list[Tensor]:
         """The logits of packed rows by the places of their members; `plan` is that of all their spans. Must be called
         in inference mode."""
@@ -177,6 +182,11 @@ class PerMember(nn.Module):
         """Set the member's layer; None lets go of it."""
         self._own[place:] = [module, *self._own[place + 1 :]]
 
+    @property
+    def bytes(self) -> int:
+        """Of weights that are held here beside the members' own."""
+        return 0
+
     def forward(self, inputs: Tensor) -> Tensor:
         """[1, tokens, ...] -> [1, tokens, ...]"""
         return self._apart(inputs, 1)
@@ -214,20 +224,17 @@ class NormPerMember(PerMember):
         super().__init__(shell)
         self._like = copy.copy(like)
         self._like._parameters = {}
-        self._weights = torch.zeros(0)
+        self._weights: Tensor | None = None
         #: Where the tokens are: [1, tokens, size], or with heads on either side of them.
         self._axis: int | None = None
 
     def put(self, place: int, module: nn.Module | None) -> None:
-        """The members' weights become views of one tensor. Their values stay, so that other threads may read them."""
         super().put(place, module)
-        members = [own for own in self._own if own is not None]
-        if members:
-            with torch.inference_mode(False), torch.no_grad():
-                self._weights = torch.stack([(own or members[0]).weight.detach() for own in self._own])
-            for own, weight in zip(self._own, self._weights, strict=True):
-                if own is not None:
-                    own.weight.data = weight
+        self._weights = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(own.weight.nbytes for own in self._own if own is not None)
 
     def forward(self, inputs: Tensor) -> Tensor:
         turn = self._turn
@@ -235,6 +242,9 @@ class NormPerMember(PerMember):
             self._axis = inputs.shape.index(turn.tokens)
         if turn.tokens > _GATHERED:
             return self._apart(inputs, self._axis)
+        if self._weights is None:
+            known = self._own[turn.members[0]]
+            self._weights = torch.stack([(own or known).weight.detach() for own in self._own])
         weights = self._weights.index_select(0, turn.owners)
         if inputs.dim() == 4 and self._axis == 1:
             weights = weights[:, None]

@@ -9,7 +9,7 @@ from time import perf_counter, sleep, thread_time
 import torch
 from torch import Tensor
 
-from proxyserve.engine.attention import Span
+from proxyserve.engine.attention import AttentionPlan, Span
 from proxyserve.engine.grouped.shell import NotAlike, Shell
 from proxyserve.engine.kv_storage import KVStorage
 from proxyserve.engine.packed_row import PackedRow
@@ -89,7 +89,7 @@ class Trial:
             together = self._together(rows)
             for (place, row), logits in zip(rows.items(), together, strict=True):
                 alone = replace(row, spans=[Span([len(members) + place], start, counts[place])])
-                expected = self._runners[place].compute(alone, self._storage)
+                expected = self._runners[place].compute(alone, self._plan(alone.spans))
                 if not logit_error(logits, expected) <= logit_tolerance(expected.dtype):  # NaN is none either
                     raise NotAlike("they give other logits together")
             self._rest()
@@ -135,11 +135,15 @@ class Trial:
 
     def _apart(self, rows: Mapping[int, PackedRow]) -> None:
         for place, row in rows.items():
-            self._runners[place].compute(row, self._storage)
+            self._runners[place].compute(row, self._plan(row.spans))
 
     def _together(self, rows: Mapping[int, PackedRow]) -> list[Tensor]:
         spans = [span for row in rows.values() for span in row.spans]
-        return self.shell.compute(rows, self._runners[0].attention.plan(spans, self._storage))
+        return self.shell.compute(rows, self._plan(spans))
+
+    def _plan(self, spans: Sequence[Span]) -> AttentionPlan:
+        """Not that of the models' own kernels: steps that run them meanwhile use the same working memory."""
+        return AttentionPlan.of(spans, self._storage)
 
     def _rest(self) -> None:
         if self._busy():
