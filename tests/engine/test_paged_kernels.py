@@ -164,6 +164,7 @@ def test_which_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert chosen("cuda") == "varlen"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "flashinfer" or None)
+    assert chosen("cuda") == "varlen"  # installed, and not to be imported
     monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer)
     assert chosen("cuda") == "flashinfer"
     assert chosen("cuda", Features(4, 0.25, 7, None, False)) == "gather"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from proxyserve.engine.cuda.flashinfer import FlashInferAttention
 from proxyserve.engine.cuda.singles import GatherSingles, Reserved, TritonSingles
 from proxyserve.engine.cuda.varlen import VarlenAttention, find_varlen
 from proxyserve.engine.kv_storage import KVStorage, LayerShape
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +41,12 @@ def choose_attention(
     layers = Alike.of(shapes, features, dtype)
     if layers is not None:
         if importlib.util.find_spec("flashinfer") is not None:
-            kernels = FlashInferAttention(importlib.import_module("flashinfer"), layers, device)
-            return Attention("flashinfer", kernels.plan, kernels.reserve)
+            try:
+                kernels = FlashInferAttention(importlib.import_module("flashinfer"), layers, device)
+            except Exception as error:  # whatever an installation that does not fit this machine raises
+                logger.warning("FlashInfer is installed and cannot be used: %s", error)
+            else:
+                return Attention("flashinfer", kernels.plan, kernels.reserve)
         varlen = find_varlen(device)
         if varlen is not None:
             return Attention("varlen", VarlenAttention(varlen).plan, singles)

@@ -91,15 +91,17 @@ class StepGraphs:
             graphs: dict[frozenset[Part], Work] = {}
             reserved: dict[int, Reserved] = {}
             for tokens in reversed(self.sizes):  # the largest first: the others fit into its memory
-                plan = reserved[tokens] = runner.attention.reserve(tokens, storage, context)
-                plan.fill([], [], self._device.upload)
-                if logits is None:
-                    logits = torch.empty_like(runner.run_reserved(plan))
-                part = _Model(runner, logits, reserved).part(tokens)
                 try:
+                    plan = reserved[tokens] = runner.attention.reserve(tokens, storage, context)
+                    plan.fill([], [], self._device.upload)
+                    if logits is None:
+                        logits = torch.empty_like(runner.run_reserved(plan))
+                    part = _Model(runner, logits, reserved).part(tokens)
                     self._device.warm(part)
                     graphs[frozenset({(key, tokens)})] = self._device.record([part], key)
-                except RuntimeError as error:
+                except (
+                    Exception
+                ) as error:  # of kernels, their compilers, and models that look at their tensors
                     logger.warning("%s runs without recorded steps: %s", key, error)
                     return False
             assert logits is not None
