@@ -1,16 +1,23 @@
-"""Models of the benchmark whose drafts stand as often as they are told to."""
+"""Models of the benchmark whose drafts stand as often as they are told to, and what is measured with them."""
 
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from proxyserve.bench import speculation
 from proxyserve.bench.agreeing import AgreeingFamily, build_agreeing_family
 from proxyserve.bench.models import ModelShape
+from proxyserve.bench.speculation import measure_speculation
+from proxyserve.cli.bench import speculation_table
 from proxyserve.evaluation.hf_loop import generate_fused
+from proxyserve.models.loading import Placement
 
 VOCABULARY = 400
 SHARES = (0.0, 0.5, 0.8, 1.0)
@@ -55,3 +62,29 @@ def test_shapes_are_those_of_random_models(family: AgreeingFamily) -> None:
     config = load(family.experts[1.0][0]).config
     assert (config.hidden_size, config.num_hidden_layers, config.intermediate_size) == (128, 2, 96)
     assert not config.tie_word_embeddings
+
+
+def test_speculation_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everybody has a turn, acceptance is what it was made to be, and the table shows all of it."""
+    monkeypatch.setattr(speculation, "SIZES", {"tiny": (BASE, EXPERT)})
+    rows = measure_speculation(
+        Placement(torch.device("cpu"), torch.float32),
+        sizes=("tiny",),
+        shares=(0.0, 1.0),
+        batches=(2,),
+        prompt=4,
+        new=9,
+        rounds=2,
+    )
+    assert [(row.batch, row.share, row.acceptance) for row in rows] == [(2, 0.0, 0.0), (2, 1.0, 1.0)]
+    for row in rows:
+        assert set(row.contestants) == {"plain", "auto", "1 draft", "4 drafts", "base", "loop"}
+        assert all(len(measured.seconds) == 2 for measured in row.contestants.values())
+        assert set(row.ratios) == {"auto / plain", "auto / base", "auto / loop"}
+    # A token from the prompt, then all drafts stand: at most 5 at once, and the last one is drawn by itself.
+    assert rows[1].contestants["4 drafts"].tokens_per_step == pytest.approx(9 / 3)
+    assert rows[0].contestants["4 drafts"].tokens_per_step == 1.0
+    assert json.loads(json.dumps([row.as_dict() for row in rows]))[1]["acceptance"] == 1.0
+    shown = Console(file=io.StringIO(), width=250)
+    shown.print(speculation_table(rows))
+    assert "auto / plain" in shown.file.getvalue()  # type: ignore[attr-defined]
