@@ -46,7 +46,7 @@ def save_comparison_chart(comparison: Mapping[str, Any], path: Path) -> None:
         )
         panel.spines[["top", "right"]].set_visible(False)
     picture.suptitle(
-        f"{settings['size']}, {settings['dtype']}, {settings['rounds']} rounds", fontsize="medium"
+        f"{settings['size']}, {settings['dtype']}, rounds: {settings['rounds']}", fontsize="medium"
     )
     picture.savefig(path, dpi=150)
 

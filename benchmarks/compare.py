@@ -44,9 +44,9 @@ class Settings:
     size: str = "68M"
     dtype: str = "float32"
     share: float = 0.8
-    clients: tuple[int, ...] = (1, 16, 32)
+    clients: tuple[int, ...] = (1,)
     requests: int = 1
-    rounds: int = 2
+    rounds: int = 1
     prompt: int = 64
     new: int = 64
     cores: tuple[int, ...] | None = None
@@ -107,9 +107,8 @@ def compare(settings: Settings, *, logs: Path, progress: Callable[[str], None]) 
         progress(f"making models of {settings.size}")
         base, expert = SIZES[settings.size]
         family = build_agreeing_family(Path(name), [settings.share], base=base, expert=expert)
-        models = Models(
-            family.base, *family.experts[settings.share], settings.dtype, settings.prompt + settings.new
-        )
+        context = settings.prompt + max(settings.new, _CHECKED)
+        models = Models(family.base, *family.experts[settings.share], settings.dtype, context)
         field = _Field(settings, models, family.follows, logs, stack, progress)
         field.start()
         entries = field.measure()

@@ -22,6 +22,8 @@ from proxyserve.bench.speculation import SIZES
 from proxyserve.errors import ProxyserveError
 
 _HERE = Path(__file__).parent
+_CLIENTS, _ROUNDS = "1,16,32", 2
+_QUICK_CLIENTS = "1,16"
 
 
 class Dtype(enum.StrEnum):
@@ -41,13 +43,19 @@ def command(
         float, typer.Option("--share", min=0.0, max=1.0, help="Of tokens at which a draft stands.")
     ] = 0.8,
     clients: Annotated[
-        str, typer.Option("--clients", metavar="N[,N]...", help="Who wait for their answers, at once.")
-    ] = "1,16,32",
+        str | None,
+        typer.Option(
+            "--clients", metavar="N[,N]...", help=f"Who wait for their answers, at once. Default: {_CLIENTS}."
+        ),
+    ] = None,
     requests: Annotated[
         int,
         typer.Option("--requests", min=1, help="Of each client in each round; a single one asks twice that."),
     ] = 1,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Turns of everybody at each load.")] = 2,
+    rounds: Annotated[
+        int | None,
+        typer.Option("--rounds", min=1, help=f"Turns of everybody at each load. Default: {_ROUNDS}."),
+    ] = None,
     prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens of each prompt.")] = 64,
     new: Annotated[int, typer.Option("--new", min=2, help="Tokens of each answer.")] = 64,
     cores: Annotated[
@@ -56,7 +64,10 @@ def command(
             "--cores", metavar="N[,N]...", help="CPU cores for all servers; default: all there are."
         ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="One round with 1 and 16 clients.")] = False,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help=f"Where not said otherwise, {_QUICK_CLIENTS} clients and one round."),
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result as JSON.")] = None,
     table: Annotated[Path | None, typer.Option("--table", help="Write the table as Markdown.")] = None,
     chart: Annotated[Path | None, typer.Option("--chart", help="Write a chart as PNG.")] = None,
@@ -70,9 +81,9 @@ def command(
         size=_known_size(size),
         dtype=dtype.value,
         share=share,
-        clients=(1, 16) if quick else _numbers(clients, "--clients", 1, SEATS),
+        clients=_numbers(clients or (_QUICK_CLIENTS if quick else _CLIENTS), "--clients", 1, SEATS),
         requests=requests,
-        rounds=1 if quick else rounds,
+        rounds=rounds or (1 if quick else _ROUNDS),
         prompt=prompt,
         new=new,
         cores=None if cores is None else _numbers(cores, "--cores", 0, 4095),

@@ -32,7 +32,7 @@ def _lines(comparison: Mapping[str, Any]) -> Iterator[str]:
         f"{comparison['began'][:10]}, {machine['cpu']}, {machine['cores']} cores, "
         f"{' '.join(machine['instructions'])}, load before {machine['load_average']:g}. "
         f"Models {settings['size']}, {settings['dtype']}, drafts stand at {settings['share']:.0%}, one thread each, "
-        f"{settings['prompt']} prompt and {settings['new']} new tokens, {settings['rounds']} rounds."
+        f"{settings['prompt']} prompt and {settings['new']} new tokens; rounds: {settings['rounds']}."
     )
     yield ""
     yield "; ".join(f"{name} {version}" for name, version in comparison["versions"].items())

@@ -16,15 +16,19 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from tokenizers import Tokenizer
+from typer.testing import CliRunner
 
 from benchmarks import compare as comparing
+from benchmarks import peers
 from benchmarks.compare import Settings, compare
 from benchmarks.contestants import LOOP, Contestant, Models, Server, contestants, gguf_of, servers, write_gguf
 from benchmarks.processes import NotStartedError, Running, environment_of
 from benchmarks.table import best_peer, markdown
 from proxyserve.bench.agreeing import build_agreeing_family
 from proxyserve.bench.models import ModelShape
+from proxyserve.errors import ProxyserveError
 
 TINY = ModelShape(hidden=192, layers=2, heads=4, kv_heads=2, intermediate=96, tied=False)
 
@@ -93,8 +97,6 @@ def test_everybody_gets_the_model_the_dtype_and_one_thread(models: Models, tmp_p
 
 
 def test_our_options_exist() -> None:
-    from typer.testing import CliRunner
-
     from proxyserve.cli.main import app
 
     models = Models(Path("b"), Path("t"), Path("u"), "float32", 128)
@@ -127,6 +129,39 @@ def test_what_is_not_installed_is_said_without_a_path(models: Models, tmp_path: 
     failure = write_gguf(models, tmp_path)
     assert failure is not None
     assert "GGUF" in failure
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> typer.Typer:
+    """The command line, which measures nothing: it fails with the settings."""
+
+    def stop(settings: Settings, **ignored: object) -> None:
+        raise ProxyserveError(f"{settings.clients} {settings.rounds}")
+
+    monkeypatch.setattr(peers, "compare", stop)
+    monkeypatch.setattr(peers, "mkdtemp", lambda prefix: str(tmp_path))
+    app = typer.Typer()
+    app.command()(peers.command)
+    return app
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "(1, 16, 32) 2"),
+        (["--quick"], "(1, 16) 1"),
+        (["--quick", "--rounds", "3", "--clients", "4"], "(4,) 3"),
+        (["--clients", "1,x"], "'1,x' for --clients: write numbers from 1 to 64"),
+        (["--size", "7B"], "'7B' for --size: there are 68M, 300M."),
+    ],
+)
+def test_what_is_measured(command: typer.Typer, arguments: list[str], said: str) -> None:
+    result = CliRunner().invoke(command, arguments)
+    assert isinstance(result.exception, ProxyserveError)
+    assert said in str(result.exception)
 
 
 # Processes -----------------------------------------------------------------------------------------------------------
