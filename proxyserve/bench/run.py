@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from proxyserve.bench.adapters import AdapterResult, measure_adapters
+from proxyserve.bench.memory import MemoryRow, measure_memory
 from proxyserve.bench.mixed import BATCH as MIXED_BATCH
 from proxyserve.bench.mixed import MixedRow, measure_mixed
 from proxyserve.bench.models import VOCABULARY, BenchFamily, build_bench_family
@@ -49,8 +50,8 @@ KV_MEMORY = 2**30
 
 class Part(enum.StrEnum):
     """What can be measured: fused decoding beside the plain loop, what solving weights costs, experts that are swapped
-    under load, many experts at once, what drafting ahead gives, alike models in one forward, and different requests in
-    one batch."""
+    under load, many experts at once, what drafting ahead gives, alike models in one forward, different requests in one
+    batch, and what a process takes."""
 
     LOOP = "loop"
     SOLVING = "solving"
@@ -59,6 +60,7 @@ class Part(enum.StrEnum):
     SPECULATION = "speculation"
     PAIRS = "pairs"
     MIXED = "mixed"
+    MEMORY = "memory"
 
 
 class Sampling(enum.StrEnum):
@@ -120,7 +122,8 @@ class BenchRow:
 class BenchResult:
     """What was measured, empty or None for what was not. `solving` has a result per kind of laws, `swaps` a row per
     number of streams, `speculation` one per models, batch and share of drafts that stand, `pairs` one per size and
-    number of models and tokens of each, `mixed` one per batch, without speculation and with it."""
+    number of models and tokens of each, `mixed` one per batch, without speculation and with it, `memory` one per
+    process."""
 
     settings: BenchSettings
     machine: dict[str, str]
@@ -131,6 +134,7 @@ class BenchResult:
     speculation: tuple[SpeculationRow, ...] = ()
     pairs: tuple[PairRow, ...] = ()
     mixed: tuple[MixedRow, ...] = ()
+    memory: tuple[MemoryRow, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         adapters = self.adapters
@@ -151,6 +155,7 @@ class BenchResult:
             "speculation": [row.as_dict() for row in self.speculation],
             "pairs": [{**asdict(row), "ratios": row.ratios} for row in self.pairs],
             "mixed": [row.as_dict() for row in self.mixed],
+            "memory": [row.as_dict() for row in self.memory],
         }
 
 
@@ -214,6 +219,7 @@ def run_bench(
             rounds=settings.rounds,
             progress=progress,
         )
+    memory = measure_memory(placement, progress=progress) if Part.MEMORY in parts else []
     machine = _machine(placement.device)
     return BenchResult(
         settings,
@@ -225,6 +231,7 @@ def run_bench(
         tuple(speculation),
         tuple(pairs),
         tuple(mixed),
+        tuple(memory),
     )
 
 
