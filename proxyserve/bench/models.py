@@ -50,10 +50,17 @@ class BenchFamily:
         return (self.base, self.tuned, self.untuned)
 
 
-def build_bench_family(root: Path, *, context: int = 1024, peaks: Peaks | None = None) -> BenchFamily:
+def build_bench_family(
+    root: Path,
+    *,
+    base: ModelShape = BASE,
+    expert: ModelShape = EXPERT,
+    context: int = 1024,
+    peaks: Peaks | None = None,
+) -> BenchFamily:
     """Write the random models under `root`. The same every time. With `peaks` their laws are as peaked, and the pairs
     as alike, as it says; without, laws are nearly uniform, as those of random models are."""
-    shapes = {"base": BASE, "tuned": EXPERT, "untuned": EXPERT, "second": EXPERT}
+    shapes = {"base": base, "tuned": expert, "untuned": expert, "second": expert}
     family = {name: random_llama(seed, shape, context) for seed, (name, shape) in enumerate(shapes.items())}
     if peaks is not None:
         make_peaked(family["base"], family["untuned"], [family["tuned"], family["second"]], peaks)

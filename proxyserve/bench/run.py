@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from proxyserve.bench.adapters import AdapterResult, measure_adapters
+from proxyserve.bench.memory import MemoryRow, measure_memory
 from proxyserve.bench.mixed import BATCH as MIXED_BATCH
 from proxyserve.bench.mixed import MixedRow, measure_mixed
 from proxyserve.bench.models import VOCABULARY, BenchFamily, build_bench_family
@@ -52,7 +53,7 @@ KV_MEMORY = 2**30
 class Part(enum.StrEnum):
     """What can be measured: fused decoding beside the plain loop, what solving weights costs, experts that are swapped
     under load, many experts at once, what drafting ahead gives, alike models in one forward, what streams notice of a
-    long prompt, and different requests in one batch."""
+    long prompt, different requests in one batch, and what a process takes."""
 
     LOOP = "loop"
     SOLVING = "solving"
@@ -62,6 +63,7 @@ class Part(enum.StrEnum):
     PAIRS = "pairs"
     STALLS = "stalls"
     MIXED = "mixed"
+    MEMORY = "memory"
 
 
 class Sampling(enum.StrEnum):
@@ -124,7 +126,7 @@ class BenchResult:
     """What was measured, empty or None for what was not. `solving` has a result per kind of laws, `swaps` a row per
     number of streams, `speculation` one per models, batch and share of drafts that stand, `pairs` one per size and
     number of models and tokens of each, `stalls` one per number of streams, with prompts in portions and without,
-    `mixed` one per batch, without speculation and with it."""
+    `mixed` one per batch, without speculation and with it, `memory` one per process."""
 
     settings: BenchSettings
     machine: dict[str, str]
@@ -136,6 +138,7 @@ class BenchResult:
     pairs: tuple[PairRow, ...] = ()
     stalls: tuple[StallRow, ...] = ()
     mixed: tuple[MixedRow, ...] = ()
+    memory: tuple[MemoryRow, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         adapters = self.adapters
@@ -157,6 +160,7 @@ class BenchResult:
             "pairs": [{**asdict(row), "ratios": row.ratios} for row in self.pairs],
             "stalls": [row.as_dict() for row in self.stalls],
             "mixed": [row.as_dict() for row in self.mixed],
+            "memory": [row.as_dict() for row in self.memory],
         }
 
 
@@ -225,6 +229,7 @@ def run_bench(
             rounds=settings.rounds,
             progress=progress,
         )
+    memory = measure_memory(placement, progress=progress) if Part.MEMORY in parts else []
     machine = _machine(placement.device)
     return BenchResult(
         settings,
@@ -237,6 +242,7 @@ def run_bench(
         tuple(pairs),
         tuple(stalls),
         tuple(mixed),
+        tuple(memory),
     )
 
 

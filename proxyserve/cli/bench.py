@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from proxyserve.bench.adapters import AdapterResult
+from proxyserve.bench.memory import MemoryRow
 from proxyserve.bench.mixed import MixedRow
 from proxyserve.bench.pairs import PairRow
 from proxyserve.bench.run import BenchResult, BenchSettings, Part, Sampling, run_bench
@@ -54,13 +55,15 @@ def bench_command(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", help="Write the result as JSON.")] = None,
 ) -> None:
-    """Seven parts over random models. loop: tokens per second of proxyserve and of the plain Hugging Face loop.
+    """Nine parts over random models. loop: tokens per second of proxyserve and of the plain Hugging Face loop.
     solving: how much longer a step takes whose weights are solved. swaps: how long it takes to swap an expert, and what
     running streams notice. adapters: many LoRA experts at once beside as many full ones and beside one. speculation:
     tokens per second with drafts, without, of the base alone and of the plain loop, where drafts stand at a chosen
     share of the tokens, and over the demo family. pairs: small models that differ in their weights only in one forward
     beside one after the other. stalls: how long streams wait for a token while a long prompt is computed. mixed: plain
-    requests, some with one expert and some with three in one batch, beside batches of each."""
+    requests, some with one expert and some with three in one batch, beside batches of each. memory: what a process of
+    its own takes at most with a full batch of long prompts, beside its weights and KV (on Linux, of the CPU's memory).
+    """
     if context.invoked_subcommand is not None:
         return
     unknown = set(models or ()) - {*SIZES, DEMO}
@@ -105,6 +108,8 @@ def bench_tables(result: BenchResult) -> list[Table]:
         tables.append(stall_table(result.stalls))
     if result.mixed:
         tables.append(mixed_table(result.mixed))
+    if result.memory:
+        tables.append(memory_table(result.memory))
     return tables
 
 
@@ -303,5 +308,28 @@ def mixed_table(rows: Sequence[MixedRow]) -> Table:
             str(row.batch),
             *(f"{speed:.0f}" for speed in row.speeds.values()),
             f"{row.ratio:.2f}x ({min(found):.2f}-{max(found):.2f})",
+        )
+    return table
+
+
+def memory_table(rows: Sequence[MemoryRow]) -> Table:
+    """Mebibytes, a row per process."""
+    table = Table(
+        title="MiB of a process that serves a full batch of long prompts",
+        caption="peaks while loading, starting and serving, beyond bare: everything imported, nothing loaded; copies: "
+        "packed weights that are there in plain form as well, beyond the weights",
+    )
+    table.add_column("requests")
+    for title in ("bare", "weights", "KV", "copies", "loading", "starting", "serving"):
+        table.add_column(title, justify="right")
+    for title in rows[0].ratios:
+        table.add_column(title, justify="right", style="bold")
+    for row in rows:
+        peaks = (peak - row.bare for peak in (row.loading, row.starting, row.serving))
+        sizes = (row.bare, row.weights, row.kv, row.copies, *peaks)
+        table.add_row(
+            f"{row.batch} of {row.prompt} tokens, {row.dtype}",
+            *(f"{size / 2**20:.0f}" for size in sizes),
+            *(f"{ratio:.2f}x" for ratio in row.ratios.values()),
         )
     return table

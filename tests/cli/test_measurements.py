@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from proxyserve.bench.adapters import AdapterResult, AdapterRow, measure_adapters
+from proxyserve.bench.memory import MemoryRow, measure_memory, packed_copies
 from proxyserve.bench.mixed import KINDS, MIXED, MixedRow, measure_mixed
-from proxyserve.bench.models import BenchFamily, ModelShape
+from proxyserve.bench.models import VOCABULARY, BenchFamily, ModelShape
 from proxyserve.bench.pairs import PairRow, measure_pairs
 from proxyserve.bench.peaked import Peaks, make_peaked
 from proxyserve.bench.run import BenchResult, BenchRow, BenchSettings, Part, Sampling
@@ -29,6 +30,7 @@ from proxyserve.cli import bench, evaluate
 from proxyserve.cli.bench import bench_tables
 from proxyserve.cli.main import app
 from proxyserve.config import EngineConfig
+from proxyserve.engine.cpu_linear import pack_linears
 from proxyserve.engine.engine import Engine
 from proxyserve.evaluation.evaluate import FamilyResult, Score, SkillResult
 from proxyserve.evaluation.report import from_json
@@ -86,6 +88,14 @@ def bench_result() -> BenchResult:
         adapters=AdapterRow("4 adapters", 4, step=0.025, bytes=4 * 2**20, resident_bytes=5 * 2**20),
         full=AdapterRow("4 full experts", 4, step=0.05, bytes=256 * 2**20, resident_bytes=384 * 2**20),
     )
+    sizes = {"bare": 400, "loading": 700, "starting": 900, "serving": 910, "after": 905}
+    memory = MemoryRow(
+        "base, tuned",
+        32,
+        512,
+        "float32",
+        **{name: size * 2**20 for name, size in {**sizes, "weights": 300, "kv": 100, "copies": 50}.items()},
+    )
     return BenchResult(
         BenchSettings(),
         {"device": "cpu"},
@@ -98,6 +108,7 @@ def bench_result() -> BenchResult:
         mixed=(
             MixedRow("off", 6, dict(zip((*KINDS, MIXED), ([0.01], [0.02], [0.03], [0.025]), strict=True))),
         ),
+        memory=(memory,),
     )
 
 
@@ -115,6 +126,7 @@ def test_bench_tables() -> None:
     assert "│ 2 of 5M │ 8 │ 6.00 │ 5.00 │ 1.20x │" in " ".join(text.split())
     assert "│ 8 │ yes │ 30 │ 75 │ 2.5x │ 3.0 │" in " ".join(text.split())
     assert "│ off │ 6 │ 100 │ 50 │ 33 │ 40 │ 0.80x (0.80-0.80) │" in " ".join(text.split())
+    assert "│ 400 │ 300 │ 100 │ 50 │ 300 │ 500 │ 510 │ 1.27x │ 1.27x │" in " ".join(text.split())
     assert "adapters / full 2.00x" in text and "adapters / one 0.80x" in text and "per adapter 64.00x" in text
 
 
@@ -154,6 +166,7 @@ def test_bench_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert written["swaps"][0]["ratios"]["worst swap"] == pytest.approx(2.0)
     assert written["adapters"]["ratios"]["adapters / full"] == pytest.approx(2.0)
     assert written["pairs"][0]["ratios"]["together / apart"] == pytest.approx(1.2)
+    assert written["memory"][0]["ratios"]["serving / given"] == pytest.approx(510 / 400)
     assert written["mixed"][0]["ratio"] == pytest.approx(0.8)
     CliRunner().invoke(app, ["bench"])
     assert asked[1].parts == tuple(Part) and asked[1].mixed == (24,)
@@ -205,6 +218,30 @@ def test_requests_are_measured_mixed_and_apart() -> None:
         assert all(len(seconds) == 1 and seconds[0] > 0.0 for seconds in row.seconds.values())
         plain, one, three, mixed = (seconds[0] for seconds in row.seconds.values())
         assert row.ratio == pytest.approx((0.5 * plain + 0.25 * one + 0.25 * three) / mixed)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads peaks from /proc")
+def test_memory_is_measured_in_a_process_of_its_own() -> None:
+    shape = ModelShape(hidden=16, layers=1, heads=2, kv_heads=1, intermediate=16, tied=True)
+    (row,) = measure_memory(CPU, base=shape, expert=shape, batch=3, prompt=20, kv_memory=2**20)
+    assert row.models == "base, tuned.tuned, untuned, second.tuned"
+    assert 0 < row.bare <= row.loading and 0 < row.after <= row.serving
+    assert 0 < row.kv <= 2**20
+    # The heads, which are tied and large enough to be packed; no other layer is.
+    assert row.copies == 4 * VOCABULARY * 16 * 4 < row.weights
+
+
+def test_packed_layers_that_are_there_twice_are_counted() -> None:
+    layers = {
+        "packed": torch.nn.Linear(1024, 512, bias=False),
+        "twice": torch.nn.Linear(512, 512, bias=False),
+    }
+    module = torch.nn.ModuleDict(layers).requires_grad_(False)
+    weights = sum(parameter.numel() * 4 for parameter in module.parameters())
+    assert packed_copies(module, weights, 4) == 0
+    if pack_linears(module):
+        assert packed_copies(module, weights, 4) == 512 * 512 * 4
 
 
 def test_a_variant_is_another_model_of_the_same_shape(bench_family: BenchFamily, tmp_path: Path) -> None:
