@@ -112,6 +112,22 @@ class _Budget:
     tokens: dict[ModelKey, int]
     scored_rows: int
 
+    def half(self, request: ScheduledRequest) -> dict[ModelKey, int]:
+        """Half of the tokens, but no fewer than the request's lanes need for their last ones, which run together."""
+        lanes = Counter(lane.trunk for lane in request.turn)
+        return {trunk: max((tokens + 1) // 2, lanes[trunk]) for trunk, tokens in self.tokens.items()}
+
+    def set_aside(self, tokens: Mapping[ModelKey, int]) -> dict[ModelKey, int]:
+        """Take so many out, or as many as there are. Returns what was taken."""
+        taken = {trunk: max(0, min(count, self.tokens[trunk])) for trunk, count in tokens.items()}
+        for trunk, count in taken.items():
+            self.tokens[trunk] -= count
+        return taken
+
+    def give_back(self, taken: Mapping[ModelKey, int]) -> None:
+        for trunk, count in taken.items():
+            self.tokens[trunk] += count
+
 
 class Scheduler:
     """Owns the queue, the running requests and who holds which blocks of `pools`. That has the pool of each trunk;
@@ -121,7 +137,9 @@ class Scheduler:
 
     While requests decode, a step runs at most `prefill_tokens` tokens of prompts per trunk, and two more for each of
     these requests, so that a long prompt does not hold them up for long; None sets no such limit. It must be at least
-    the number of lanes of one request on one trunk, whose last tokens run in one step."""
+    the number of lanes of one request on one trunk, whose last tokens run in one step. The first prompt, by priority
+    and arrival, is sure of half of these tokens; the other half is for short prompts first, so that they need not wait
+    until a long one is through."""
 
     def __init__(
         self,
@@ -176,13 +194,16 @@ class Scheduler:
         prefilling = [request for request in self.running if _needs_prefill(request)]
         self._grant_in_turn(decoding, budget, plan, granted)
         kept = self._keep_from_prompts(len(decoding), budget)
-        self._grant_in_turn(prefilling, budget, plan, granted)
-        if not plan.preempted:
-            self._admit(budget, plan, granted)
-            if wishes:
-                for trunk, tokens in kept.items():
-                    budget.tokens[trunk] += tokens
-                self._grant_drafts(wishes, budget, plan)
+        prefilling = [request for request in prefilling if request.state is RequestState.RUNNING]
+        if kept and prefilling:
+            self._grant_portions(prefilling, budget, plan, granted)
+        else:
+            self._grant_in_turn(prefilling, budget, plan, granted)
+            if not plan.preempted:
+                self._admit(budget, plan, granted)
+        if wishes and not plan.preempted:
+            budget.give_back(kept)
+            self._grant_drafts(wishes, budget, plan)
         return plan
 
     def commit(self, plan: Plan, accepted: Mapping[ScheduledRequest, int] = _NONE_ACCEPTED) -> None:
@@ -213,10 +234,35 @@ class Scheduler:
         if self.prefill_tokens is None or not decoding:
             return {}
         most = self.prefill_tokens + _PROMPT_PER_DECODING * decoding
-        kept = {trunk: max(0, tokens - most) for trunk, tokens in budget.tokens.items()}
-        for trunk, tokens in kept.items():
-            budget.tokens[trunk] -= tokens
-        return kept
+        return budget.set_aside({trunk: tokens - most for trunk, tokens in budget.tokens.items()})
+
+    def _grant_portions(
+        self, requests: Sequence[ScheduledRequest], budget: _Budget, plan: Plan, granted: set[int]
+    ) -> None:
+        """Share what prompts may take, tokens and rows: half is for the first request by priority and arrival, so that
+        it always gets on. Of the rest each of the others takes at most half of the tokens left, by priority and then by
+        how little it misses, and requests that come out of the queue the remainder. What they leave is the first one's
+        as well."""
+        first, *others = sorted(requests, key=_rank)
+        # Its blocks come before those of the others, though its work comes after theirs.
+        trunks, missing = [lane.trunk for lane in first.turn], [lane.missing for lane in first.turn]
+        if self._make_room(first, _fit(trunks, missing, budget.tokens), plan, granted):
+            granted.add(id(first))
+        aside = budget.set_aside(budget.half(first))
+        rows = min(budget.scored_rows, max(budget.scored_rows // 2, len(first.turn)))
+        budget.scored_rows -= rows
+        for request in sorted(others, key=_rank_in_portions):
+            if request.state is RequestState.RUNNING:
+                half = budget.half(request)
+                rest = budget.set_aside({trunk: budget.tokens[trunk] - half[trunk] for trunk in half})
+                self._grant(request, budget, plan, granted)
+                budget.give_back(rest)
+        if not plan.preempted:
+            self._admit(budget, plan, granted)
+        budget.give_back(aside)
+        budget.scored_rows += rows
+        if first.state is RequestState.RUNNING:
+            self._grant(first, budget, plan, granted)
 
     def _grant(self, request: ScheduledRequest, budget: _Budget, plan: Plan, granted: set[int]) -> None:
         """Give each lane whose turn it is as much of what it misses as its trunk's budget allows."""
@@ -382,6 +428,11 @@ def _rows_in_step(request: ScheduledRequest, counts: Sequence[int], budget: _Bud
 def _rank(request: ScheduledRequest) -> tuple[int, int]:
     """Who gets on when not all can: the first by priority, then by arrival."""
     return request.priority, request.arrival
+
+
+def _rank_in_portions(request: ScheduledRequest) -> tuple[int, int, int]:
+    """Who gets on of those whose prompts share a step: a short prompt does not wait for the long ones before it."""
+    return request.priority, sum(lane.missing for lane in request.turn), request.arrival
 
 
 def _needs_prefill(request: ScheduledRequest) -> bool:

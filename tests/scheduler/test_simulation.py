@@ -30,7 +30,15 @@ class Simulation:
     """Plays the engine's part: counts what is run, drafts, appends tokens, finishes and cancels at random."""
 
     def __init__(
-        self, seed: int, *, blocks: int, block_size: int, max_batch: int, budget: int, rows: int = 8
+        self,
+        seed: int,
+        *,
+        blocks: int,
+        block_size: int,
+        max_batch: int,
+        budget: int,
+        rows: int = 8,
+        prefill: int | None = None,
     ) -> None:
         self.rng = random.Random(seed)
         self.blocks, self.block_size = blocks, block_size
@@ -40,6 +48,7 @@ class Simulation:
             max_batch=max_batch,
             max_batch_tokens=budget,
             max_scored_rows=rows,
+            prefill_tokens=prefill,
         )
         self.live: dict[str, Simulated] = {}
         self.finished: list[Simulated] = []
@@ -208,6 +217,7 @@ def test_nothing_is_lost(seed: int) -> None:
         max_batch=shape.choice((1, 3, 8)),
         budget=shape.choice((8, 9, 33, 100)),
         rows=shape.choice((4, 7, 100)),
+        prefill=shape.choice((None, 4, 7)),
     )
     for _ in range(150):
         if simulation.rng.random() < 0.4:
@@ -318,6 +328,70 @@ def test_long_prompts_run_in_small_portions_beside_those_who_decode() -> None:
     for request in decoding:
         scheduler.finish(request)
     assert sum(item.count for item in scheduler.schedule().work[MODELS[0]]) == 37  # all that is left
+
+
+def test_short_prompts_do_not_wait_for_long_ones() -> None:
+    """While one request decodes, a step runs 34 tokens of prompts. Each prompt gets on: the oldest by half of them in
+    every step, and all that are left."""
+    scheduler = make_scheduler(blocks=2048, budget=512, prefill=32)
+    decoding = make_request("decoding", {MODELS[0]: 2})
+    scheduler.add(decoding)
+    scheduler.commit(scheduler.schedule())
+    lengths = {"first": 2000, "second": 2000, "short": 20}
+    prompts = {name: Lane(MODELS[0], tuple(range(length)), [], name) for name, length in lengths.items()}
+    first, second, short = (ScheduledRequest(name, (lane,), lane.output) for name, lane in prompts.items())
+    ran: list[dict[str, int]] = []
+
+    def step() -> Plan:
+        decoding.output.append(0)
+        plan = scheduler.schedule()
+        assert decoding in plan.sampling
+        ran.append({item.request.request_id: item.count for item in plan.work[MODELS[0]]})
+        scheduler.commit(plan)
+        scheduler.check()
+        return plan
+
+    for request in (first, second):
+        scheduler.add(request)
+        step()
+    scheduler.add(short)
+    while short not in step().sampling:
+        assert len(ran) < 6
+    scheduler.finish(short)
+    step()
+    for counts in ran:
+        del counts["decoding"]
+        assert sum(counts.values()) == 34
+    assert ran == [
+        {"first": 34},
+        {"first": 17, "second": 17},
+        {"first": 17, "second": 9, "short": 8},
+        {"first": 21, "second": 4, "short": 9},
+        {"first": 24, "second": 7, "short": 3},
+        {"first": 25, "second": 9},
+    ]
+
+
+def test_the_last_tokens_of_many_lanes_find_room_beside_other_prompts() -> None:
+    """Half of the tokens would be fewer than its lanes, whose last ones run in one step."""
+    scheduler = make_scheduler(blocks=512, budget=64, prefill=5)
+    decoding = make_request("decoding", {MODELS[0]: 2})
+    scheduler.add(decoding)
+    scheduler.commit(scheduler.schedule())
+    output: list[int] = []
+    wide = ScheduledRequest(
+        "wide", tuple(Lane(MODELS[0], (number, 7), output) for number in range(5)), output
+    )
+    scheduler.add(wide)
+    for number in range(4):
+        scheduler.add(make_request(f"long{number}", {MODELS[0]: 300}))
+    for _ in range(4):
+        decoding.output.append(0)
+        plan = scheduler.schedule()
+        scheduler.commit(plan)
+        if wide in plan.sampling:
+            return
+    raise AssertionError("starved")
 
 
 def test_choices_share_the_blocks_of_their_prompt() -> None:
