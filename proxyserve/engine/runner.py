@@ -37,7 +37,8 @@ _PROBE_TOKENS = 9
 @dataclass(slots=True)
 class RunnerStats:
     """Since the model came: forwards, tokens run by each model (its own name, and those of models over it), rows of
-    logits made, seconds spent. `ended` is when the last forward did, by `time.perf_counter`."""
+    logits made, seconds spent (on a GPU those of the host, which does not wait for it). `ended` is when the last
+    forward did, by `time.perf_counter`."""
 
     forwards: int = 0
     tokens: Counter[str] = field(default_factory=Counter)

@@ -314,24 +314,42 @@ class Scheduler:
         return True
 
     def _grant_drafts(self, wishes: Mapping[ScheduledRequest, Wish], budget: _Budget, plan: Plan) -> None:
-        """Let requests that only need their next token run ahead, as far as tokens, rows and blocks are left over."""
+        """Let requests that only need their next token run ahead, as far as tokens, rows and blocks are left over. All
+        have a draft before any has its second, which stands more rarely."""
+        going: list[tuple[ScheduledRequest, Wish, Counter[ModelKey]]] = []
         for request in plan.sampling:
-            wish, lanes = wishes.get(request), request.lanes
-            if wish is None or request.gated or any(lane.missing > 1 for lane in lanes):
+            wish = wishes.get(request)
+            if wish is None or request.gated or any(lane.missing > 1 for lane in request.lanes):
                 continue
-            trunks = Counter(lane.trunk for lane in lanes if lane is not wish.drafter)
-            drafts = min(
-                wish.drafts,
-                budget.scored_rows // len(lanes),
-                *(budget.tokens[trunk] // count for trunk, count in trunks.items()),
-            )
-            while drafts > 0 and not self._reserve(lanes, [lane.wanted + drafts for lane in lanes]):
-                drafts -= 1
-            if drafts > 0:
+            verifying = Counter(lane.trunk for lane in request.lanes if lane is not wish.drafter)
+            going.append((request, wish, verifying))
+        drafts = 0
+        while going:
+            drafts += 1
+            going = [
+                (request, wish, verifying)
+                for request, wish, verifying in going
+                if drafts <= wish.drafts and self._grant_draft(request, drafts, verifying, budget)
+            ]
+            for request, wish, _ in going:
                 plan.granted[request] = replace(wish, drafts=drafts)
-                budget.scored_rows -= drafts * len(lanes)
-                for trunk, count in trunks.items():
-                    budget.tokens[trunk] -= drafts * count
+
+    def _grant_draft(
+        self, request: ScheduledRequest, drafts: int, verifying: Mapping[ModelKey, int], budget: _Budget
+    ) -> bool:
+        """Room for the request's draft number `drafts`, from 1: a row for each lane, a token for each that verifies.
+        False, and nothing is taken, if there is not enough."""
+        lanes = request.lanes
+        if budget.scored_rows < len(lanes):
+            return False
+        if any(budget.tokens[trunk] < count for trunk, count in verifying.items()):
+            return False
+        if not self._reserve(lanes, [lane.wanted + drafts for lane in lanes]):
+            return False
+        budget.scored_rows -= len(lanes)
+        for trunk, count in verifying.items():
+            budget.tokens[trunk] -= count
+        return True
 
     def _preempt(self, request: ScheduledRequest) -> None:
         """Free all lanes of the request; it goes back to its place in the queue and recomputes."""

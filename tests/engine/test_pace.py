@@ -185,6 +185,25 @@ def test_nothing_is_drafted_before_costs_are_known() -> None:
     assert choose([Candidate((BASE,), 1.0, 4)], costs, tokens={BASE: 1}, rows=1) == [0]
 
 
+def test_drafts_that_a_step_has_no_room_for_are_the_least_likely() -> None:
+    simulation = Simulation(Machine(flat(1.0), flat(0.01)), [1.0] * 64)
+    good, fair = Candidate(VERIFIERS, 0.95, MOST, TUNED), Candidate(VERIFIERS, 0.5, MOST, TUNED)
+
+    def chosen(candidates: Sequence[Candidate], **room: int) -> list[int]:
+        return choose(
+            candidates, simulation.costs, tokens=dict.fromkeys(MODELS, 64), rows=len(candidates), **room
+        )
+
+    alike = chosen([good] * 64, most_logits=256)
+    assert sum(alike) == 256 // 3, "a row of each lane"
+    assert set(alike) == {1, 2}, "a first draft for all before a second for any"
+    assert set(chosen([good] * 64, most_tokens=512)) == {7}
+    assert sum(chosen([good] * 64, most_tokens=100)) == 36
+    mixed = chosen([fair, good] * 32, most_logits=192)
+    assert sum(mixed) == 64 and set(mixed[::2]) == {0}, "those of others are likelier, the second as well"
+    assert chosen([good] * 64, most_logits=2) == [0] * 64
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.3, 0.6, 0.8, 0.95])
 @pytest.mark.parametrize("requests", [1, 4, 16])
 @pytest.mark.parametrize("knee_at", [None, 48])
@@ -228,9 +247,7 @@ def test_a_new_request_of_a_known_expert_begins_at_once() -> None:
     for _ in range(5):
         assert first.step() == [0], "too little is known"
     first.speed(100)
-    assert Simulation(Machine(), [0.9], kinds=kinds).step() == [0], (
-        "nothing is known of the rest of a step yet"
-    )
+    assert Simulation(Machine(), [0.9], kinds=kinds).step()[0] > 1, "though nobody has seen a pick yet"
     later = Simulation(Machine(), [0.9], kinds=kinds)
     later.costs = first.costs
     assert later.step()[0] > 1
@@ -304,6 +321,22 @@ def test_costs_of_what_is_not_run_follow_the_machine_and_nothing_else() -> None:
     assert costs.seconds(1) == pytest.approx(3.3, rel=0.5)
     for tokens in (3, 6):
         assert costs.seconds(tokens) / costs.seconds(1) == pytest.approx((1.0 + 0.1 * tokens) / 1.1, rel=0.2)
+
+
+def test_where_no_clock_tells_parts_keep_their_shares() -> None:
+    costs = StepCosts()
+    costs.know(BASE, {1: 1.0, 4: 1.1})
+    costs.know(TUNED, {1: 0.2, 4: 0.2})
+    for _ in range(100):  # four times as fast as at start-up, when each forward was launched by itself
+        costs.took(0.325, {BASE: 1, TUNED: 1}, None, 1)
+    assert costs.seconds({BASE: 1, TUNED: 1}, 1) == pytest.approx(0.325, rel=0.05)
+    assert costs.forwards[BASE].seconds(1) == pytest.approx(0.25, rel=0.05)
+    assert costs.drafting_seconds([{TUNED: 1}]) == pytest.approx(0.075, rel=0.1), "of what was never run"
+    for _ in range(100):
+        costs.took(0.325, {BASE: 1, TUNED: 1}, None, 1)
+        costs.drafting_took(0.4, [{TUNED: 1}] * 2, None)
+    assert costs.drafting_seconds([{TUNED: 1}]) == pytest.approx(0.2, rel=0.1)
+    assert costs.seconds({BASE: 1, TUNED: 1}, 1) == pytest.approx(0.325, rel=0.1)
 
 
 def test_what_is_not_drafted_for_a_while_follows_the_machine() -> None:

@@ -11,8 +11,12 @@ import torch
 from proxyserve.bench.agreeing import AgreeingFamily, build_agreeing_family
 from proxyserve.bench.models import ModelShape
 from proxyserve.config import EngineConfig
+from proxyserve.engine import engine as engine_module
+from proxyserve.engine import runner as runner_module
 from proxyserve.engine.counters import EngineCounters
 from proxyserve.engine.engine import Engine
+from proxyserve.engine.kv_storage import KVStorage
+from proxyserve.engine.packed_row import PackedRow
 from proxyserve.engine.runner import Runner
 from proxyserve.engine.speculation import adaptive, speculator
 from proxyserve.engine.speculation.acceptance import SPARSEST
@@ -90,6 +94,68 @@ def shadows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
+class BusyDevice:
+    """Simulated time of a device that works behind the host: a forward returns at once, a pick waits for all of them.
+    Where it is not `behind`, each forward is waited for."""
+
+    def __init__(self, backend: Any) -> None:
+        self.behind = True
+        self.now = 0.0
+        self._queued = 0.0
+        self._backend = backend
+
+    def seconds(self, model: str, tokens: int) -> float:
+        return (25e-3 + 0.5e-3 * tokens) / (1 if model == "base" else 20)
+
+    def compute(self, runner: Runner, row: PackedRow, storage: KVStorage) -> torch.Tensor:
+        self.now += 0.1e-3
+        self._queued += self.seconds(runner.model.name, len(row.ids))
+        if not self.behind:
+            self.wait()
+        return compute(runner, row, storage)
+
+    def pick(self, *arguments: Any) -> Any:
+        self.now += 0.2e-3
+        self.wait()
+        return self._backend.pick(*arguments)
+
+    def wait(self) -> None:
+        self.now += self._queued
+        self._queued = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+
+compute = Runner.compute
+
+
+@pytest.fixture
+def device(engine: Engine) -> BusyDevice:
+    return BusyDevice(engine.backend)
+
+
+@pytest.fixture
+def busy(engine: Engine, device: BusyDevice, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """Costs are learned from the simulated clock, beginning with what each forward takes when it is waited for."""
+    monkeypatch.setattr(engine, "backend", device)
+    monkeypatch.setattr(Runner, "compute", lambda *arguments: device.compute(*arguments))
+    for module in (engine_module, runner_module, speculator):
+        monkeypatch.setattr(module, "perf_counter", lambda: device.now)
+    monkeypatch.setattr(adaptive, "StepCosts", StepCosts)
+    monkeypatch.setattr(adaptive, "returns_early", lambda runner: device.behind)
+
+    def measure(runner: Runner, most: int) -> dict[int, float]:
+        return {size: device.seconds(runner.model.name, size) for size in start_up_sizes(32)}
+
+    monkeypatch.setattr(adaptive, "measure_forwards", measure)
+    engine.speculator = speculator.Speculator(engine.config, engine.models.base.key)
+    for runner in engine.runners.values():
+        assert isinstance(runner, Runner)
+        engine.speculator.measure(runner)
+    return engine
+
+
 def plain(family: AgreeingFamily, first: int, count: int) -> list[int]:
     """What the fused law says greedily after `first`."""
     text = [first]
@@ -138,6 +204,36 @@ def test_nothing_is_drafted_where_no_draft_stands(
         assert base_tokens(engine) - before == 2 + 99, "each token once"
     assert not engine.counters.draft_tokens
     assert sum(shadows) <= 10 + 200 / SPARSEST + 5
+
+
+def test_a_device_that_works_behind_the_host_drafts_where_it_pays(
+    busy: Engine, family: AgreeingFamily
+) -> None:
+    for name, first in (("a", 7), ("b", 11)):
+        result = run(busy, [ask(name, "always", first, 60)])[f"{name}/0"]
+        assert result.tokens == plain(family, first, 60)
+        assert busy.counters.draft_tokens["always.tuned"] > 30
+    assert busy.counters.draft_tokens["always.tuned"] == 120 - busy.counters.steps
+    assert busy.counters.steps < 6 + 2 * (60 / 5 + 2), "four drafts in nearly all steps"
+    drafted = busy.counters.draft_tokens.total()
+    result = run(busy, [ask("c", "never", 7, 60)])["c/0"]
+    assert result.tokens == plain(family, 7, 60)
+    assert busy.counters.draft_tokens.total() == drafted
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_prompts_in_all_steps_do_not_keep_others_from_drafting(
+    busy: Engine, device: BusyDevice, family: AgreeingFamily, behind: bool
+) -> None:
+    device.behind = behind
+    busy.submit(ask("a", "always", 7, 60))
+    steps, tokens = 0, list[int]()
+    while len(tokens) < 60:
+        busy.submit(ask(f"prompt-{steps}", None, 9, 1))
+        tokens.extend(token for event in busy.step() if event.request_id == "a" for token in event.token_ids)
+        steps += 1
+    assert tokens == plain(family, 7, 60)
+    assert steps < 6 + 60 / 5 + 2
 
 
 def test_requests_of_one_step_are_told_apart(engine: Engine, family: AgreeingFamily) -> None:
@@ -224,7 +320,7 @@ def test_models_that_are_alike_are_measured_once(loaded: Engine, monkeypatch: py
 
     monkeypatch.setattr(adaptive, "measure_forwards", measure)
     runners = [runner for runner in loaded.runners.values() if isinstance(runner, Runner)]
-    pace = adaptive.Adaptive()
+    pace = adaptive.Adaptive(loaded.config)
     for runner in runners:
         pace.measure(runner, 8)
     assert measured == ["base", "always.tuned"]

@@ -545,6 +545,18 @@ def test_drafts_have_what_is_left_over() -> None:
     assert plan.granted == {one: Wish(7)} and not plan.preempted, "blocks"
 
 
+def test_all_have_a_draft_before_any_has_its_second() -> None:
+    scheduler = make_scheduler(block_size=16, blocks=200, budget=512, rows=100)
+    requests = [make_request(str(number), {MODELS[0]: 4}) for number in range(64)]
+    scheduler.max_batch = 64
+    decoding(scheduler, *requests)
+    plan = scheduler.schedule({request: Wish(8) for request in requests})
+    assert sorted(wish.drafts for wish in plan.granted.values()) == [1] * 28 + [2] * 36
+    assert len(plan.granted) == 64
+    plan = scheduler.schedule({request: Wish(3) for request in requests[32:]})
+    assert plan.granted == dict.fromkeys(requests[32:], Wish(3))
+
+
 def test_only_who_needs_nothing_but_its_next_token_runs_ahead() -> None:
     scheduler = make_scheduler(block_size=4)
     gated = make_request("gated", {MODELS[0]: 5, MODELS[1]: 5})

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from proxyserve.config import EngineConfig
 from proxyserve.engine.arena import Layout
 from proxyserve.engine.choice import Choice
 from proxyserve.engine.residents import AnyRunner
@@ -23,7 +24,8 @@ class Adaptive:
     """What is known about the speed of steps and about drafters. `start` comes first in each step, then `drafts`, if
     anything was drafted `drafted`, and at its end `stepped`; `runners` are those of the step, by trunk."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
         self._kinds = Kinds()
         #: As measured at start-up, by what forwards of two models must have in common to take the same time.
         self._measured: dict[tuple[Layout, int], Mapping[int, float]] = {}
@@ -72,7 +74,14 @@ class Adaptive:
                     None if ahead.drafter is None else ahead.drafter.trunk,
                 )
         self._know(tokens, runners)
-        chosen = choose(list(candidates.values()), self._costs, tokens=tokens, rows=rows)
+        chosen = choose(
+            list(candidates.values()),
+            self._costs,
+            tokens=tokens,
+            rows=rows,
+            most_logits=self._config.max_scored_rows,
+            most_tokens=self._config.max_batch_tokens,
+        )
         return {choice: count for choice, count in zip(candidates, chosen, strict=True) if count}
 
     def drafted(
@@ -80,7 +89,7 @@ class Adaptive:
     ) -> None:
         """Drafting took so long; `depths` are the tokens of each model at each depth."""
         spent = self._lap(runners, {trunk for depth in depths for trunk in depth})
-        if depths and spent is not None:
+        if depths:
             self._costs.drafting_took(seconds, depths, spent)
 
     def stepped(self, plan: Plan, seconds: float, runners: Mapping[ModelKey, AnyRunner]) -> None:
@@ -94,7 +103,7 @@ class Adaptive:
         if not usual or plan.admitted or plan.preempted:
             return
         spent = self._lap(runners, plan.work)
-        if spent is None or not all(trunk in self._costs.forwards for trunk in plan.work):
+        if not all(trunk in self._costs.forwards for trunk in plan.work):
             return
         tokens = {trunk: sum(item.count for item in work) for trunk, work in plan.work.items()}
         self._costs.took(seconds, tokens, spent, sum(plan.rows.values()))
@@ -102,12 +111,13 @@ class Adaptive:
     def _lap(
         self, runners: Mapping[ModelKey, AnyRunner], trunks: Collection[ModelKey]
     ) -> dict[ModelKey, float] | None:
-        """Seconds of forwards since the last call or the step's start. None where two generations of a model took part,
-        which are counted together."""
+        """Seconds of forwards since the last call or the step's start. None where clocks do not tell: a forward returns
+        before its device is done, or two generations of a model took part, which are counted together."""
         now, before = _spent(runners), self._spent
         self._spent = now
         spent: dict[ModelKey, float] = {trunk: now[trunk] - before[trunk] for trunk in trunks}
-        return None if len({trunk.name for trunk in trunks}) < len(spent) else spent
+        together = len({trunk.name for trunk in trunks}) < len(spent)
+        return None if together or any(returns_early(runners[trunk]) for trunk in trunks) else spent
 
     def _know(self, trunks: Iterable[ModelKey], runners: Mapping[ModelKey, AnyRunner]) -> None:
         """Have an idea of what these models cost."""
@@ -135,6 +145,11 @@ class Adaptive:
 
 def _likeness(runner: Runner) -> tuple[Layout, int]:
     return runner.layout, runner.model.bytes
+
+
+def returns_early(runner: AnyRunner) -> bool:
+    """Whether its forwards go on after they have returned, until somebody looks at their logits."""
+    return isinstance(runner, Runner) and runner.model.device.type == "cuda"
 
 
 def _spent(runners: Mapping[ModelKey, AnyRunner]) -> dict[ModelKey, float]:

@@ -21,6 +21,7 @@ PAYS = 1.05
 _STEPS = 16
 #: Less likely drafts are not worth a thought.
 _LEAST = 0.05
+_PLENTY = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +35,41 @@ class Candidate:
     most: int
     drafter: ModelKey | None = None
 
+    @property
+    def lanes(self) -> int:
+        """Each of which has a row of logits for each draft."""
+        return len(self.verifiers) + (self.drafter is not None)
+
 
 @dataclass(slots=True)
 class _Step:
-    """An imagined step: tokens of each model, rows of the pick, and requests that draft at each depth by drafter."""
+    """An imagined step: tokens of each model, rows of the pick, and requests that draft at each depth by drafter.
+    `logits` is how many rows of them drafts may still have, `most_tokens` how many tokens one model may have."""
 
     costs: StepCosts
     tokens: Counter[ModelKey]
     rows: int
+    logits: int
+    most_tokens: int
     depths: list[Counter[ModelKey]] = field(default_factory=list)
+
+    def room(self, candidate: Candidate, requests: int) -> int:
+        """For one token more of how many of so many requests like the candidate."""
+        most = min(
+            self.logits // candidate.lanes,
+            *(
+                (self.most_tokens - self.tokens[name]) // count
+                for name, count in Counter(candidate.verifiers).items()
+            ),
+        )
+        return max(0, min(requests, most))
 
     def draft(self, candidate: Candidate, requests: int, depth: int) -> None:
         """Let so many requests like the candidate draft one token more, their token number `depth` from 0."""
         for name in candidate.verifiers:
             self.tokens[name] += requests
         self.rows += requests
+        self.logits -= requests * candidate.lanes
         if candidate.drafter is not None:
             if depth == len(self.depths):
                 self.depths.append(Counter())
@@ -59,12 +80,19 @@ class _Step:
 
 
 def choose(
-    candidates: Sequence[Candidate], costs: StepCosts, *, tokens: Mapping[ModelKey, int], rows: int
+    candidates: Sequence[Candidate],
+    costs: StepCosts,
+    *,
+    tokens: Mapping[ModelKey, int],
+    rows: int,
+    most_logits: int = _PLENTY,
+    most_tokens: int = _PLENTY,
 ) -> list[int]:
     """How many tokens each candidate drafts, at most its `most`. `tokens` has those of each model in the step without
     drafts, and `rows` how many tokens that step draws, the candidates' included. Prompts that are processed in the same
-    step are in neither: they would make a slow step look like one in which drafts are cheap. All zero if speculation
-    does not promise to pay."""
+    step are in neither: they would make a slow step look like one in which drafts are cheap. A step has room for
+    `most_logits` rows of logits for drafts, over all lanes, and for `most_tokens` tokens of each model; where that is
+    not enough, the likeliest drafts have it. All zero if speculation does not promise to pay."""
     none = [0] * len(candidates)
     groups: dict[Candidate, list[int]] = {}
     for number, candidate in enumerate(candidates):
@@ -77,22 +105,28 @@ def choose(
         for number, group in enumerate(groups)
         for depth in range(group.most)
     )
-    step = _Step(costs, Counter(tokens), rows)
+    step = _Step(costs, Counter(tokens), rows, most_logits, most_tokens)
     known = list(groups.items())
     plain = step.seconds()
     if not 0.0 < plain < float("inf"):
         return none
     expected, best, cut = float(rows), PAYS * rows / plain, 0
-    for place, (gain, depth, number) in enumerate(drafts, start=1):
+    added: list[Sequence[int]] = []
+    for gain, depth, number in drafts:
         if -gain < _LEAST:
             break
         group, members = known[number]
+        members = members[: step.room(group, len(members))]
+        known[number] = group, members  # who has no room for this draft has none for the next
+        if not members:
+            continue
         step.draft(group, len(members), depth)
+        added.append(members)
         expected -= gain * len(members)
         if expected / step.seconds() > best:
-            best, cut = expected / step.seconds(), place
+            best, cut = expected / step.seconds(), len(added)
     chosen = none
-    for _, _, number in drafts[:cut]:
-        for member in known[number][1]:
+    for drafting in added[:cut]:
+        for member in drafting:
             chosen[member] += 1
     return chosen

@@ -33,7 +33,7 @@ class Speculator:
         self.proposed: Mapping[ScheduledRequest, list[int]] = {}
         self._base = base
         self._config = config
-        self._adaptive = Adaptive()
+        self._adaptive = Adaptive(config)
         #: Seconds of this step that were spent on drafting and comparing.
         self._aside = 0.0
 
