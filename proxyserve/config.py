@@ -41,7 +41,8 @@ class EngineConfig:
     memory. `quantize` stores the linear layers of a local base in so many bits.
 
     `speculate` says how many tokens are drafted ahead for each request, and verified together: that many where it can
-    be done, "off" for none, or "auto" for as many as measured acceptance and times make worth it, at most `max_drafts`.
+    be done, "off" for none, or "auto" for as many as measured acceptance and times make worth it, at most `max_drafts`
+    (which says nothing of the others).
     """
 
     device: str = "auto"
@@ -60,6 +61,13 @@ class EngineConfig:
     speculate: Speculate = "auto"
     max_drafts: int = 8
     pairs: PairsChoice = "auto"
+
+    @property
+    def most_drafts(self) -> int:
+        """Tokens that are drafted ahead for one request at most."""
+        if self.speculate == "off":
+            return 0
+        return self.max_drafts if self.speculate == "auto" else self.speculate
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_batch_tokens", "max_scored_rows", "block_size"):
