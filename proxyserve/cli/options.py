@@ -266,7 +266,7 @@ ServedThreads = Annotated[
         "--threads",
         envvar=_envvar("THREADS"),
         metavar="[auto|N]",
-        help="CPU threads that compute; auto takes one or all, by a measurement at the start.",
+        help="CPU threads that compute; auto takes as many as are worth it, by a measurement at the start.",
     ),
 ]
 QuantizeOption = Annotated[
