@@ -28,20 +28,22 @@ class EngineConfig:
     """How the engine runs.
 
     `dtype` "auto" is bfloat16 on a GPU; on a CPU it is float32, or, where all weights are stored in one half-precision
-    dtype, whichever of the two is faster; "fastest" takes the faster of float32 and bfloat16. `max_batch` is the most
-    requests that run at once, `max_batch_tokens` the most tokens one model computes per step (long prompts are cut into
-    chunks of at most that many), `prefill_tokens` the most tokens of prompts among these while other requests decode,
-    beside two for each of those (None: 32 on a CPU, no such limit on a GPU), `max_scored_rows` the most rows of logits,
-    of all models together, that a step computes to score prompts and drafts (the memory plan sets theirs aside).
-    `kv_memory` is in bytes for the KV caches of all models together; None lets the plan choose. `threads` "auto" takes
-    one or all cores, whichever is faster; None leaves torch's own choice. `kernels` names the backend of the logit
-    arithmetic: "torch", "triton", or "auto", which is triton on a CUDA device. `pairs` says whether models that differ
-    in their weights only run "together" in one forward, or "apart"; "auto" measures which is faster. `cuda_graphs`: on
-    a CUDA device, steps of decoding are recorded when a model comes and then replayed, which costs start-up time and
-    memory. `quantize` stores the linear layers of a local base in so many bits.
+    dtype, whichever of the two is clearly faster, else that; "fastest" takes the faster of float32 and bfloat16.
+    `max_batch` is the most requests that run at once, `max_batch_tokens` the most tokens one model computes per step
+    (long prompts are cut into chunks of at most that many), `prefill_tokens` the most tokens of prompts among these
+    while other requests decode, beside two for each of those (None: 32 on a CPU, no such limit on a GPU),
+    `max_scored_rows` the most rows of logits, of all models together, that a step computes to score prompts and drafts
+    (the memory plan sets theirs aside). `kv_memory` is in bytes for the KV caches of all models together; None lets the
+    plan choose. `threads` "auto" takes as many cores as are worth it, by a measurement; None leaves torch's own choice.
+    `kernels` names the backend of the logit arithmetic: "torch", "triton", or "auto", which is triton on a CUDA device.
+    `pairs` says whether models that differ in their weights only run "together" in one forward, or "apart"; "auto"
+    measures which is faster. `cuda_graphs`: on a CUDA device, steps of decoding are recorded when a model comes and
+    then replayed, which costs start-up time and memory. `quantize` stores the linear layers of a local base in so many
+    bits.
 
     `speculate` says how many tokens are drafted ahead for each request, and verified together: that many where it can
-    be done, "off" for none, or "auto" for as many as measured acceptance and times make worth it, at most `max_drafts`.
+    be done, "off" for none, or "auto" for as many as measured acceptance and times make worth it, at most `max_drafts`
+    (which says nothing of the others).
     """
 
     device: str = "auto"
@@ -60,6 +62,13 @@ class EngineConfig:
     speculate: Speculate = "auto"
     max_drafts: int = 8
     pairs: PairsChoice = "auto"
+
+    @property
+    def most_drafts(self) -> int:
+        """Tokens that are drafted ahead for one request at most."""
+        if self.speculate == "off":
+            return 0
+        return self.max_drafts if self.speculate == "auto" else self.speculate
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_batch_tokens", "max_scored_rows", "block_size"):

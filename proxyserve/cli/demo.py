@@ -33,7 +33,7 @@ def demo_command(
     threads: options.ServedThreads = "auto",
     quantize: options.QuantizeOption = "off",
     speculate: options.SpeculateOption = "auto",
-    max_drafts: options.MaxDrafts = 8,
+    max_drafts: options.MaxDrafts = None,
     weight_range: options.Weights = "-4:4",
     preset: options.PresetOption = None,
     calibration: options.CalibrationFile = None,

@@ -19,6 +19,7 @@ import yaml
 from proxyserve.config import (
     MOST_DRAFTS,
     ChatConfig,
+    EngineConfig,
     KernelChoice,
     LogFormat,
     LogLevel,
@@ -28,6 +29,7 @@ from proxyserve.config import (
     ToolParser,
 )
 from proxyserve.errors import InvalidRequest
+from proxyserve.fusion.policy import FusionPolicy
 from proxyserve.models.family import ExpertSource
 from proxyserve.models.upstream import RemoteSource
 from proxyserve.text.templates import ChatTemplate
@@ -213,7 +215,7 @@ PrefillTokens = Annotated[
     typer.Option(
         "--prefill-tokens",
         envvar=_envvar("PREFILL_TOKENS"),
-        min=1,
+        min=FusionPolicy().most_lanes,  # the last tokens of all lanes of a request run in one step
         help="Most tokens of prompts that one model computes per step while others decode, beside two for each of "
         "these. Fewer make shorter pauses, more let long prompts begin sooner. Default: 32 on a CPU, none on a GPU.",
     ),
@@ -264,7 +266,7 @@ ServedThreads = Annotated[
         "--threads",
         envvar=_envvar("THREADS"),
         metavar="[auto|N]",
-        help="CPU threads that compute; auto takes one or all, by a measurement at the start.",
+        help="CPU threads that compute; auto takes as many as are worth it, by a measurement at the start.",
     ),
 ]
 QuantizeOption = Annotated[
@@ -288,13 +290,13 @@ SpeculateOption = Annotated[
     ),
 ]
 MaxDrafts = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--max-drafts",
         envvar=_envvar("MAX_DRAFTS"),
         min=1,
         max=MOST_DRAFTS,
-        help="Most tokens that auto drafts ahead for one request.",
+        help="Most tokens that --speculate auto drafts ahead for one request; 8 by default.",
     ),
 ]
 ApiKeyFile = Annotated[
@@ -669,6 +671,18 @@ def parse_speculate(text: str) -> Speculate:
             f"'{text}' is none of auto, off and a number of tokens", param_hint="--speculate"
         )
     return int(text)
+
+
+def check_max_drafts(max_drafts: int | None, speculate: Speculate) -> int:
+    """For `EngineConfig`. It limits what `auto` chooses; beside another `--speculate` it would say nothing."""
+    if max_drafts is None:
+        return EngineConfig().max_drafts
+    if speculate != "auto":
+        raise typer.BadParameter(
+            f"it limits --speculate auto, and --speculate is {speculate}; leave one of the two out",
+            param_hint="--max-drafts",
+        )
+    return max_drafts
 
 
 def parse_preset(text: str) -> tuple[str, str]:

@@ -90,7 +90,7 @@ def serve_command(
     threads: options.ServedThreads = "auto",
     quantize: options.QuantizeOption = "off",
     speculate: options.SpeculateOption = "auto",
-    max_drafts: options.MaxDrafts = 8,
+    max_drafts: options.MaxDrafts = None,
     weight_range: options.Weights = "-4:4",
     preset: options.PresetOption = None,
     calibration: options.CalibrationFile = None,
@@ -201,7 +201,7 @@ def make_settings(
     threads: str,
     quantize: str,
     speculate: str,
-    max_drafts: int,
+    max_drafts: int | None,
     weight_range: str,
     preset: Sequence[str] | None,
     calibration: Path | None,
@@ -233,6 +233,7 @@ def make_settings(
 ) -> ServeSettings:
     """Options as typed, self-checked settings. Raises BadParameter and LoadError."""
     low, high = options.parse_range(weight_range)
+    drafted = options.parse_speculate(speculate)
     try:
         engine = EngineConfig(
             device=device,
@@ -249,8 +250,8 @@ def make_settings(
             cuda_graphs=cuda_graphs,
             threads=options.parse_threads(threads),
             quantize=options.parse_quantize(quantize),
-            speculate=options.parse_speculate(speculate),
-            max_drafts=max_drafts,
+            speculate=drafted,
+            max_drafts=options.check_max_drafts(max_drafts, drafted),
         )
         server = ServerConfig(
             host=host,

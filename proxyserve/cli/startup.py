@@ -70,7 +70,7 @@ def startup_table(
         f"at most {config.max_batch} requests and {config.max_batch_tokens} tokens per model in a step; "
         f"weights {policy.min_weight:g} to {policy.max_weight:g}"
     )
-    lines.append(_drafts(config))
+    lines.append(_drafts(config, base))
     if engine.graphs is not None:
         kernels = {runner.attention.name for runner in engine.residents.local}
         lines.append(
@@ -118,9 +118,11 @@ def _access(server: ServerConfig, keys: KeyRing) -> list[str]:
     return lines
 
 
-def _drafts(config: EngineConfig) -> str:
+def _drafts(config: EngineConfig, base: AnyModel) -> str:
     if config.speculate == "off":
         return "no drafts (--speculate)"
+    if isinstance(base, RemoteModel):
+        return f"no drafts: over a remote base there are none, whatever --speculate is ({config.speculate})"
     if config.speculate == "auto":
         return f"drafts where they pay, at most {config.max_drafts} tokens of a request (--speculate, --max-drafts)"
     return f"drafts of {config.speculate} tokens, whether they pay or not (--speculate)"

@@ -106,14 +106,13 @@ class Engine:
         offer = Offer(catalog, policy or FusionPolicy())
         self.offers = Offers(offer)
         check_presets(offer)
-        least = 2 * self.policy.max_experts + 1
         for name in ("max_batch_tokens", "max_scored_rows", "prefill_tokens"):
             value = getattr(self.config, name)
-            if value is not None and value < least:
+            if value is not None and value < self.policy.most_lanes:
                 # The last tokens of a request's lanes run in one step, and all of its lanes may be on one trunk.
                 raise ValueError(
-                    f"{name} must be above twice the number of experts that a request may name, "
-                    f"{self.policy.max_experts}"
+                    f"{name} must be at least {self.policy.most_lanes}, above twice the number of experts that a "
+                    f"request may name, not {value}"
                 )
         self.counters = EngineCounters()
         self.backend = backend_for(models.base.device, self.config.kernels)
@@ -137,8 +136,9 @@ class Engine:
         #: The steps that are recorded; None if none are.
         self.graphs: StepGraphs | None = None
         if recorder is not None and self.config.cuda_graphs:
-            ahead = 0 if self.config.speculate == "off" else self.config.max_drafts
-            self.graphs = StepGraphs(recorder, sizes_for(self.config.max_batch * (1 + ahead)))
+            self.graphs = StepGraphs(
+                recorder, sizes_for(self.config.max_batch * (1 + self.config.most_drafts))
+            )
         self.residents = self._settle(models, {runner.model.key: runner for runner in runners}, progress)
         self.scheduler = Scheduler(
             self.residents.pools,
@@ -146,15 +146,15 @@ class Engine:
             max_batch=self.config.max_batch,
             max_batch_tokens=self.config.max_batch_tokens,
             max_scored_rows=self.config.max_scored_rows,
-            prefill_tokens=self._prefill_tokens(least),
+            prefill_tokens=self._prefill_tokens(),
         )
         self._choices: dict[str, Choice] = {}
         self._adjuster = Adjuster()
 
-    def _prefill_tokens(self, least: int) -> int | None:
+    def _prefill_tokens(self) -> int | None:
         """A CPU takes about as long for a token of a prompt as for one that is decoded; a GPU hardly notices it."""
         if self.config.prefill_tokens is None and self.models.base.device.type == "cpu":
-            return max(least, _CPU_PREFILL_TOKENS)
+            return max(self.policy.most_lanes, _CPU_PREFILL_TOKENS)
         return self.config.prefill_tokens
 
     def _settle(

@@ -21,9 +21,11 @@ from proxyserve.engine.runner import Runner
 from proxyserve.models.loading import Placement, choose_placement, load_config
 from proxyserve.models.stored import half_dtype
 
-#: More threads must be worth it: the HTTP side needs a core as well, and threads that wait for each other on a busy
-#: machine are far slower than one.
-_WORTH = 1.2
+#: As few threads as come so close to the best: the HTTP side needs a core as well, and threads that wait for each other
+#: on a busy machine are far slower than one.
+_ENOUGH = 1.2
+#: Two dtypes are as fast as each other if they measure within this factor: the stored one is taken.
+_SAME = 1.1
 #: A base with fewer parameters computes with one thread: a step of it is mostly calls.
 _SMALLEST_SHARED = 20_000_000
 #: Bytes of weights that are measured, more than caches hold, and the rows of the two steps.
@@ -55,9 +57,9 @@ def settle_dtype(
     measure: Callable[[Sizes, Sequence[torch.dtype]], Mapping[torch.dtype, float]] | None = None,
 ) -> Settled[Placement]:
     """Where models are put. On a CPU, `auto` keeps what is stored in float32 in float32. Where all folders are stored
-    in one half-precision dtype it takes that or float32, which holds the same numbers, whichever is faster; `fastest`
-    takes the faster of float32 and bfloat16 whatever is stored. On a GPU both are bfloat16. `experts` that are no whole
-    models do not count. Raises LoadError."""
+    in one half-precision dtype it takes that or float32, which holds the same numbers, whichever is faster, and that
+    where they are as fast; `fastest` takes the faster of float32 and bfloat16 whatever is stored. On a GPU both are
+    bfloat16. `experts` that are no whole models do not count. Raises LoadError."""
     if dtype not in ("auto", "fastest"):
         return Settled(choose_placement(device, dtype), "asked for")
     placement = choose_placement(device)
@@ -75,7 +77,8 @@ def settle_dtype(
     seconds = (measure or time_dtypes)(_sizes(load_config(base.expanduser())), (torch.float32, other))
     ratio = seconds[torch.float32] / seconds[other]
     name = str(other).removeprefix("torch.")
-    chosen = other if ratio > 1 else torch.float32
+    needed = 1 / _SAME if dtype == "auto" else 1.0
+    chosen = other if ratio > needed else torch.float32
     return Settled(
         Placement(placement.device, chosen), f"{name} measured {ratio:.2g} times as fast as float32"
     )
@@ -122,8 +125,8 @@ def settle_threads(
     measure: Callable[[Sequence[int], Runner], Mapping[int, float]] | None = None,
 ) -> Settled[int | None]:
     """How many threads compute, None for torch's own choice: the number asked for, or, for `auto` and a base on a CPU,
-    one or all `cores`, by a measurement. `runner` is that of the base, None for one on another server. The caller sets
-    them."""
+    by a measurement of 1, 2, 4, ... and all `cores`. `runner` is that of the base, None for one on another server. The
+    caller sets them."""
     if threads != "auto":
         return Settled(threads, "torch's choice" if threads is None else "asked for")
     if runner is not None and runner.model.device.type != "cpu":
@@ -133,9 +136,14 @@ def settle_threads(
         return Settled(1, "there is one core")
     if runner is None or runner.model.parameters < _SMALLEST_SHARED:
         return Settled(1, "for small models")
-    seconds = (measure or time_threads)((1, cores), runner)
-    ratio = seconds[1] / seconds[cores]
-    return Settled(cores if ratio >= _WORTH else 1, f"{cores} measured {ratio:.2g} times as fast as 1")
+    numbers = [*(2**power for power in range((cores - 1).bit_length())), cores]
+    seconds = (measure or time_threads)(numbers, runner)
+    best = min(numbers, key=seconds.__getitem__)
+    chosen = next(number for number in numbers if seconds[number] <= _ENOUGH * seconds[best])
+    told = [
+        f"{number} measured {seconds[1] / seconds[number]:.2g} times as fast as 1" for number in numbers[1:]
+    ]
+    return Settled(chosen, ", ".join(told))
 
 
 def time_threads(numbers: Sequence[int], runner: Runner) -> Mapping[int, float]:

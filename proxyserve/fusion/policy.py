@@ -26,6 +26,11 @@ class FusionPolicy:
         if not self.min_weight <= 0.0 <= self.max_weight:
             raise ValueError("the allowed range of weights must contain 0")
 
+    @property
+    def most_lanes(self) -> int:
+        """Of one request: the base's, and two for each expert."""
+        return 2 * self.max_experts + 1
+
     def check(
         self,
         fusion: Fusion,

@@ -10,7 +10,7 @@ from proxyserve.errors import LoadError
 from proxyserve.models.loaded_model import LoadedModel
 from proxyserve.models.loading import Placement, choose_placement, load_model
 from proxyserve.models.model_set import NAME, ModelSet, make_expert
-from proxyserve.models.quantization import Bits, quantized
+from proxyserve.models.quantization import Bits, check_quantization, quantized
 from proxyserve.models.remote import load_remote
 from proxyserve.models.upstream import RemoteSource
 from proxyserve.types import ModelKey
@@ -39,6 +39,10 @@ def load_family(
     layers of a local base in fewer bits. Raises LoadError; `progress` is told what is being loaded."""
     placement = placement or choose_placement()
     remote = None
+    if quantize is not None:
+        if isinstance(base, RemoteSource):
+            raise LoadError("--quantize is for a base in this process, not for one on another server")
+        check_quantization(quantize, placement.device, placement.dtype)
     if isinstance(base, RemoteSource):
         progress(f"asking {base.url}")
         remote = load_remote(base, name=base_name, device=placement.device)
@@ -73,8 +77,7 @@ def load_family(
     base_model = load(base, name) if isinstance(base, Path) else remote
     assert base_model is not None
     if quantize is not None:
-        if not isinstance(base_model, LoadedModel):
-            raise LoadError("--quantize is for a base in this process, not for one on another server")
+        assert isinstance(base_model, LoadedModel)
         progress(f"quantising {name} to {quantize}")
         base_model = loaded[base_model.path] = quantized(base_model, quantize)
     pairs = []

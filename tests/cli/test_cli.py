@@ -114,6 +114,9 @@ def test_what_a_cpu_settles_itself(started: list[Started], tmp_path: Path) -> No
     ):
         refused = CliRunner().invoke(app, ["serve", "/base", option, value])
         assert refused.exit_code == 2 and option in refused.output
+    refused = CliRunner().invoke(app, ["serve", "/base", "--prefill-tokens", "16"])
+    assert refused.exit_code == 2 and "--prefill-tokens" in refused.output and "17" in refused.output
+    assert CliRunner().invoke(app, ["serve", "/base", "--prefill-tokens", "17"]).exit_code == 0
 
 
 def test_yaml_and_unknown_names(started: list[Started], tmp_path: Path) -> None:
@@ -153,16 +156,18 @@ def test_drafts(
 ) -> None:
     """From each source, and as each of them writes it; YAML's bare `off` is a false."""
     monkeypatch.setattr("proxyserve.cli.demo.serve", serve.serve)
-    files = {"a.yaml": "speculate: off\nmax-drafts: 3\n", "b.toml": "speculate = 2\n"}
+    files = {"a.yaml": "speculate: off\n", "b.toml": "speculate = 2\n", "c.yaml": "max-drafts: 3\n"}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    yaml, toml = (["--config", str(tmp_path / name)] for name in files)
+    yaml, toml, most = (["--config", str(tmp_path / name)] for name in files)
     for arguments, environment, expected in (
         ([], {}, ("auto", 8)),
-        (yaml, {}, ("off", 3)),
+        (yaml, {}, ("off", 8)),
         (toml, {}, (2, 8)),
+        (most, {}, ("auto", 3)),
         (yaml, {"PROXYSERVE_SPECULATE": "auto", "PROXYSERVE_MAX_DRAFTS": "5"}, ("auto", 5)),
-        (["--speculate", "4", "--max-drafts", "1"], {"PROXYSERVE_SPECULATE": "off"}, (4, 1)),
+        (["--speculate", "4"], {"PROXYSERVE_SPECULATE": "off"}, (4, 8)),
+        (["--speculate", "auto", "--max-drafts", "1"], {}, ("auto", 1)),
     ):
         result = CliRunner().invoke(app, [*command, *arguments], env=environment)
         assert result.exit_code == 0, result.output
@@ -176,6 +181,10 @@ def test_drafts(
     ):
         result = CliRunner().invoke(app, [*command, *wrong])
         assert result.exit_code == 2 and named in result.output
+    for other in ("off", "4"):
+        result = CliRunner().invoke(app, [*command, *most, "--speculate", other])
+        assert result.exit_code == 2
+        assert "--max-drafts" in result.output and "--speculate" in result.output
 
 
 @pytest.mark.parametrize("command", [["serve", "/base"], ["demo"]])

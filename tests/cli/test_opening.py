@@ -25,6 +25,7 @@ from proxyserve.experts.source import ExpertSpec, Source
 from proxyserve.experts.store import StateError, StateStore
 from proxyserve.models.upstream import RemoteSource
 from proxyserve.text.tokenizer import Tokenizer
+from tests.cli.test_startup import shown
 from tests.engine.driver import Collected, run, submission
 from tests.engine.upstream import FakeUpstream, serve_fake
 from tests.experts.shelf import Shelf, answer, make_shelf, open_state, put
@@ -282,6 +283,7 @@ def test_experts_over_a_remote_base_are_swapped(root: Path, state: Path, remote:
 
 def test_nothing_runs_over_a_remote_base(root: Path, remote: RemoteSource) -> None:
     with open_state(remote, None, roots=[root]) as opened:
+        assert "no drafts: over a remote base there are none" in shown(opened.engine.engine)
         for of in ("base", opened.engine.engine.models.base.name):
             with pytest.raises(LoadError, match="no loaded model"):
                 put(opened, "a", ExpertSpec(Source("lora-base", of=of)))

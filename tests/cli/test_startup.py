@@ -30,3 +30,10 @@ def test_recorded_steps(tiny_models: ModelSet) -> None:
     assert f"{count} decoding steps recorded, of at most 4 tokens (--no-cuda-graphs)" in text
     assert "attention by gather" in text
     assert "recorded" not in shown(Engine(tiny_models, config))
+
+
+def test_recorded_steps_have_room_for_the_drafts_there_are(tiny_models: ModelSet) -> None:
+    config = EngineConfig(max_batch=2, max_batch_tokens=32, kv_memory=2**20, speculate=1)
+    engine = Engine(tiny_models, config, graph_device=PretendGraphDevice())
+    assert engine.graphs is not None and engine.graphs.sizes[-1] == 4
+    assert "drafts of 1 tokens, whether they pay or not" in shown(engine)

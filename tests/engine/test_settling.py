@@ -69,6 +69,16 @@ def test_half_precision_runs_in_what_is_faster(
     assert ("2 times" if faster else "0.67 times") in settled.reason
 
 
+@pytest.mark.parametrize(("seconds", "chosen"), [(1.05, BFLOAT), (1.15, FLOAT)])
+def test_where_neither_is_clearly_faster_it_stays_as_stored(
+    tiny_family: TinyFamily, tmp_path: Path, seconds: float, chosen: torch.dtype
+) -> None:
+    base = stored_as(tiny_family.base, tmp_path / "base", BFLOAT)
+    measure = saying({FLOAT: 1.0, BFLOAT: seconds}, [])
+    assert settle_dtype("cpu", "auto", base, measure=measure).value.dtype is chosen
+    assert settle_dtype("cpu", "fastest", base, measure=measure).value.dtype is FLOAT
+
+
 def test_fastest_measures_whatever_is_stored(tiny_family: TinyFamily) -> None:
     asked: list[tuple[torch.dtype, ...]] = []
     measure = saying({FLOAT: 2.0, BFLOAT: 1.0}, asked)
@@ -88,9 +98,18 @@ def test_matrices_are_really_timed() -> None:
     assert set(seconds) == {FLOAT, BFLOAT} and all(0 < value < 60 for value in seconds.values())
 
 
-@pytest.mark.parametrize(("seconds", "threads"), [((1.0, 0.5), 4), ((1.0, 0.9), 1), ((1.0, 3.0), 1)])
-def test_more_threads_must_be_worth_it(
-    tiny_family: TinyFamily, monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, float], threads: int
+@pytest.mark.parametrize(
+    ("seconds", "threads"),
+    [
+        ({1: 1.0, 2: 0.6, 4: 0.3, 6: 0.2}, 6),
+        ({1: 1.0, 2: 0.5, 4: 0.22, 6: 0.2}, 4),
+        ({1: 1.0, 2: 0.5, 4: 0.6, 6: 3.0}, 2),
+        ({1: 1.0, 2: 0.95, 4: 0.9, 6: 0.85}, 1),
+        ({1: 1.0, 2: 0.7}, 2),
+    ],
+)
+def test_as_few_threads_as_are_about_the_best(
+    tiny_family: TinyFamily, monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float], threads: int
 ) -> None:
     monkeypatch.setattr(settling, "_SMALLEST_SHARED", 0)
     runner = Runner(
@@ -98,9 +117,10 @@ def test_more_threads_must_be_worth_it(
     )
 
     def measure(numbers: Sequence[int], _: Runner) -> Mapping[int, float]:
-        return dict(zip(numbers, seconds, strict=True))
+        assert list(numbers) == list(seconds)
+        return seconds
 
-    assert settle_threads("auto", runner, cores=4, measure=measure).value == threads
+    assert settle_threads("auto", runner, cores=max(seconds), measure=measure).value == threads
 
 
 def test_threads_that_need_no_measurement(tiny_family: TinyFamily) -> None:

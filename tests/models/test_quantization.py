@@ -88,6 +88,9 @@ def test_what_cannot_be_done_is_refused_before_loading(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(LoadError, match=r"pip install 'proxyserve\[quantize\]'"):
         check_quantization("int8", CPU, torch.float32)
+    # Before anything is opened, too: there is nothing here.
+    with pytest.raises(LoadError, match="--quantize int4 needs a GPU"):
+        load_family(Path("/nowhere/base"), placement=Placement(CPU, torch.bfloat16), quantize="int4")
 
 
 @pytest.mark.parametrize("method", ["gptq", "torchao", "fp8", "bitsandbytes"])
