@@ -58,8 +58,8 @@ class _Step:
         most = min(
             self.logits // candidate.lanes,
             *(
-                (self.most_tokens - self.tokens[name]) // count
-                for name, count in Counter(candidate.verifiers).items()
+                (self.most_tokens - self.tokens[name]) // candidate.verifiers.count(name)
+                for name in candidate.verifiers
             ),
         )
         return max(0, min(requests, most))
