@@ -20,7 +20,7 @@ from proxyserve.engine.memory import kv_budget, memory_limit, scoring_bytes, spe
 from proxyserve.engine.offer import Offer
 from proxyserve.engine.preparation import check_presets
 from proxyserve.engine.runner import Runner
-from proxyserve.engine.settling import settle_threads
+from proxyserve.engine.settling import settle_dtype, settle_threads
 from proxyserve.engine.verify import verify_paged
 from proxyserve.errors import InvalidRequest
 from proxyserve.experts.audit import AuditLog
@@ -30,7 +30,7 @@ from proxyserve.experts.loading import LoadedExpert
 from proxyserve.experts.manager import ExpertManager
 from proxyserve.experts.room import MemoryPolicy
 from proxyserve.experts.roots import Roots
-from proxyserve.experts.startup import Starter, Wanted
+from proxyserve.experts.startup import Starter, Wanted, folders_of
 from proxyserve.experts.store import StateStore
 from proxyserve.fusion.catalog import Catalog
 from proxyserve.fusion.fusion import Fusion
@@ -60,13 +60,13 @@ class ExpertSettings:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """An engine that was not started yet, and what changes its experts. `messages` are for the operator, and `threads`
-    is how many compute, and why."""
+    """An engine that was not started yet, and what changes its experts. `messages` are for the operator, and
+    `computing` says in which dtype and with how many threads, and why."""
 
     engine: AsyncEngine
     experts: ExpertManager
     messages: Sequence[str]
-    threads: str
+    computing: str
 
 
 @contextmanager
@@ -75,7 +75,6 @@ def open_server(
     experts: Sequence[ExpertSource],
     settings: ServeSettings,
     *,
-    placement: Placement,
     served_name: str | None,
     progress: Callable[[str], None],
 ) -> Iterator[Opened]:
@@ -85,6 +84,15 @@ def open_server(
     try:
         audit = AuditLog.open(chosen.state_dir)
         restored = store.restore()
+        roots = Roots(chosen.roots, fetch if chosen.allow_hub else None)
+        wanted = [Wanted.of(source) for source in experts]
+        placed = settle_dtype(
+            settings.engine.device,
+            settings.engine.dtype,
+            base if isinstance(base, Path) else None,
+            folders_of(wanted, restored, roots),
+        )
+        placement = placed.value
         base_model = load_family(
             base,
             base_name=served_name,
@@ -100,12 +108,10 @@ def open_server(
         if threads.value is not None:
             torch.set_num_threads(threads.value)
         library = Library(base_model, runner, placement)
-        roots = Roots(chosen.roots, fetch if chosen.allow_hub else None)
         aside = scoring_bytes(base_model, settings.engine)
         memory = MemoryPolicy(memory_limit(placement.device, chosen.memory, aside), chosen.evict_idle)
         beside_kv = replace(memory, limit=memory.limit - _kv_share(memory.limit, settings.engine, placement))
         starter = Starter(library, store, audit, roots, beside_kv, progress)
-        wanted = [Wanted.of(source) for source in experts]
         begun = starter.begin(wanted, restored)
         models = ModelSet(
             base_model,
@@ -160,8 +166,10 @@ def open_server(
     manager.start()
     try:
         number = torch.get_num_threads()
-        told = f"{number} thread{'s' * (number > 1)} ({threads.reason})"
-        yield Opened(loop, manager, [*starter.messages, *dropped], told)
+        computing = (
+            f"{placement.dtype} ({placed.reason}), {number} thread{'s' * (number > 1)} ({threads.reason})"
+        )
+        yield Opened(loop, manager, [*starter.messages, *dropped], computing)
     finally:
         manager.close()
 

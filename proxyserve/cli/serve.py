@@ -32,7 +32,6 @@ from proxyserve.config import (
     ServerConfig,
     ToolParser,
 )
-from proxyserve.engine.settling import settle_dtype
 from proxyserve.fusion.calibration import Calibration, read_calibrations
 from proxyserve.fusion.policy import FusionPolicy
 from proxyserve.models.family import ExpertSource
@@ -307,16 +306,12 @@ def serve(
         backend_for(choose_placement(settings.engine.device).device, settings.engine.kernels)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--kernels") from error
-    folders = [path for source in experts for path in (source.tuned, source.untuned) if path is not None]
-    own = base if isinstance(base, Path) else None
-    placed = settle_dtype(settings.engine.device, settings.engine.dtype, own, folders)
     with (
         console.status("loading") as status,
         open_server(
             base,
             experts,
             settings,
-            placement=placed.value,
             served_name=served_name,
             progress=status.update,
         ) as opened,
@@ -327,9 +322,8 @@ def serve(
         gc.collect()
         gc.freeze()
         messages = [*opened.messages, *keys.warnings]
-        computing = f"{placed.value.dtype} ({placed.reason}), {opened.threads}"
         table = startup_table(
-            opened.engine.engine, settings.server, settings.experts, keys.ring, computing=computing
+            opened.engine.engine, settings.server, settings.experts, keys.ring, computing=opened.computing
         )
         if settings.logs.format == "json":  # then every line is for machines
             for message in messages:

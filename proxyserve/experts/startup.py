@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from time import time
 
 from proxyserve.engine.memory import spelled
@@ -35,6 +36,23 @@ class Wanted:
         tuned = Source(path=str(source.tuned.expanduser().resolve()))
         origin = f"{source.name}={source.tuned}" + (f",{source.untuned}" if source.untuned else "")
         return cls(source.name, ExpertSpec(tuned, untuned, trusted=True), origin)
+
+
+def folders_of(wanted: Sequence[Wanted], restored: Restored, roots: Roots) -> list[Path]:
+    """What `Starter.begin` is going to read for experts of the command line and for those published before, as far as
+    it can be found."""
+    names = {expert.name for expert in wanted}
+    specs = [expert.spec for expert in wanted]
+    for stored in restored.experts:
+        if stored.name in names or not stored.published.spec.trusted:
+            specs.append(stored.published.spec)
+    folders: list[Path] = []
+    for spec in specs:
+        try:
+            folders += make_recipe(spec, roots).paths()
+        except ProxyserveError:  # it is said, with the reason, where it is loaded
+            continue
+    return folders
 
 
 class Starter:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from proxyserve.api.errors import StartupError
 from proxyserve.api.presets import parse_fusion
 from proxyserve.cli.opening import Opened
+from proxyserve.engine import settling
 from proxyserve.errors import InvalidRequest, LoadError, ProxyserveError
 from proxyserve.experts.source import ExpertSpec, Source
 from proxyserve.experts.store import StateError, StateStore
@@ -27,6 +28,7 @@ from proxyserve.models.upstream import RemoteSource
 from proxyserve.text.tokenizer import Tokenizer
 from tests.cli.test_startup import shown
 from tests.engine.driver import Collected, run, submission
+from tests.engine.test_settling import stored_as
 from tests.engine.upstream import FakeUpstream, serve_fake
 from tests.experts.shelf import Shelf, answer, make_shelf, open_state, put
 
@@ -60,6 +62,27 @@ def of_preset(opened: Opened, name: str) -> Collected:
     engine = opened.engine.engine
     fusion = engine.catalog.presets[name]
     return run(engine, [submission("r", PROMPT, fusion=fusion, logprobs=0)])["r/0"]
+
+
+def test_the_dtype_is_that_of_experts_that_come_back_too(
+    root: Path, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was published in float32 is not cast because base and command line are in bfloat16."""
+    line = f"record={root}/record,{root}/small"
+    monkeypatch.setattr(settling, "time_dtypes", lambda _, dtypes: {dtypes[0]: 2.0, dtypes[1]: 1.0})
+    for name in ("atlas", "small", "record"):
+        shutil.move(root / name, root / "before")
+        stored_as(root / "before", root / name, torch.bfloat16)
+        shutil.rmtree(root / "before")
+    with open_state(root / "atlas", state, line, roots=[root], dtype="auto") as opened:
+        assert opened.computing.startswith("torch.bfloat16 (bfloat16 measured 2 times as fast as float32), ")
+        put(opened, "qa", QA)
+    with open_state(root / "atlas", state, line, roots=[root], dtype="auto") as opened:
+        assert opened.computing.startswith("torch.float32 (as stored), ")
+        assert {"qa", "record"} <= set(opened.engine.engine.models.experts)
+    shutil.rmtree(root / "qa")  # what cannot be found does not count
+    with open_state(root / "atlas", state, line, roots=[root], dtype="auto") as opened:
+        assert opened.computing.startswith("torch.bfloat16 ")
 
 
 # Presets --------------------------------------------------------------------------------------------------------

@@ -314,9 +314,9 @@ def open_state(
 ) -> Iterator[Opened]:
     """What `proxyserve serve BASE --expert ... --state-dir STATE` has before it listens. Its engine steps when the test
     says so; changes of what steps can run are made at once."""
-    values = {"max_batch": 8, "max_batch_tokens": 64, "kv_memory": 2**22, **config}
+    values = {"device": "cpu", "dtype": "float32", "max_batch": 8, "max_batch_tokens": 64, "kv_memory": 2**22}
     settings = ServeSettings(
-        EngineConfig(**values),
+        EngineConfig(**(values | config)),
         ServerConfig(),
         FusionPolicy(protected=frozenset(protect)),
         presets or {},
@@ -327,7 +327,6 @@ def open_state(
         base,
         [parse_expert(text) for text in experts],
         settings,
-        placement=choose_placement("cpu", "float32"),
         served_name=served_name,
         progress=lambda _: None,
     ) as opened:

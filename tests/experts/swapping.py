@@ -25,7 +25,6 @@ from proxyserve.experts.manager import ExpertManager
 from proxyserve.experts.source import ExpertSpec
 from proxyserve.experts.status import Change, ExpertStatus
 from proxyserve.fusion.policy import FusionPolicy
-from proxyserve.models.loading import choose_placement
 from tests.engine.driver import Collected
 from tests.experts.contents import World
 from tests.experts.kinds import Kind, References
@@ -196,6 +195,8 @@ def open_world(
             kv_memory=2**21,
             block_size=4,
             pairs=pairs,
+            device="cpu",
+            dtype="float32",
         ),
         ServerConfig(),
         policy or FusionPolicy(),
@@ -207,7 +208,6 @@ def open_world(
         world.family.base,
         [],
         settings,
-        placement=choose_placement("cpu", "float32"),
         served_name="atlas",
         progress=lambda _: None,
     ) as opened:
