@@ -19,7 +19,7 @@ def demo_command(
     host: options.Host = "127.0.0.1",
     port: options.Port = 8000,
     device: options.Device = "auto",
-    dtype: options.ServedDtype = "auto",
+    dtype: options.ServedDtype = "float32",
     kernels: options.Kernels = "auto",
     pairs: options.Pairs = "auto",
     max_batch: options.MaxBatch = 64,

@@ -105,5 +105,4 @@ class Residents:
     @property
     def bytes(self) -> int:
         """Of all weights, adapters and KV blocks here."""
-        weights = sum(runner.bytes for runner in self.local) + self.groups.bytes
-        return weights + sum(arena.bytes for arena in self.arenas.values())
+        return sum(runner.bytes for runner in self.local) + sum(arena.bytes for arena in self.arenas.values())

@@ -144,6 +144,7 @@ def remote(folder: Path, port: int, upstream: str, *arguments: str) -> Server:
         port,
         *("serve", upstream, "--base-tokenizer", str(FAMILY.base)),
         *("--base-api-key-file", str(folder / "key"), "--threads", "1", "--kv-memory", "64MiB"),
+        *("--dtype", "float32"),
         *experts,
         *arguments,
     )

@@ -209,13 +209,6 @@ def test_more_tokens_than_norms_are_gathered_for(
 def test_weights_are_held_once_and_let_go(families: Callable[[str], TinyFamily]) -> None:
     family = families("llama")
     pair = Pair.of([family.untuned, *family.experts.values()])
-    norms = sum(
-        weight.nbytes
-        for runner in pair.runners
-        for name, weight in runner.model.module.named_parameters()
-        if "norm" in name
-    )
-    assert pair.group.bytes == norms
     gone = pair.runners.pop(0)
     pair.group.leave(gone)
     left = [weakref.ref(layer) for layer in gone.model.module.modules() if isinstance(layer, nn.Linear)]
@@ -468,7 +461,7 @@ def test_models_come_and_go_under_load(families: Callable[[str], TinyFamily]) ->
             engine.residents.groups.learn([twin, *engine.residents.local])
             engine.adopt([(twin, arena)])
             assert twin.group is group and len(group) == 4
-            assert engine.residents.bytes > before
+            assert engine.residents.bytes == before + twin.model.bytes
         elif steps == 10:
             engine.drop([], [twin.model.key])
             assert twin.group is None and len(group) == 3

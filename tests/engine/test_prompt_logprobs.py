@@ -462,5 +462,5 @@ def test_a_prompt_may_fill_the_context_if_nothing_follows(plain: Plain) -> None:
 
 
 def test_rows_for_all_lanes_of_a_request(plain: Plain) -> None:
-    with pytest.raises(ValueError, match="max_scored_rows must be above"):
+    with pytest.raises(ValueError, match="max_scored_rows must be at least 17, above"):
         small_engine(plain.models, max_scored_rows=16)

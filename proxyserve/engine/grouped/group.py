@@ -44,11 +44,6 @@ class Group:
         self._shell.remove(place)
         runner.group = None
 
-    @property
-    def bytes(self) -> int:
-        """Beside the members' own."""
-        return self._shell.bytes
-
     def takes(self, work: Sequence[LaneWork]) -> bool:
         """Whether a member with this work should run with others."""
         return sum(item.count for item in work) <= self.most_tokens

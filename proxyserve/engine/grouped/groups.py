@@ -106,11 +106,6 @@ class Groups:
         if runner.group is not None:
             runner.group.leave(runner)
 
-    @property
-    def bytes(self) -> int:
-        """Beside those of the models."""
-        return sum(group.bytes for group in list(self._groups.values()) if group is not None)
-
 
 def kind_of(runner: Runner) -> Kind:
     module = runner.model.module

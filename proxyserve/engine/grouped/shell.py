@@ -3,8 +3,8 @@
 Two small models take the time of Python and of hundreds of tiny operations twice. A `Shell` is the tree of one of
 them with every module that has weights replaced by one that runs each member's own module on that member's tokens;
 whatever has none (rotary embedding, attention, activations, residuals) runs once for all of them, as transformers
-wrote it. Nothing is copied but the weights of norms, nothing is padded, and each matrix meets the rows that it would
-meet alone, so that results are the same bits.
+wrote it. Nothing is copied but the weights of norms (kilobytes, which the memory plan leaves out), nothing is padded,
+and each matrix meets the rows that it would meet alone, so that results are the same bits.
 
     packed row:    a a a | b | c c      tokens of members a, b, c
     linear layer:  A(a a a), B(b), C(c c), side by side again
@@ -131,11 +131,6 @@ class Shell:
         for leaf in self._leaves.values():
             leaf.put(place, None)
 
-    @property
-    def bytes(self) -> int:
-        """Of what is held twice: the weights of norms."""
-        return sum(leaf.bytes for leaf in self._leaves.values())
-
     def compute(self, rows: Mapping[int, PackedRow], plan: Plan) -> list[Tensor]:
         """The logits of packed rows by the places of their members; `plan` is that of all their spans. Must be called
         in inference mode."""
@@ -182,11 +177,6 @@ class PerMember(nn.Module):
         """Set the member's layer; None lets go of it."""
         self._own[place:] = [module, *self._own[place + 1 :]]
 
-    @property
-    def bytes(self) -> int:
-        """Of weights that are held here beside the members' own."""
-        return 0
-
     def forward(self, inputs: Tensor) -> Tensor:
         """[1, tokens, ...] -> [1, tokens, ...]"""
         return self._apart(inputs, 1)
@@ -231,10 +221,6 @@ class NormPerMember(PerMember):
     def put(self, place: int, module: nn.Module | None) -> None:
         super().put(place, module)
         self._weights = None
-
-    @property
-    def bytes(self) -> int:
-        return sum(own.weight.nbytes for own in self._own if own is not None)
 
     def forward(self, inputs: Tensor) -> Tensor:
         turn = self._turn
