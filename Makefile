@@ -29,7 +29,7 @@ PIN := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint format typecheck pytest load bench bench-gpu bench-peers eval clean
+.PHONY: help install tools serve test lint format typecheck pytest load bench bench-gpu bench-peers eval clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,7 +48,10 @@ $(STAMP): pyproject.toml clients/python/pyproject.toml $(CONSTRAINTS)
 serve: install ## serve the demo family at 127.0.0.1:8000
 	$(BIN)/proxyserve demo --host 127.0.0.1 --port 8000 $(ARGS)
 
-test: install lint typecheck pytest ## install, lint, check types, run every test
+test: install tools lint typecheck pytest ## install, lint, check types, run every test
+
+tools: ## a browser, nginx and Prometheus for the tests that need them (Debian, as root; elsewhere it says what is missing)
+	@tests/install_tools.sh
 
 lint: install ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from proxyserve.engine.loop import EngineStats, PoolStats, TrunkStats
 from proxyserve.experts.generation import Phase
 from proxyserve.experts.roster import SwapCounters
 from tests.api.live import Live
+from tests.tools import need
 
 #: What boards and autoscalers made for vLLM ask for, after its prefix.
 PEERS = [
@@ -254,10 +254,9 @@ def test_grammars_are_counted() -> None:
     assert values["proxyserve_grammar_compile_seconds_sum",] == 0.25
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 def test_promtool_finds_nothing() -> None:
     result = subprocess.run(
-        ["promtool", "check", "metrics"],
+        [need("promtool"), "check", "metrics"],
         input=everything().render(),
         capture_output=True,
         timeout=60,
