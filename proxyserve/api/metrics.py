@@ -117,10 +117,13 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats = self._snapshot()
+        yield families.READY.one(stats.ready)
         yield families.RUNNING.one(stats.running)
         yield families.WAITING.one(stats.waiting)
         yield families.WAITING_TOKENS.one(stats.waiting_tokens)
         yield families.STEPS.one(stats.steps)
+        yield families.STEP_FAILURES.one(stats.step_failures)
+        yield families.NONFINITE.one(stats.nonfinite_choices)
         yield families.PROMPT_TOKENS.one(stats.prompt_tokens)
         yield families.PROMPT_TOKENS_CACHED.one(stats.cached_tokens)
         yield families.GENERATION_TOKENS.one(stats.tokens_generated)
