@@ -228,19 +228,17 @@ EXPERT_WAKES = _counter("expert_wakes", "Parked experts that a request had loade
 
 BUILD_INFO = _gauge("build_info", "1, with the versions of what runs.", "version", "torch", "transformers")
 
-#: What prometheus_client says of a process on Linux.
-_PROCESS = (
-    Family("process_cpu_seconds_total", Kind.COUNTER, "Total user and system CPU time spent in seconds."),
-    Family("process_resident_memory_bytes", Kind.GAUGE, "Resident memory size in bytes."),
-    Family("process_virtual_memory_bytes", Kind.GAUGE, "Virtual memory size in bytes."),
-    Family(
-        "process_start_time_seconds",
-        Kind.GAUGE,
-        "Start time of the process since unix epoch in seconds.",
-    ),
-    Family("process_open_fds", Kind.GAUGE, "Number of open file descriptors."),
-    Family("process_max_fds", Kind.GAUGE, "Maximum number of open file descriptors."),
+# What prometheus_client says of a process on Linux.
+PROCESS_CPU = Family(
+    "process_cpu_seconds_total", Kind.COUNTER, "Total user and system CPU time spent in seconds."
 )
+PROCESS_MEMORY = Family("process_resident_memory_bytes", Kind.GAUGE, "Resident memory size in bytes.")
+PROCESS_VIRTUAL_MEMORY = Family("process_virtual_memory_bytes", Kind.GAUGE, "Virtual memory size in bytes.")
+PROCESS_START = Family(
+    "process_start_time_seconds", Kind.GAUGE, "Start time of the process since unix epoch in seconds."
+)
+PROCESS_FILES = Family("process_open_fds", Kind.GAUGE, "Number of open file descriptors.")
+PROCESS_MOST_FILES = Family("process_max_fds", Kind.GAUGE, "Maximum number of open file descriptors.")
 
 SECTIONS: Mapping[str, tuple[Family, ...]] = {
     "Requests": (
@@ -315,7 +313,15 @@ SECTIONS: Mapping[str, tuple[Family, ...]] = {
         EXPERT_EVICTIONS,
         EXPERT_WAKES,
     ),
-    "Process": (BUILD_INFO, *_PROCESS),
+    "Process": (
+        BUILD_INFO,
+        PROCESS_CPU,
+        PROCESS_MEMORY,
+        PROCESS_VIRTUAL_MEMORY,
+        PROCESS_START,
+        PROCESS_FILES,
+        PROCESS_MOST_FILES,
+    ),
 }
 
 

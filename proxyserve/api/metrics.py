@@ -19,6 +19,7 @@ from starlette.concurrency import run_in_threadpool
 from proxyserve import __version__
 from proxyserve.api import families
 from proxyserve.api.documentation import error_answers
+from proxyserve.api.errors import REJECTION_REASONS
 from proxyserve.api.expert_metrics import ExpertCollector
 from proxyserve.api.state import server_state
 from proxyserve.engine.histogram import Histogram
@@ -61,7 +62,8 @@ class Metrics:
     def __init__(self, snapshot: Callable[[], EngineStats], experts: ExpertManager | None = None) -> None:
         self.first_token_seconds = Histogram(_FIRST_TOKEN_SECONDS)
         self.request_seconds = Histogram(_REQUEST_SECONDS)
-        self._rejections: Counter[str] = Counter()
+        # From 0 on: Prometheus sees no increase in a series that begins at 1.
+        self._rejections: Counter[str] = Counter(dict.fromkeys(REJECTION_REASONS, 0))
         self._grammars: Counter[str] = Counter()
         self._grammar_seconds = Histogram(_COMPILE_SECONDS)
         self._lock = threading.Lock()  # of those that other threads than the event loop's may write
