@@ -59,24 +59,12 @@ def configure(example: Path, folder: Path, port: int, upstream: str) -> Path:
     (folder / "proxyserve.conf").write_text(text)
     main = folder / "nginx.conf"
     main.write_text(_MAIN.format(folder=folder))
-    subprocess.run(
-        [
-            "openssl",
-            "req",
-            "-x509",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:P-256",
-            "-nodes",
-            "-days",
-            "2",
-        ]
-        + ["-keyout", folder / "proxyserve.key", "-out", folder / "proxyserve.crt", "-subj", f"/CN={NAME}"]
-        + ["-addext", f"subjectAltName=DNS:{NAME},IP:127.0.0.1"],
-        check=True,
-        capture_output=True,
+    options = (
+        f"-x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN={NAME}".split()
     )
+    names = ["-addext", f"subjectAltName=DNS:{NAME},IP:127.0.0.1"]
+    files = ["-keyout", folder / "proxyserve.key", "-out", folder / "proxyserve.crt"]
+    subprocess.run([need("openssl"), "req", *options, *names, *files], check=True, capture_output=True)
     return main
 
 

@@ -27,6 +27,7 @@ from tests.tools import need
 
 BODY = {"model": "atlas+qa", "prompt": "Hi"}
 PATH = "/v1/completions"
+JSON = {"content-type": "application/json"}
 
 
 class Steps:
@@ -40,7 +41,7 @@ class Steps:
 
     async def script(self, submissions: Sequence[Submission]) -> AsyncIterator[OutputEvent]:
         for number in range(5):
-            while not self._allowed.acquire(blocking=False):
+            while not self._allowed.acquire(blocking=False):  # noqa: ASYNC110  another thread says when
                 await asyncio.sleep(0.002)
             if number < 4:
                 yield token(submissions[0], f"piece{number} ")
@@ -130,7 +131,8 @@ def test_a_client_that_leaves_is_gone_for_the_server_too(
 ) -> None:
     """`steps` waits until the server has closed the answer, which nobody lets out any further."""
     content = json.dumps({**BODY, "stream": stream}).encode()
-    head = f"POST {PATH} HTTP/1.1\r\nHost: {NAME}\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+    headers = f"Host: {NAME}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    head = f"POST {PATH} HTTP/1.1\r\n{headers}".encode()
     with steps(engine) as answer, connect(nginx, "http/1.1") as connection:
         connection.sendall(head + content)
         wait_until(lambda: engine.open_streams == 1)
@@ -178,7 +180,7 @@ def test_both_take_bodies_of_the_same_size(nginx: Nginx, behind: Live) -> None:
     with nginx.client() as client:
         for size in (largest, largest + 1):
             body = b'{"model": "atlas", "prompt": ""}'.ljust(size)
-            answers = [http.post(PATH, content=body) for http in (client, behind.http)]
+            answers = [http.post(PATH, content=body, headers=JSON) for http in (client, behind.http)]
             codes = [answer.json()["error"]["code"] for answer in answers]
             assert answers[0].status_code == answers[1].status_code == (400 if size == largest else 413)
             assert codes[0] == codes[1]
