@@ -29,7 +29,7 @@ class ExpertCollector(Collector):
         counters = self._experts.counters
         # Those that count seldom begin at 0: Prometheus sees no increase in a series that begins at 1.
         yield families.EXPERT_PHASES.by({phase: counters.phases.get(phase, 0) for phase in Phase})
-        yield families.EXPERT_PHASE_SECONDS.by(counters.seconds.copy())
+        yield families.EXPERT_PHASE_SECONDS.by({phase: counters.seconds.get(phase, 0.0) for phase in Phase})
         failures = {phase: counters.failures.get(phase, 0) for phase in Phase if phase.is_loading}
         yield families.EXPERT_FAILURES.by({**failures, **counters.failures})
         yield families.EXPERT_ROLLBACKS.one(counters.rollbacks)
