@@ -360,7 +360,7 @@ def alerts_test(name: str, series: list[dict[str, str]], expected: list[str], mi
         "interval": "1m",
         "name": f"{name}, {'on' if expected else 'off'}",
         "input_series": series,
-        "promql_expr_test": [{"expr": question, "eval_time": f"{minutes - 1}m", "exp_samples": samples}],
+        "promql_expr_test": [{"expr": question, "eval_time": f"{minutes - 10}m", "exp_samples": samples}],
     }
 
 
@@ -389,7 +389,7 @@ def test_severities_follow_the_rate_at_which_the_objective_is_missed(tmp_path: P
                 "interval": "1m",
                 "input_series": [UP, *late(FIRST, "2.0", share)],
                 "promql_expr_test": [
-                    {"expr": question, "eval_time": f"{MINUTES - 1}m", "exp_samples": samples}
+                    {"expr": question, "eval_time": f"{MINUTES - 10}m", "exp_samples": samples}
                 ],
             }
         )
