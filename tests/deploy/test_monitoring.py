@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -237,6 +238,21 @@ def test_the_runbook_is_in_the_documentation(repository: Path) -> None:
     known = set(re.findall(r'"(--[a-z-]+)', (repository / "proxyserve" / "cli" / "options.py").read_text()))
     assert options
     assert options <= known
+
+
+def test_commands_of_the_documentation(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (repository / "docs" / "monitoring.md").read_text()
+    prefix = "python -m proxyserve.monitoring "
+    commands = [line for line in page.splitlines() if line.startswith(prefix)]
+    assert len(commands) == 2
+    for command in commands:
+        assert main(shlex.split(command.removeprefix(prefix), comments=True)) == 0
+    rules = (tmp_path / "monitoring" / "rules.yml").read_text()
+    assert 'up{job="inference"}' in rules
+    assert "runbook_url: https://wiki.example/proxyserve/monitoring.md#proxyservedown" in rules
 
 
 # What Prometheus makes of them ----------------------------------------------------------------------------------

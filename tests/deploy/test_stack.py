@@ -217,7 +217,7 @@ def test_prometheus_knows_the_types_that_the_list_gives(busy: Stack) -> None:
 def test_draining_is_seen_by_all_who_watch(busy: Stack) -> None:
     """The last one: the server is gone afterwards. A stream that nobody reads to its end keeps it draining."""
     assert (busy.check(), busy.check("--live")) == (0, 0)
-    body = {"model": "atlas+qa", "prompt": "Page: Kustin\n", "max_tokens": 100, "ignore_eos": True, "n": 16}
+    body = {"model": "atlas+qa", "prompt": "Page: Kustin\n", "max_tokens": 60, "ignore_eos": True, "n": 16}
     done = threading.Event()
 
     def ask() -> None:
