@@ -375,6 +375,14 @@ TLSKey = Annotated[
         help="PEM file with its private key.",
     ),
 ]
+Playground = Annotated[
+    bool,
+    typer.Option(
+        "--playground/--no-playground",
+        envvar=_envvar("PLAYGROUND"),
+        help="Serve a page at / to try models, experts and weights.",
+    ),
+]
 AdminPort = Annotated[
     int | None,
     typer.Option(
