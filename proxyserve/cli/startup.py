@@ -8,7 +8,7 @@ from rich.text import Text
 
 from proxyserve import __version__
 from proxyserve.api.key_ring import KeyRing
-from proxyserve.cli.opening import ExpertSettings
+from proxyserve.cli.settings import ExpertSettings
 from proxyserve.config import EngineConfig, ServerConfig
 from proxyserve.engine.arena import Arena
 from proxyserve.engine.engine import Engine

@@ -73,3 +73,11 @@ def _gains(weight: Tensor) -> bool:
 def doubled_bytes(module: nn.Module) -> int:
     """What the module's packed layers take beyond its own weights."""
     return sum(layer.doubled_bytes for layer in module.modules() if isinstance(layer, PackedLinear))
+
+
+def expected_doubled_bytes(module: nn.Module, dtype: torch.dtype) -> int:
+    """The same of a module that is not in memory yet and will be packed in `dtype`; only shapes are looked at."""
+    if dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return 0
+    sizes = (layer.weight.numel() for layer in module.modules() if type(layer) is nn.Linear)
+    return sum(4 * size for size in sizes if _SMALLEST_FLOAT32 <= size < _SMALL_FLOAT32)

@@ -9,11 +9,11 @@ from pathlib import Path
 from proxyserve.errors import LoadError
 from proxyserve.models.loaded_model import LoadedModel
 from proxyserve.models.loading import Placement, choose_placement, load_model
-from proxyserve.models.model_set import NAME, ModelSet, make_expert
+from proxyserve.models.model_set import ModelSet, make_expert
 from proxyserve.models.quantization import Bits, check_quantization, quantized
 from proxyserve.models.remote import load_remote
 from proxyserve.models.upstream import RemoteSource
-from proxyserve.types import ModelKey
+from proxyserve.types import NAME, ModelKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +33,12 @@ def load_family(
     placement: Placement | None = None,
     quantize: Bits | None = None,
     progress: Callable[[str], None] = lambda message: None,
+    read: Callable[[Path, ModelKey, Placement], LoadedModel] = load_model,
 ) -> ModelSet:
     """Load everything, each folder once. The base is called `base_name` or after its folder (a remote one after its
     name there); an untuned model that several experts share is called after its folder. `quantize` stores the linear
-    layers of a local base in fewer bits. Raises LoadError; `progress` is told what is being loaded."""
+    layers of a local base in fewer bits. Raises LoadError; `progress` is told what is being loaded.
+    `read` makes a model of a folder; somebody who only plans needs no weights."""
     placement = placement or choose_placement()
     remote = None
     if quantize is not None:
@@ -60,7 +62,7 @@ def load_family(
         folder = path.expanduser().resolve()
         if folder not in loaded:
             progress(f"loading {wanted_name} from {path}")
-            loaded[folder] = load_model(path, ModelKey(wanted_name), placement)
+            loaded[folder] = read(path, ModelKey(wanted_name), placement)
         return loaded[folder]
 
     def untuned_name(path: Path) -> str:
