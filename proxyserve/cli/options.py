@@ -279,6 +279,16 @@ QuantizeOption = Annotated[
         "proxyserve[quantize]. Saves memory; on a CPU it is slower.",
     ),
 ]
+TensorParallel = Annotated[
+    int,
+    typer.Option(
+        "--tensor-parallel",
+        envvar=_envvar("TENSOR_PARALLEL"),
+        min=1,
+        help="Divide the base over so many GPUs of this machine, a process for each; experts stay on the first one. "
+        "No steps are recorded then.",
+    ),
+]
 SpeculateOption = Annotated[
     str,
     typer.Option(

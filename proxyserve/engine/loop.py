@@ -22,7 +22,7 @@ from proxyserve.engine.histogram import HistogramStats
 from proxyserve.engine.offer import Lease
 from proxyserve.engine.submission import Submission
 from proxyserve.engine.unread import Unread
-from proxyserve.errors import InvalidRequest, NotReady
+from proxyserve.errors import InvalidRequest, NotReady, RankLost
 from proxyserve.types import FinishReason, OutputEvent
 
 logger = logging.getLogger(__name__)
@@ -143,6 +143,7 @@ class AsyncEngine:
         self._streams: dict[str, ResponseStream] = {}
         self._admission = Admission(self.limits)
         self._stop = False
+        self._lost: RankLost | None = None
         self._over = False
         self._drained: asyncio.Event | None = None
         self._drained_loop: asyncio.AbstractEventLoop | None = None
@@ -161,6 +162,17 @@ class AsyncEngine:
             self._wake.notify()
         if self._thread.is_alive():
             self._thread.join()
+
+    def lose(self, lost: RankLost) -> None:
+        """A process that steps need is gone, says another thread: the engine dies, at once if it is idle."""
+        with self._wake:
+            self._lost = lost
+            self._wake.notify()
+
+    @property
+    def lost(self) -> bool:
+        """It died because of that, and so must this process."""
+        return self.state == "dead" and self._lost is not None
 
     def drain(self) -> None:
         """Take no new work; what runs or waits goes on."""
@@ -308,6 +320,13 @@ class AsyncEngine:
                     self._publish(self.engine.step())
             self._publish(self.engine.fail_all("The server is shutting down."))
             self._abandon("The server is shutting down.")  # what arrived too late to be enqueued
+        except RankLost as lost:
+            logger.error("the server ends: %s", lost.message)
+            with self._wake:
+                self._lost = lost
+                self.failure = lost.message
+                self.state = "dead"
+            self._abandon("The server has lost a part of the base and ends.")
         except BaseException as error:
             logger.exception("the engine died")
             with self._wake:
@@ -321,11 +340,18 @@ class AsyncEngine:
         """Wait for something to do; hand arrivals and cancellations to the engine. False when it is time to stop."""
         with self._wake:
             while not (
-                self._stop or self._arrived or self._cancelled or self._errands or self.engine.has_work
+                self._stop
+                or self._lost is not None
+                or self._arrived
+                or self._cancelled
+                or self._errands
+                or self.engine.has_work
             ):
                 self._wake.wait()
             if self._stop:
                 return False
+            if self._lost is not None:
+                raise self._lost
             arrived, self._arrived = self._arrived, deque()
             cancelled, self._cancelled = self._cancelled, deque()
             errands, self._errands = self._errands, deque()
