@@ -23,6 +23,7 @@ from proxyserve.engine.offer import Lease
 from proxyserve.engine.submission import Submission
 from proxyserve.engine.unread import Unread
 from proxyserve.errors import InvalidRequest, NotReady, RankLost
+from proxyserve.models.remote import AnyModel, RemoteModel
 from proxyserve.types import FinishReason, OutputEvent
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ class EngineStats:
     """A snapshot for metrics. Counters are since start; for what they and the histograms mean see
     `counters.EngineCounters`. Pools are named after the first model that uses them, trunks after themselves.
     `waiting_tokens` are prompt tokens of choices that have had no event, `lane_tokens` the tokens that ran through each
-    model, `by_generation` choices that ended, by expert and generation. `memory` are the bytes of weights and KV."""
+    model, `by_generation` choices that ended, by expert and generation. `memory` are the bytes of weights and KV
+    in this process, `base_parts` the processes that the base is divided over."""
 
     waiting: int = 0
     running: int = 0
@@ -66,6 +68,7 @@ class EngineStats:
     gated_tokens: int = 0
     sampling_seconds: float = 0.0
     memory: int = 0
+    base_parts: int = 1
     finished: Mapping[str, int] = field(default_factory=dict)
     pools: Mapping[str, PoolStats] = field(default_factory=dict)
     trunks: Mapping[str, TrunkStats] = field(default_factory=dict)
@@ -295,6 +298,7 @@ class AsyncEngine:
             gated_tokens=counters.gated_tokens,
             sampling_seconds=counters.sampling_seconds,
             memory=engine.residents.bytes,
+            base_parts=_parts(engine.models.base),
             finished=dict(counters.finished),
             pools=pools,
             trunks={
@@ -399,6 +403,10 @@ class AsyncEngine:
         self._publish(
             [OutputEvent(*_split(key), finish_reason=FinishReason.ERROR, error=message) for key in keys]
         )
+
+
+def _parts(base: AnyModel) -> int:
+    return 1 if isinstance(base, RemoteModel) or base.sharding is None else base.sharding.size
 
 
 def _run_errand(errand: Callable[[], None], future: Future[None]) -> None:
