@@ -40,8 +40,10 @@ from proxyserve.types import ModelKey
 #: What the processes do together for a layer of each of the plan's styles; None for nothing.
 _TOGETHER: Mapping[str, Literal["sum", "split and sum", "gather", "look up"] | None] = {
     "colwise": None,
+    "packed_colwise": None,  # gates and values of a mixture's experts: of each its own columns
     "replicated_with_grad_allreduce": None,
     "rowwise": "sum",
+    "moe_tp_experts": "sum",
     "rowwise_split_input": "split and sum",
     "rowwise_rep": "split and sum",
     "colwise_gather_output": "gather",
@@ -49,7 +51,7 @@ _TOGETHER: Mapping[str, Literal["sum", "split and sum", "gather", "look up"] | N
     "embedding_rowwise": "look up",
 }
 #: Layers whose outputs hold keys: where their columns are divided, so are the heads.
-_KEYS = ("k_proj", "qkv_proj", "query_key_value")
+_KEYS = ("k_proj", "qkv_proj", "query_key_value", "kv_b_proj")
 
 
 def check_shardable(config: PreTrainedConfig, size: int, where: str) -> None:
@@ -66,7 +68,7 @@ def check_shardable(config: PreTrainedConfig, size: int, where: str) -> None:
     if unknown:
         raise LoadError(
             f"{where}: the tensor-parallel plan of '{kind}' divides layers in ways that are not served "
-            f"({', '.join(unknown)}): mixtures of experts and latent attention run without --tensor-parallel only"
+            f"({', '.join(unknown)}); serve it without"
         )
     if not any(style == "colwise" and name.endswith(_KEYS) for name, style in plan.items()):
         return

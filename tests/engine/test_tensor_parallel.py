@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import MixtralConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from proxyserve.config import EngineConfig
 from proxyserve.engine.engine import Engine
@@ -19,10 +19,11 @@ from proxyserve.engine.sharded.runner import ShardedRunner
 from proxyserve.engine.verify import verify_paged
 from proxyserve.errors import LoadError
 from proxyserve.models.family import ExpertSource, load_family
-from proxyserve.models.loading import Placement
+from proxyserve.models.loading import Placement, load_model
 from proxyserve.models.sharding import check_shardable
+from proxyserve.types import ModelKey
 from tests.engine.driver import Collected, run, submission
-from tests.tiny import TinyFamily, build_family, config_of
+from tests.tiny import CONTEXT, TinyFamily, build_family, config_of, make_tokenizer
 
 PLACEMENT = Placement(torch.device("cpu"), torch.float32)
 PROMPT = tuple(5 + 7 * k for k in range(45))
@@ -100,6 +101,36 @@ def test_two_processes_answer_as_one(architecture: str, ranks: Ranks, tmp_path: 
     assert engine.counters.cached_tokens > 0
 
 
+@pytest.mark.parametrize("kind", ["phi", "phi3", "mixtral"])
+def test_other_ways_to_divide(kind: str, ranks: Ranks, tmp_path: Path) -> None:
+    """Biases, which are added once; products that are gathered and divided again; a mixture's experts, each of which is
+    divided."""
+    tokenizer = make_tokenizer()
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_local_experts": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT}
+    config = AutoConfig.for_model(
+        kind,
+        **sizes,
+        **heads,
+        vocab_size=len(tokenizer),
+        initializer_range=0.3,
+        pad_token_id=0,
+        eos_token_id=0,
+    )
+    torch.manual_seed(4)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    base = ShardedRunner(ranks.load(tmp_path, ModelKey("base")), ranks)
+    verify_paged(base)
+    alone = Runner(load_model(tmp_path, ModelKey("base"), PLACEMENT))
+    assert torch.allclose(base.reference(PROMPT), alone.reference(PROMPT), atol=1e-4)
+    assert base.model.bytes < 0.55 * alone.model.bytes
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_forward_is_one_message(config: str, ranks: Ranks, tiny_family: TinyFamily) -> None:
     engine, alone = (make_engine(tiny_family, some, **CONFIGS[config]) for some in (ranks, None))
@@ -148,10 +179,9 @@ def test_what_cannot_be_divided_is_refused_before_loading(ranks: Ranks, tmp_path
         check_shardable(llama, 3, "here")
     with pytest.raises(LoadError, match="does not divide its 2 key and value heads; use 2"):
         check_shardable(llama, 4, "here")
-    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
-    mixture = MixtralConfig(**small, num_attention_heads=4, num_key_value_heads=2, num_local_experts=2)
-    with pytest.raises(LoadError, match="mixtures of experts"):
-        check_shardable(mixture, 2, "here")
+    llama.base_model_tp_plan = {**llama.base_model_tp_plan, "layers.*.mlp": "local_params"}
+    with pytest.raises(LoadError, match=r"not served \(local_params\); serve it without"):
+        check_shardable(llama, 2, "here")
 
 
 def test_ranks_that_there_cannot_be_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
