@@ -342,6 +342,17 @@ QuantizeOption = Annotated[
         rich_help_panel=panels.COMPUTING,
     ),
 ]
+TensorParallel = Annotated[
+    int,
+    typer.Option(
+        "--tensor-parallel",
+        envvar=_envvar("TENSOR_PARALLEL"),
+        min=1,
+        help="Divide the base over so many GPUs of this machine, a process for each; experts stay on the first one. "
+        "No steps are recorded then.",
+        rich_help_panel=panels.COMPUTING,
+    ),
+]
 SpeculateOption = Annotated[
     str,
     typer.Option(
@@ -454,6 +465,7 @@ Playground = Annotated[
         "--playground/--no-playground",
         envvar=_envvar("PLAYGROUND"),
         help="Serve a page at / to try models, experts and weights.",
+        rich_help_panel=panels.NETWORK,
     ),
 ]
 AdminPort = Annotated[

@@ -39,6 +39,7 @@ class ServerOptions:
     dtype: options.ServedDtype = "auto"
     threads: options.ServedThreads = "auto"
     quantize: options.QuantizeOption = "off"
+    tensor_parallel: options.TensorParallel = 1
     kernels: options.Kernels = "auto"
     pairs: options.Pairs = "auto"
     cuda_graphs: options.CudaGraphs = True
@@ -197,6 +198,7 @@ def engine_config(given: ServerOptions) -> EngineConfig:
         cuda_graphs=given.cuda_graphs,
         threads=options.parse_threads(given.threads),
         quantize=options.parse_quantize(given.quantize),
+        tensor_parallel=given.tensor_parallel,
         speculate=drafted,
         max_drafts=options.check_max_drafts(given.max_drafts, drafted),
     )

@@ -20,6 +20,7 @@ from proxyserve.engine.cuda.singles import Reserved
 from proxyserve.engine.heads import HeadRows, head_rows, logits_dtype, watch_head, widen_head
 from proxyserve.engine.kv_storage import KVStorage, LayerShape
 from proxyserve.engine.packed_row import PackedRow
+from proxyserve.engine.sharded.collectives import connect
 from proxyserve.errors import LoadError
 from proxyserve.models.formats.lora import LoraWeights
 from proxyserve.models.loaded_model import LoadedModel
@@ -76,6 +77,8 @@ class Runner:
         pack_linears(model.module)
         self._doubled_bytes = doubled_bytes(model.module)
         model.module.set_attn_implementation(IMPLEMENTATION)
+        if model.sharding is not None:
+            connect(model.module, model.sharding)
         #: The adapters whose lanes run as rows of this model's forward.
         self.adapters = AdapterBank(model.module)
         watch_head(model.module.get_output_embeddings())
@@ -99,7 +102,10 @@ class Runner:
         return [probe.shapes[layer] for layer in range(layers)], [probe.features[n] for n in range(layers)]
 
     def _probe_head(self) -> bool:
-        """What a configuration does not say, a difference of two rows shows."""
+        """What a configuration does not say, a difference of two rows shows. A divided model's rows stay whole: what
+        goes through its head is what every rank is told."""
+        if self.model.sharding is not None:
+            return False
         config = self.model.module.config.get_text_config()
         if getattr(config, "final_logit_softcapping", None) is not None:
             return False
@@ -143,6 +149,24 @@ class Runner:
         places = list(range(tokens))
         with attention_plan(ShapeProbe()):
             self._forward([0] * tokens, places, places, tokens)
+
+    @torch.inference_mode()
+    def reference(self, ids: Sequence[int]) -> Tensor:
+        """Logits [width] after these tokens, with the model as its authors wrote it, without KV blocks. For one that no
+        step runs yet."""
+        module = self.model.module
+        module.set_attn_implementation("eager")
+        try:
+            output = module(input_ids=torch.tensor([ids], device=self.model.device), use_cache=False)
+        finally:
+            module.set_attn_implementation(IMPLEMENTATION)
+        logits: Tensor = output.logits[0, -1]
+        return logits
+
+    def clear(self, blocks: Sequence[int], start: int = 0) -> None:
+        """Zero the KV in these blocks, as `KVStorage.clear` does."""
+        if self.storage is not None:
+            self.storage.clear(blocks, start)
 
     def attach(self, storage: KVStorage) -> None:
         self.storage = storage

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from proxyserve.engine.attention import IMPLEMENTATION
 from proxyserve.engine.kv_storage import KVStorage
 from proxyserve.engine.runner import Runner, probe_ids
 from proxyserve.errors import LoadError
@@ -74,13 +73,7 @@ def verify_paged(runner: Runner) -> None:
         device=model.device,
     )
     runner.attach(storage)
-    model.module.set_attn_implementation("eager")
-    try:
-        expected = model.module(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[
-            0, -1
-        ]
-    finally:
-        model.module.set_attn_implementation(IMPLEMENTATION)
+    expected = runner.reference(ids)
     output: list[int] = []
     lane = Lane(model.key, ids, output)
     request = ScheduledRequest("verify", (lane,), output)

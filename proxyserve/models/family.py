@@ -32,13 +32,15 @@ def load_family(
     base_name: str | None = None,
     placement: Placement | None = None,
     quantize: Bits | None = None,
+    load_base: Callable[[Path, ModelKey], LoadedModel] | None = None,
     progress: Callable[[str], None] = lambda message: None,
     read: Callable[[Path, ModelKey, Placement], LoadedModel] = load_model,
 ) -> ModelSet:
     """Load everything, each folder once. The base is called `base_name` or after its folder (a remote one after its
     name there); an untuned model that several experts share is called after its folder. `quantize` stores the linear
-    layers of a local base in fewer bits. Raises LoadError; `progress` is told what is being loaded.
-    `read` makes a model of a folder; somebody who only plans needs no weights."""
+    layers of a local base in fewer bits; `load_base` loads it in another way than into this process alone. `read` makes
+    a model of a folder; somebody who only plans needs no weights. Raises LoadError; `progress` is told what is being
+    loaded."""
     placement = placement or choose_placement()
     remote = None
     if quantize is not None:
@@ -76,6 +78,9 @@ def load_family(
         taken.add(candidate)
         return candidate
 
+    if load_base is not None and isinstance(base, Path):
+        progress(f"loading {name} from {base}")
+        loaded[base.expanduser().resolve()] = load_base(base, ModelKey(name))
     base_model = load(base, name) if isinstance(base, Path) else remote
     assert base_model is not None
     if quantize is not None:

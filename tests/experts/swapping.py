@@ -185,6 +185,7 @@ def open_world(
     policy: FusionPolicy | None = None,
     max_batch: int = 16,
     pairs: PairsChoice = "auto",
+    tensor_parallel: int = 1,
     start: bool = True,
 ) -> Iterator[Server]:
     """A server as the command line opens it, with the base alone; `limit` is in bytes for all weights and KV."""
@@ -197,6 +198,7 @@ def open_world(
             pairs=pairs,
             device="cpu",
             dtype="float32",
+            tensor_parallel=tensor_parallel,
         ),
         ServerConfig(),
         policy or FusionPolicy(),
