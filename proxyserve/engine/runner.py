@@ -19,6 +19,7 @@ from proxyserve.engine.cuda.choose import choose_attention
 from proxyserve.engine.cuda.singles import Reserved
 from proxyserve.engine.heads import HeadRows, head_rows, logits_dtype, watch_head, widen_head
 from proxyserve.engine.kv_storage import KVStorage, LayerShape
+from proxyserve.engine.lean.model import can_be_lean, make_lean
 from proxyserve.engine.packed_row import PackedRow
 from proxyserve.errors import LoadError
 from proxyserve.models.formats.lora import LoraWeights
@@ -63,8 +64,11 @@ def probe_ids(model: LoadedModel) -> tuple[int, ...]:
 class Runner:
     """Runs one model in packed, paged mode. `attach` must have given it storage first."""
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(self, model: LoadedModel, *, lean: bool = True) -> None:
+        """`lean`: a decoder that can be is made so, see `proxyserve.engine.lean`."""
         self.model = model
+        #: Logits [width] after `probe_ids`, as the authors of the model's class compute them.
+        self.reference = self._as_written()
         self.stats = RunnerStats()
         self.storage: KVStorage | None = None
         #: The models that this one may run together with.
@@ -73,16 +77,25 @@ class Runner:
         self.graphs: StepGraphs | None = None
         if logits_dtype(model.dtype, model.device) != model.dtype:
             widen_head(model.module)
+        model.module.set_attn_implementation(IMPLEMENTATION)
+        self.shapes, features = self._probe_layers()
+        if lean and can_be_lean(model.module, features):
+            make_lean(model.module, features)
         pack_linears(model.module)
         self._doubled_bytes = doubled_bytes(model.module)
-        model.module.set_attn_implementation(IMPLEMENTATION)
         #: The adapters whose lanes run as rows of this model's forward.
         self.adapters = AdapterBank(model.module)
         watch_head(model.module.get_output_embeddings())
-        self.shapes, features = self._probe_layers()
         self.attention = choose_attention(self.shapes, features, model.dtype, model.device)
         #: Whether the logits of a difference of hidden states are the difference of the logits.
         self.head_is_linear = self._probe_head()
+
+    @torch.inference_mode()
+    def _as_written(self) -> Tensor:
+        ids = torch.tensor([probe_ids(self.model)], device=self.model.device)
+        self.model.module.set_attn_implementation("eager")
+        logits: Tensor = self.model.module(input_ids=ids, use_cache=False).logits[0, -1]
+        return logits
 
     def _probe_layers(self) -> tuple[list[LayerShape], list[Features]]:
         """Run a few tokens to learn what each layer stores and what its attention is like. Raises LoadError if a layer
