@@ -92,9 +92,14 @@ class Runner:
 
     @torch.inference_mode()
     def _as_written(self) -> Tensor:
-        ids = torch.tensor([probe_ids(self.model)], device=self.model.device)
+        device = self.model.device
+        ids = torch.tensor([probe_ids(self.model)], device=device)
+        places = torch.arange(ids.shape[1], device=device)[None]
         self.model.module.set_attn_implementation("eager")
-        logits: Tensor = self.model.module(input_ids=ids, use_cache=False).logits[0, -1]
+        # The plan is for a decoder that an earlier runner of the model has made lean.
+        with attention_plan(ShapeProbe()):
+            output = self.model.module(input_ids=ids, position_ids=places, use_cache=False)
+        logits: Tensor = output.logits[0, -1]
         return logits
 
     def _probe_layers(self) -> tuple[list[LayerShape], list[Features]]:
