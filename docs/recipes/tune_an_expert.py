@@ -111,7 +111,9 @@ def measure(task: Path, models: list[str], url: str, key: str) -> dict[str, floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     tuning = commands.add_parser("tune")
     tuning.add_argument("task", type=Path)
