@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -17,6 +19,11 @@ from proxyserve.models.support import refuse_unsupported_config, refuse_unsuppor
 from proxyserve.models.vocabulary import SharedVocabulary
 from proxyserve.text.tokenizer import Tokenizer
 from proxyserve.types import ModelKey
+
+#: While transformers makes a model it patches its own classes, and puts back what it found there. Of two threads that
+#: do so at once the second may put back what the first had put in: no model of the process would be tied after that.
+#: Whoever calls `from_pretrained` holds this.
+MAKING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,26 +61,36 @@ def load_model(
     folder = Path(path).expanduser()
     config = load_config(folder)
     tokenizer = tokenizer or Tokenizer.load(folder)
+    module = whole_model(
+        AutoModelForCausalLM,
+        folder,
+        str(folder),
+        config=config,
+        dtype=loading_dtype(placement) if beside_steps else placement.dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    return make_loaded(folder, key, module, tokenizer, placement)
+
+
+def whole_model(model_class: Any, folder: Path | None, where: str, **options: Any) -> PreTrainedModel:
+    """`model_class.from_pretrained(folder, ...)` on any thread, one at a time. Raises LoadError, which begins with
+    `where`, also if a weight is missing."""
     transformers.utils.logging.disable_progress_bar()  # loading progress is the caller's to show
     try:
-        module, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=loading_dtype(placement) if beside_steps else placement.dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with MAKING:
+            module, report = model_class.from_pretrained(folder, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise LoadError(f"{folder}: the weights cannot be loaded: {error}") from error
+        raise LoadError(f"{where}: the weights cannot be loaded: {error}") from error
     absent = sorted(report["missing_keys"])
     if absent:
         raise LoadError(
-            f"{folder}: {len(absent)} weights are missing from the files, first {absent[0]}; they would be random. "
+            f"{where}: {len(absent)} weights are missing from the files, first {absent[0]}; they would be random. "
             "Save the model again."
         )
-    return make_loaded(folder, key, module, tokenizer, placement)
+    whole: PreTrainedModel = module
+    return whole
 
 
 def loading_dtype(placement: Placement) -> torch.dtype:
