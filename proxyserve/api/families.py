@@ -192,7 +192,8 @@ PREFIX_QUERIES = _counter(
     "prefix_cache_queries", "Prompt tokens looked for in the prefix cache, in all lanes.", "model"
 )
 PREFIX_HITS = _counter("prefix_cache_hits", "Those of them that were found.", "model")
-MEMORY = _gauge("memory_bytes", "Weights and KV of all models.")
+MEMORY = _gauge("memory_bytes", "Weights and KV of all models, in this process.")
+BASE_PARTS = _gauge("base_parts", "Processes that the base is divided over, 1 for one that is not.")
 
 # Experts ----------------------------------------------------------------------------------------------------------
 
@@ -299,6 +300,7 @@ SECTIONS: Mapping[str, tuple[Family, ...]] = {
         PREFIX_QUERIES,
         PREFIX_HITS,
         MEMORY,
+        BASE_PARTS,
     ),
     "Experts": (
         EXPERT_REQUESTS,

@@ -136,6 +136,7 @@ class _EngineCollector(Collector):
         yield families.SAMPLING_SECONDS.one(stats.sampling_seconds)
         yield families.KERNEL_COMPILATIONS.one(stats.kernel_compilations)
         yield families.MEMORY.one(stats.memory)
+        yield families.BASE_PARTS.one(stats.base_parts)
         yield families.LANE_TOKENS.by(stats.lane_tokens)
         yield families.LANE_SECONDS.by({name: trunk.seconds_run for name, trunk in stats.trunks.items()})
         yield families.PREFIX_QUERIES.by(stats.prefix_queries)
