@@ -229,7 +229,7 @@ def test_the_runbook_is_in_the_documentation(repository: Path) -> None:
     }
     for link in links:
         address, _, anchor = link.partition("#")
-        assert address == "https://docs.example/monitoring.md"
+        assert address == "https://docs.example/monitoring/"
         assert anchor in headings
     panels = {panel.title for board in all_boards() for panel in board.panels}
     for title in re.findall(r"\*([A-Z][^*]+)\*", runbook(SELECTOR)):
@@ -252,7 +252,7 @@ def test_commands_of_the_documentation(
         assert main(shlex.split(command.removeprefix(prefix), comments=True)) == 0
     rules = (tmp_path / "monitoring" / "rules.yml").read_text()
     assert 'up{job="inference"}' in rules
-    assert "runbook_url: https://wiki.example/proxyserve/monitoring.md#proxyservedown" in rules
+    assert "runbook_url: https://docs.example/proxyserve/monitoring/#proxyservedown" in rules
 
 
 # What Prometheus makes of them ----------------------------------------------------------------------------------
