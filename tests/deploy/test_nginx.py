@@ -163,7 +163,7 @@ def test_what_is_for_operators_is_not_there(nginx: Nginx, behind: Live, path: st
         for written in (path.replace("/", "//", 1), path.replace("m", "%6d", 1), f"/v1/..{path}"):
             with connect(nginx, "http/1.1") as connection:
                 connection.sendall(f"GET {written} HTTP/1.0\r\nHost: {NAME}\r\n\r\n".encode())
-                answer = b"".join(iter(lambda: connection.recv(4096), b""))  # noqa: B023  it is used up here
+                answer = b"".join(iter(lambda: connection.recv(4096), b""))
             assert answer.startswith(b"HTTP/1.1 404"), written
             assert b"x-request-id" not in answer.lower(), f"the server was asked for {written}"
     assert behind.http.get("/metrics").status_code == 200, "the server itself has it"
