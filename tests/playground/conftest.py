@@ -160,8 +160,22 @@ class Tab:
 Opening = Callable[..., Tab]
 
 
+@pytest.fixture(scope="package")
+def usual(browser: Any) -> Iterator[Any]:
+    """A desktop window. It is one for all, so that the page's files are loaded once."""
+    with new_context(browser) as context:
+        yield context
+
+
+def new_context(browser: Any, **options: Any) -> Any:
+    context = browser.new_context(**{"viewport": {"width": 1360, "height": 980}, **options})
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    context.add_init_script(WATCH_SHIFTS)
+    return context
+
+
 @pytest.fixture
-def tab(browser: Any, sites: Sites) -> Iterator[Opening]:
+def tab(browser: Any, usual: Any, sites: Sites) -> Iterator[Opening]:
     """Opens pages. Each ends with no error in its console but the statuses in `expected`, and with no request to
     another host."""
     with ExitStack() as stack:
@@ -170,12 +184,8 @@ def tab(browser: Any, sites: Sites) -> Iterator[Opening]:
         def open_tab(
             url: str | None = None, *, ready: str = ".play, .experts", expected: int = 0, **options: Any
         ) -> Tab:
-            context = stack.enter_context(
-                browser.new_context(**{"viewport": {"width": 1360, "height": 980}, **options})
-            )
-            context.grant_permissions(["clipboard-read", "clipboard-write"])
-            context.add_init_script(WATCH_SHIFTS)
-            page = context.new_page()
+            context = stack.enter_context(new_context(browser, **options)) if options else usual
+            page = stack.enter_context(context.new_page())
             page.set_default_timeout(PATIENCE)
             tab = Tab(page, {expected})
             tabs.append(tab)

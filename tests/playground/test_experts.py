@@ -46,7 +46,7 @@ def test_an_expert_is_swapped_and_rolled_back(tab: Opening, sites: Sites) -> Non
     bio.get_by_label("Tuned", exact=True).fill("experts/nothing")
     bio.get_by_role("button", name="Swap bio").click()
     expect(bio.get_by_role("alert")).to_have_text(
-        "tuned: There is no such folder or file under --expert-root."
+        "tuned.path: There is no such folder or file under --expert-root."
     )
     expect(bio.locator(".generation").first).to_have_text("generation 2")
 

@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from urllib.parse import quote, urlsplit
 
 from tests.playground.conftest import Opening, Sites, expect
@@ -47,8 +47,9 @@ def test_a_bad_value_names_its_field(tab: Opening) -> None:
 
 @contextmanager
 def broken_wire(url: str, events: int) -> Iterator[str]:
-    """The address of a connection to `url` that is cut in each stream after so many events."""
+    """The address of a connection to `url` that is cut in each stream after so many events. In the end all are."""
     target = urlsplit(url)
+    clients: list[socket.socket] = []
 
     def carry(client: socket.socket) -> None:
         with closing(client), socket.create_connection((target.hostname, target.port)) as server:
@@ -62,11 +63,9 @@ def broken_wire(url: str, events: int) -> Iterator[str]:
                 client.sendall(data)
 
     def pump(client: socket.socket, server: socket.socket) -> None:
-        try:
+        with suppress(OSError):  # it was cut
             while data := client.recv(65536):
                 server.sendall(data)
-        except OSError:
-            pass  # it was cut
 
     def accept() -> None:
         while True:
@@ -74,12 +73,16 @@ def broken_wire(url: str, events: int) -> Iterator[str]:
                 client, _ = listener.accept()
             except OSError:
                 return
+            clients.append(client)
             threading.Thread(target=carry, args=(client,), daemon=True).start()
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=accept, daemon=True).start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
         listener.shutdown(socket.SHUT_RDWR)
+        for client in clients:
+            with suppress(OSError):  # it was cut before
+                client.shutdown(socket.SHUT_RDWR)
 
 
 def test_a_server_that_goes_away(tab: Opening, sites: Sites) -> None:
