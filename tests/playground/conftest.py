@@ -14,8 +14,8 @@ import pytest
 
 from proxyserve.api.app import create_app
 from proxyserve.api.server import DrainingServer, listen
-from proxyserve.cli.opening import ExpertSettings, Opened, open_server
-from proxyserve.cli.serve import ServeSettings
+from proxyserve.cli.opening import Opened, open_server
+from proxyserve.cli.settings import ExpertSettings, ServeSettings
 from proxyserve.config import EngineConfig, ServerConfig
 from proxyserve.demo.family import family_paths
 from proxyserve.fusion.policy import FusionPolicy
