@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,7 +112,9 @@ def measure(task: Path, models: list[str], url: str, key: str) -> dict[str, floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     tuning = commands.add_parser("tune")
     tuning.add_argument("task", type=Path)
@@ -124,7 +127,7 @@ def main() -> None:
     measuring = commands.add_parser("measure")
     measuring.add_argument("task", type=Path)
     measuring.add_argument("--model", action="append", required=True)
-    measuring.add_argument("--url", default="http://127.0.0.1:8000")
+    measuring.add_argument("--url", default=os.environ.get("PROXYSERVE_URL", "http://127.0.0.1:8000"))
     measuring.add_argument("--key", default="none")
     given = parser.parse_args()
     if given.command == "tune":
