@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/concepts.md. `python docs/pictures/draw.py` writes them; tests look whether they are current.
+"""Draws the pictures of docs/concepts.md: `python docs/pictures/draw.py`. A test looks whether they are current.
 
 Each picture brings its own background, and colours for light and dark, so that it can be read on any page.
 """
@@ -76,7 +76,8 @@ class Picture:
 def lanes() -> Picture:
     picture = Picture(
         "The lanes of one request",
-        "Four models, each with the request's prompt and the text so far in its own KV blocks. Their scores for the next "
+        "Four models, each with the request's prompt and the text so far in its own KV blocks. Their scores for the "
+        "next "
         "token are combined, one token is drawn, and all four lanes get it.",
         300,
     )
@@ -106,7 +107,8 @@ def lanes() -> Picture:
 def step() -> Picture:
     picture = Picture(
         "One step, from schedule to stream",
-        "Requests are admitted, the scheduler hands out work, each model runs its rows in one forward, one call fuses and "
+        "Requests are admitted, the scheduler hands out work, each model runs its rows in one forward, one call fuses "
+        "and "
         "draws for all requests, and tokens are streamed. Then the next step begins.",
         270,
     )
@@ -134,7 +136,8 @@ def step() -> Picture:
 def generations() -> Picture:
     picture = Picture(
         "Generations during a swap",
-        "Generation 2 of an expert is loaded, verified and warmed while generation 1 serves. Publishing is one moment. A "
+        "Generation 2 of an expert is loaded, verified and warmed while generation 1 serves. Publishing is one moment. "
+        "A "
         "request that began before it ends on generation 1, one that begins after it runs on generation 2.",
         268,
     )
@@ -210,7 +213,7 @@ def measured() -> dict[str, dict[str, float]]:
     places = {token: tokenizer(token).input_ids for token in TOKENS}
     assert all(len(place) == 1 for place in places.values())
     return {
-        kind: {token: float(law[place[0]].exp()) for token, place in places.items()}
+        kind: {token: round(float(law[place[0]].exp()), 3) for token, place in places.items()}
         for kind, law in scores.items()
     }
 
