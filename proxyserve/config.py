@@ -39,7 +39,8 @@ class EngineConfig:
     `pairs` says whether models that differ in their weights only run "together" in one forward, or "apart"; "auto"
     measures which is faster. `cuda_graphs`: on a CUDA device, steps of decoding are recorded when a model comes and
     then replayed, which costs start-up time and memory. `quantize` stores the linear layers of a local base in so many
-    bits.
+    bits. `tensor_parallel` divides a local base over so many processes, one for each GPU, or, where there is none, over
+    processes on the CPU; it goes with neither of the former two.
 
     `speculate` says how many tokens are drafted ahead for each request, and verified together: that many where it can
     be done, "off" for none, or "auto" for as many as measured acceptance and times make worth it, at most `max_drafts`
@@ -57,6 +58,7 @@ class EngineConfig:
     prefix_cache: bool = True
     threads: int | Literal["auto"] | None = None
     quantize: Literal["int8", "int4"] | None = None
+    tensor_parallel: int = 1
     kernels: KernelChoice = "auto"
     cuda_graphs: bool = True
     speculate: Speculate = "auto"
@@ -89,6 +91,13 @@ class EngineConfig:
             )
         if self.pairs not in ("auto", "together", "apart"):
             raise ValueError(f"pairs must be auto, together or apart, not '{self.pairs}'")
+        if self.tensor_parallel < 1:
+            raise ValueError(f"tensor_parallel must be at least 1, not {self.tensor_parallel}")
+        if self.tensor_parallel > 1 and self.quantize is not None:
+            raise ValueError(
+                f"tensor_parallel {self.tensor_parallel} and quantize {self.quantize} exclude each other: quantised "
+                "weights are not divided; leave one of them out"
+            )
         if self.prefill_tokens is not None and self.prefill_tokens < 1:
             raise ValueError(f"prefill_tokens must be at least 1, not {self.prefill_tokens}")
         if self.max_batch_tokens < self.max_batch:
@@ -199,7 +208,7 @@ class ServerConfig:
     request may wait for an expert that must be loaded first, `request_timeout` how long one may take in all, None for
     any time. Web pages of `cors_origins` may read answers. With `tls_certificate` (a chain of them, PEM) and `tls_key`
     the server speaks HTTPS alone. Traces go to the collector at `otlp_endpoint`, a URL that takes OTLP over HTTP; None
-    makes none."""
+    makes none. `playground`: whether the page to try things out is served at `/`."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -213,6 +222,7 @@ class ServerConfig:
     tls_certificate: Path | None = None
     tls_key: Path | None = None
     otlp_endpoint: str | None = None
+    playground: bool = True
     limits: Limits = field(default_factory=Limits)
     chat: ChatConfig = field(default_factory=ChatConfig)
 

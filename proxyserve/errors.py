@@ -95,3 +95,7 @@ class UpstreamFailed(ProxyserveError):
 
 class LoadError(ProxyserveError):
     """A model, tokenizer or expert that cannot be served; the message says why and what to change."""
+
+
+class RankLost(ProxyserveError):
+    """A process that holds a part of the base is gone, or does not do what the others do. The server cannot go on."""

@@ -20,6 +20,7 @@ from proxyserve.api.protocol import ProtocolConfig
 from proxyserve.api.state import ServerState
 from proxyserve.api.telemetry import open_tracing
 from proxyserve.config import ServerConfig
+from proxyserve.errors import RankLost
 
 if TYPE_CHECKING:
     from proxyserve.engine.loop import AsyncEngine
@@ -40,7 +41,8 @@ def run_server(engine: AsyncEngine, config: ServerConfig, experts: ExpertManager
 
     At the first signal `/ready` turns to 503, new work is refused, and what runs may go on for
     `config.drain_seconds`; then, or at a second signal, what is left ends with an error. Raises StartupError if the
-    address cannot or must not be listened on, the certificate cannot be used, or traces cannot be sent.
+    address cannot or must not be listened on, the certificate cannot be used, or traces cannot be sent; RankLost if a
+    process that has a part of the base ends, and with it the server.
     """
     check_binding(config)
     check_tls(config)
@@ -56,6 +58,8 @@ def run_server(engine: AsyncEngine, config: ServerConfig, experts: ExpertManager
             DrainingServer(app).run(listeners)
         finally:
             engine.close()
+    if engine.lost:
+        raise RankLost(f"The server has lost a part of the base: {engine.failure}. Start it again.")
 
 
 def check_binding(config: ServerConfig) -> None:
@@ -137,7 +141,7 @@ class DrainingServer(uvicorn.Server):
         """Comes ten times a second."""
         if counter % _KEY_TICKS == 0:
             self._state.keys.refresh()
-        return await super().on_tick(counter)
+        return await super().on_tick(counter) or self._state.engine.lost
 
     async def main_loop(self) -> None:
         """Runs until the first signal and on until drained; then uvicorn closes the listener and the connections."""

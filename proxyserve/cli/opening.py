@@ -20,7 +20,9 @@ from proxyserve.engine.memory import kv_budget, memory_limit, scoring_bytes, spe
 from proxyserve.engine.offer import Offer
 from proxyserve.engine.preparation import check_presets
 from proxyserve.engine.runner import Runner
-from proxyserve.engine.settling import settle_dtype, settle_threads
+from proxyserve.engine.settling import Settled, settle_dtype, settle_threads
+from proxyserve.engine.sharded.ranks import Ranks, check_ranks
+from proxyserve.engine.sharded.runner import ShardedRunner
 from proxyserve.engine.verify import verify_paged
 from proxyserve.errors import InvalidRequest
 from proxyserve.experts.audit import AuditLog
@@ -41,21 +43,10 @@ from proxyserve.models.model_set import ModelSet
 from proxyserve.models.upstream import RemoteSource
 
 if TYPE_CHECKING:
-    from proxyserve.cli.serve import ServeSettings
+    from proxyserve.cli.settings import ServeSettings
 
 #: At most one part in so many of all memory is kept for KV caches before experts are restored.
 _KV_PART = 4
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertSettings:
-    """Where experts that come later may be loaded from, where they are kept, and what memory there is for them."""
-
-    roots: Sequence[Path] = ()
-    allow_hub: bool = False
-    state_dir: Path | None = None
-    memory: int | None = None
-    evict_idle: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +70,8 @@ def open_server(
     progress: Callable[[str], None],
 ) -> Iterator[Opened]:
     """Load everything; close the control plane at the end. Raises LoadError, StateError and StartupError."""
-    chosen = settings.experts
+    chosen, config = settings.experts, settings.engine
+    ranks: Ranks | None = None
     store = StateStore.open(chosen.state_dir)
     try:
         audit = AuditLog.open(chosen.state_dir)
@@ -87,30 +79,40 @@ def open_server(
         roots = Roots(chosen.roots, fetch if chosen.allow_hub else None)
         wanted = [Wanted.of(source) for source in experts]
         placed = settle_dtype(
-            settings.engine.device,
-            settings.engine.dtype,
+            config.device,
+            config.dtype,
             base if isinstance(base, Path) else None,
             folders_of(wanted, restored, roots),
         )
         placement = placed.value
+        if config.tensor_parallel > 1:
+            if not isinstance(base, Path):
+                raise StartupError(
+                    "--tensor-parallel is for a base in this process, not for one on another server."
+                )
+            progress(f"starting {config.tensor_parallel - 1} processes beside this one")
+            ranks, threads = _start_ranks(config, placement)
+            config = replace(config, cuda_graphs=False)
         base_model = load_family(
             base,
             base_name=served_name,
             placement=placement,
-            quantize=settings.engine.quantize,
+            quantize=config.quantize,
+            load_base=None if ranks is None else ranks.load,
             progress=progress,
         ).base
         runner = None
         if isinstance(base_model, LoadedModel):
-            runner = Runner(base_model)
+            runner = Runner(base_model) if ranks is None else ShardedRunner(base_model, ranks)
             verify_paged(runner)
-        threads = settle_threads(settings.engine.threads, runner)
+        if ranks is None:
+            threads = settle_threads(config.threads, runner)
         if threads.value is not None:
             torch.set_num_threads(threads.value)
         library = Library(base_model, runner, placement)
-        aside = scoring_bytes(base_model, settings.engine)
+        aside = scoring_bytes(base_model, config)
         memory = MemoryPolicy(memory_limit(placement.device, chosen.memory, aside), chosen.evict_idle)
-        beside_kv = replace(memory, limit=memory.limit - _kv_share(memory.limit, settings.engine, placement))
+        beside_kv = replace(memory, limit=memory.limit - _kv_share(memory.limit, config, placement))
         starter = Starter(library, store, audit, roots, beside_kv, progress)
         begun = starter.begin(wanted, restored)
         models = ModelSet(
@@ -135,7 +137,7 @@ def open_server(
         dropped = _drop_impossible(texts, presets, models, settings)
         engine = Engine(
             models,
-            _within(memory.limit, settings.engine, library.runners(), placement, starter.messages.append),
+            _within(memory.limit, config, library.runners(), placement, starter.messages.append),
             settings.policy,
             progress,
             presets=presets,
@@ -155,6 +157,8 @@ def open_server(
         )
     except BaseException:
         store.close()
+        if ranks is not None:
+            ranks.close()
         raise
     manager.install(
         begun,
@@ -164,6 +168,8 @@ def open_server(
         last_errors=restored.last_errors,
     )
     manager.start()
+    if ranks is not None:
+        ranks.watch(loop.lose)
     try:
         number = torch.get_num_threads()
         computing = (
@@ -172,6 +178,20 @@ def open_server(
         yield Opened(loop, manager, [*starter.messages, *dropped], computing)
     finally:
         manager.close()
+        if ranks is not None:
+            ranks.close()
+
+
+def _start_ranks(config: EngineConfig, placement: Placement) -> tuple[Ranks, Settled[int | None]]:
+    """The processes for --tensor-parallel, and how many CPU threads each has. Raises LoadError."""
+    size = config.tensor_parallel
+    check_ranks(size, placement, config.device)
+    threads: Settled[int | None]
+    if config.threads == "auto" and placement.device.type == "cpu":
+        threads = Settled(max(1, torch.get_num_threads() // size), f"cores for each of {size} processes")
+    else:
+        threads = settle_threads(None if config.threads == "auto" else config.threads, None)
+    return Ranks(size, placement, threads=threads.value), threads
 
 
 def _kv_share(limit: int, config: EngineConfig, placement: Placement) -> int:

@@ -8,12 +8,13 @@ from rich.text import Text
 
 from proxyserve import __version__
 from proxyserve.api.key_ring import KeyRing
-from proxyserve.cli.opening import ExpertSettings
+from proxyserve.cli.settings import ExpertSettings
 from proxyserve.config import EngineConfig, ServerConfig
 from proxyserve.engine.arena import Arena
 from proxyserve.engine.engine import Engine
 from proxyserve.engine.memory import memory_limit, scoring_bytes, spelled
 from proxyserve.engine.runner import Runner
+from proxyserve.engine.sharded.runner import ShardedRunner
 from proxyserve.models.remote import AnyModel, RemoteModel
 
 
@@ -55,6 +56,7 @@ def startup_table(
         )
     base = engine.models.base
     lines = [f"base {base.name}: {len(base.vocabulary.ids()):,} tokens, {_whereabouts(base)}"]
+    lines += _parts(engine)
     for expert in engine.models.experts.values():
         untuned = expert.untuned.name if expert.untuned else "none"
         shared = len(expert.vocabulary.ids())
@@ -112,10 +114,24 @@ def _access(server: ServerConfig, keys: KeyRing) -> list[str]:
     origins = ", ".join(server.cors_origins) or "none (--cors-origin)"
     url = f"{'http' if server.tls_certificate is None else 'https'}://{server.host}"
     lines = [who, caps, f"{tls}; web pages that may call: {origins}"]
-    lines.append(f"{url}:{server.port}/v1; {url}:{server.port}/docs")
+    page = f"; playground: {url}:{server.port}/" if server.playground else ""
+    lines.append(f"{url}:{server.port}/v1; {url}:{server.port}/docs{page}")
     if server.admin_port is not None:
         lines.append(f"control plane: {url}:{server.admin_port}/admin/v1")
     return lines
+
+
+def _parts(engine: Engine) -> list[str]:
+    """Where the parts of a divided base are, of which the table shows one."""
+    runner = engine.runners[engine.models.base.key]
+    if not isinstance(runner, ShardedRunner):
+        return []
+    others = ", ".join(f"rank {rank} is process {pid}" for rank, pid in enumerate(runner.ranks.pids, start=1))
+    [weights, kv] = spelled([runner.model.bytes, engine.residents.arenas[runner.layout].bytes])
+    return [
+        f"its weights and KV cache are in {runner.ranks.size} parts (--tensor-parallel), {weights} and {kv} in each "
+        f"process: rank 0 is this one, with the experts; {others}; no steps are recorded"
+    ]
 
 
 def _drafts(config: EngineConfig, base: AnyModel) -> str:

@@ -60,6 +60,7 @@ from proxyserve.engine.speculation.drafting import Drafted, draft
 from proxyserve.engine.speculation.speculator import Speculator
 from proxyserve.engine.submission import LanePrompts, Submission
 from proxyserve.engine.verify import verify_paged
+from proxyserve.errors import RankLost
 from proxyserve.fusion.calibration import Calibration
 from proxyserve.fusion.catalog import Catalog
 from proxyserve.fusion.fusion import MAX_SUPPORT_LAWS, Fusion
@@ -191,7 +192,7 @@ class Engine:
         per_lane = (blocks // tenants[layout].lanes for layout, blocks in blocks_of.items())
         self.blocks_per_lane: int | None = max(per_lane, default=None)
         arenas = {layout: self._arena(layout, blocks) for layout, blocks in blocks_of.items()}
-        residents.groups.learn(local, progress)
+        residents.groups.learn([runner for runner in local if runner.model.sharding is None], progress)
         for runner in local:
             self.speculator.measure(runner)
         for runner in local:
@@ -352,7 +353,7 @@ class Engine:
         """Run one step: drafts, at most one more packed forward per model, one fused pick, a few that score prompts.
         Returns an event for each token that a choice got, in order, and for each that ended without. A step that raises
         inside ends the requests in it with an error and nothing else; a remote model that does not answer ends those
-        that wanted it."""
+        that wanted it. Raises RankLost if a process of a divided base is gone: no step can be run after that."""
         started = perf_counter()
         running = (self._choices[request.request_id] for request in self.scheduler.running)
         plan = self.scheduler.schedule(self.speculator.wishes(running, self.runners))
@@ -384,7 +385,10 @@ class Engine:
                 self._verified(self._choices[request.request_id], wish, accepted.get(request, 0))
             self._retreat(broken)
             self.counters.sampling_seconds += perf_counter() - computed
+        except RankLost:  # no step can run the base any more
+            raise
         except Exception as error:  # whatever it was, the process and all other requests go on
+            self.counters.step_failures += 1
             logger.exception("a step failed; the requests in it are ended")
             return self._fail(plan, f"The step that computed this request failed: {type(error).__name__}.")
         events = [*self._accept_scores(counts, scores), *self._accept(rows, sampled, accepted)]
@@ -435,9 +439,7 @@ class Engine:
         for choice in choices:
             choice.ahead = None
             for lane in choice.scheduled.lanes:
-                storage = self.runners[lane.trunk].storage
-                if storage is not None:
-                    storage.clear(lane.blocks, lane.computed)
+                self.runners[lane.trunk].clear(lane.blocks, lane.computed)
 
     def _rows_to_sample(self, plan: Plan, counts: Mapping[Choice, int]) -> list[FusedRow]:
         """The last rows of the plan's requests, `counts` being how many each has: one to draw from, and one for each
@@ -595,11 +597,11 @@ class Engine:
     def _fail_numerically(self, choice: Choice) -> OutputEvent:
         """The fused row was NaN, infinite or empty. Its KV may be NaN as well: nobody may find it, and what nobody
         else holds is zeroed before another request gets the blocks."""
+        self.counters.nonfinite_choices += 1
         for lane in choice.scheduled.lanes:
             alone = self.pools[lane.trunk].withdraw(lane.blocks)
-            storage = self.runners[lane.trunk].storage
-            if alone and storage is not None:
-                storage.clear(alone)
+            if alone:
+                self.runners[lane.trunk].clear(alone)
         message = "The models gave no finite score for the next token; try smaller weights or other experts."
         return self._finish(choice, choice.end(FinishReason.ERROR, message))
 

@@ -22,7 +22,8 @@ from proxyserve.engine.histogram import HistogramStats
 from proxyserve.engine.offer import Lease
 from proxyserve.engine.submission import Submission
 from proxyserve.engine.unread import Unread
-from proxyserve.errors import InvalidRequest, NotReady
+from proxyserve.errors import InvalidRequest, NotReady, RankLost
+from proxyserve.models.remote import AnyModel, RemoteModel
 from proxyserve.types import FinishReason, OutputEvent
 
 logger = logging.getLogger(__name__)
@@ -50,12 +51,16 @@ class EngineStats:
     """A snapshot for metrics. Counters are since start; for what they and the histograms mean see
     `counters.EngineCounters`. Pools are named after the first model that uses them, trunks after themselves.
     `waiting_tokens` are prompt tokens of choices that have had no event, `lane_tokens` the tokens that ran through each
-    model, `by_generation` choices that ended, by expert and generation. `memory` are the bytes of weights and KV."""
+    model, `by_generation` choices that ended, by expert and generation. `memory` are the bytes of weights and KV
+    in this process, `base_parts` the processes that the base is divided over."""
 
     waiting: int = 0
     running: int = 0
     waiting_tokens: int = 0
+    ready: bool = False
     steps: int = 0
+    step_failures: int = 0
+    nonfinite_choices: int = 0
     tokens_generated: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -66,6 +71,7 @@ class EngineStats:
     gated_tokens: int = 0
     sampling_seconds: float = 0.0
     memory: int = 0
+    base_parts: int = 1
     finished: Mapping[str, int] = field(default_factory=dict)
     pools: Mapping[str, PoolStats] = field(default_factory=dict)
     trunks: Mapping[str, TrunkStats] = field(default_factory=dict)
@@ -143,6 +149,7 @@ class AsyncEngine:
         self._streams: dict[str, ResponseStream] = {}
         self._admission = Admission(self.limits)
         self._stop = False
+        self._lost: RankLost | None = None
         self._over = False
         self._drained: asyncio.Event | None = None
         self._drained_loop: asyncio.AbstractEventLoop | None = None
@@ -161,6 +168,17 @@ class AsyncEngine:
             self._wake.notify()
         if self._thread.is_alive():
             self._thread.join()
+
+    def lose(self, lost: RankLost) -> None:
+        """A process that steps need is gone, says another thread: the engine dies, at once if it is idle."""
+        with self._wake:
+            self._lost = lost
+            self._wake.notify()
+
+    @property
+    def lost(self) -> bool:
+        """It died because of that, and so must this process."""
+        return self.state == "dead" and self._lost is not None
 
     def drain(self) -> None:
         """Take no new work; what runs or waits goes on."""
@@ -272,7 +290,10 @@ class AsyncEngine:
             waiting=max(0, len(self._streams) - running),
             running=running,
             waiting_tokens=self._admission.waiting_tokens,
+            ready=self.state == "ready",
             steps=counters.steps,
+            step_failures=counters.step_failures,
+            nonfinite_choices=counters.nonfinite_choices,
             tokens_generated=counters.tokens_generated,
             prompt_tokens=counters.prompt_tokens,
             cached_tokens=counters.cached_tokens,
@@ -283,6 +304,7 @@ class AsyncEngine:
             gated_tokens=counters.gated_tokens,
             sampling_seconds=counters.sampling_seconds,
             memory=engine.residents.bytes,
+            base_parts=_parts(engine.models.base),
             finished=dict(counters.finished),
             pools=pools,
             trunks={
@@ -308,6 +330,13 @@ class AsyncEngine:
                     self._publish(self.engine.step())
             self._publish(self.engine.fail_all("The server is shutting down."))
             self._abandon("The server is shutting down.")  # what arrived too late to be enqueued
+        except RankLost as lost:
+            logger.error("the server ends: %s", lost.message)
+            with self._wake:
+                self._lost = lost
+                self.failure = lost.message
+                self.state = "dead"
+            self._abandon("The server has lost a part of the base and ends.")
         except BaseException as error:
             logger.exception("the engine died")
             with self._wake:
@@ -321,11 +350,18 @@ class AsyncEngine:
         """Wait for something to do; hand arrivals and cancellations to the engine. False when it is time to stop."""
         with self._wake:
             while not (
-                self._stop or self._arrived or self._cancelled or self._errands or self.engine.has_work
+                self._stop
+                or self._lost is not None
+                or self._arrived
+                or self._cancelled
+                or self._errands
+                or self.engine.has_work
             ):
                 self._wake.wait()
             if self._stop:
                 return False
+            if self._lost is not None:
+                raise self._lost
             arrived, self._arrived = self._arrived, deque()
             cancelled, self._cancelled = self._cancelled, deque()
             errands, self._errands = self._errands, deque()
@@ -373,6 +409,10 @@ class AsyncEngine:
         self._publish(
             [OutputEvent(*_split(key), finish_reason=FinishReason.ERROR, error=message) for key in keys]
         )
+
+
+def _parts(base: AnyModel) -> int:
+    return 1 if isinstance(base, RemoteModel) or base.sharding is None else base.sharding.size
 
 
 def _run_errand(errand: Callable[[], None], future: Future[None]) -> None:

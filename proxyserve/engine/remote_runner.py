@@ -65,6 +65,9 @@ class RemoteRunner:
             self.stats.tokens[item.lane.model.name] += item.count
         return RemoteCalls(self, calls, begun)
 
+    def clear(self, blocks: Sequence[int], start: int = 0) -> None:
+        """There is nothing in the blocks."""
+
     def run(self, work: Sequence[LaneWork]) -> Tensor:
         """`begin` and wait: the rows as a local runner gives them, unknown places -inf."""
         return self.begin(work).rows().known

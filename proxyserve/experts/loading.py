@@ -134,6 +134,11 @@ class Loading:
         assert origin is not None  # a recipe has one
         digest = self._recipe_digest(ingredient, origin)
         self._require_expected(digest, untuned)
+        if origin.model.sharding is not None:
+            raise LoadError(
+                f"'{origin.model.name}' is divided over several processes (--tensor-parallel): there can be no adapter "
+                "over it and no changed copy of it; make the expert of a small model"
+            )
         if ingredient.kind == "lora":
             return self._adapted(ingredient, origin, digest), digest
         resident = self._take(digest) or self._load_changed(ingredient, origin, digest)

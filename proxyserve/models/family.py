@@ -9,11 +9,11 @@ from pathlib import Path
 from proxyserve.errors import LoadError
 from proxyserve.models.loaded_model import LoadedModel
 from proxyserve.models.loading import Placement, choose_placement, load_model
-from proxyserve.models.model_set import NAME, ModelSet, make_expert
+from proxyserve.models.model_set import ModelSet, make_expert
 from proxyserve.models.quantization import Bits, check_quantization, quantized
 from proxyserve.models.remote import load_remote
 from proxyserve.models.upstream import RemoteSource
-from proxyserve.types import ModelKey
+from proxyserve.types import NAME, ModelKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +32,15 @@ def load_family(
     base_name: str | None = None,
     placement: Placement | None = None,
     quantize: Bits | None = None,
+    load_base: Callable[[Path, ModelKey], LoadedModel] | None = None,
     progress: Callable[[str], None] = lambda message: None,
+    read: Callable[[Path, ModelKey, Placement], LoadedModel] = load_model,
 ) -> ModelSet:
     """Load everything, each folder once. The base is called `base_name` or after its folder (a remote one after its
     name there); an untuned model that several experts share is called after its folder. `quantize` stores the linear
-    layers of a local base in fewer bits. Raises LoadError; `progress` is told what is being loaded."""
+    layers of a local base in fewer bits; `load_base` loads it in another way than into this process alone. `read` makes
+    a model of a folder; somebody who only plans needs no weights. Raises LoadError; `progress` is told what is being
+    loaded."""
     placement = placement or choose_placement()
     remote = None
     if quantize is not None:
@@ -60,7 +64,7 @@ def load_family(
         folder = path.expanduser().resolve()
         if folder not in loaded:
             progress(f"loading {wanted_name} from {path}")
-            loaded[folder] = load_model(path, ModelKey(wanted_name), placement)
+            loaded[folder] = read(path, ModelKey(wanted_name), placement)
         return loaded[folder]
 
     def untuned_name(path: Path) -> str:
@@ -74,6 +78,9 @@ def load_family(
         taken.add(candidate)
         return candidate
 
+    if load_base is not None and isinstance(base, Path):
+        progress(f"loading {name} from {base}")
+        loaded[base.expanduser().resolve()] = load_base(base, ModelKey(name))
     base_model = load(base, name) if isinstance(base, Path) else remote
     assert base_model is not None
     if quantize is not None:

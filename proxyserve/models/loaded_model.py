@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -19,6 +20,32 @@ if TYPE_CHECKING:
     from proxyserve.models.formats.lora import LoraWeights
 
 
+@dataclass(frozen=True, slots=True)
+class Together:
+    """What the processes of a divided model do together for one layer: `sum` its outputs over the ranks, take each its
+    part of the inputs first (`split and sum`), `gather` the columns of its outputs, or `look up` rows of a table that
+    another rank may have. `whole` is the undivided number of its outputs (to gather), inputs (to split) or rows (to
+    look up)."""
+
+    how: Literal["sum", "split and sum", "gather", "look up"]
+    whole: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """The module holds part `rank` of `size`; `layers` are those that need the other ranks, by name. Its forward ends
+    only if all ranks run it, on the same tokens."""
+
+    rank: int
+    size: int
+    layers: Mapping[str, Together]
+
+    def part(self, whole: int) -> tuple[int, int]:
+        """Where this rank's part of so many columns or rows begins and ends; the last one may be shorter."""
+        most = -(-whole // self.size)
+        return min(whole, self.rank * most), min(whole, (self.rank + 1) * most)
+
+
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
     """One set of weights with its tokenizer. `context_length` is in tokens; `eos_ids` are all ids that end a text
@@ -28,7 +55,9 @@ class LoadedModel:
     A model may be `over` another one: an `adapter` over its weights, or, without an adapter, the same weights under
     another name. `module` is then the other's; `parameters` and `bytes` are what is added to it.
 
-    `quantized` says how linear layers are stored that are not in the model's `dtype`."""
+    `quantized` says how linear layers are stored that are not in the model's `dtype`. `sharding` says which part of the
+    weights is here, of a model that several processes have together: then `bytes` are those of this part, and
+    `parameters` those of all."""
 
     key: ModelKey
     path: Path
@@ -43,6 +72,7 @@ class LoadedModel:
     over: LoadedModel | None = None
     adapter: LoraWeights | None = None
     quantized: Quantized | None = None
+    sharding: Sharding | None = None
 
     @property
     def trunk(self) -> LoadedModel:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -12,11 +15,16 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from proxyserve.errors import LoadError
-from proxyserve.models.loaded_model import LoadedModel
+from proxyserve.models.loaded_model import LoadedModel, Sharding
 from proxyserve.models.support import refuse_unsupported_config, refuse_unsupported_module
 from proxyserve.models.vocabulary import SharedVocabulary
 from proxyserve.text.tokenizer import Tokenizer
 from proxyserve.types import ModelKey
+
+#: While transformers makes a model it patches its own classes, and puts back what it found there. Of two threads that
+#: do so at once the second may put back what the first had put in: no model of the process would be tied after that.
+#: Whoever calls `from_pretrained` holds this.
+MAKING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +33,15 @@ class Placement:
 
     device: torch.device
     dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """What cannot be read off a part of a model: how many logits its head makes, and how many parameters it has."""
+
+    width: int
+    parameters: int
+    sharding: Sharding | None = None
 
 
 def choose_placement(device: str = "auto", dtype: str = "auto") -> Placement:
@@ -54,26 +71,40 @@ def load_model(
     folder = Path(path).expanduser()
     config = load_config(folder)
     tokenizer = tokenizer or Tokenizer.load(folder)
+    module = whole_model(
+        AutoModelForCausalLM,
+        folder,
+        str(folder),
+        config=config,
+        dtype=loading_dtype(placement) if beside_steps else placement.dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    return make_loaded(folder, key, module, tokenizer, placement)
+
+
+def whole_model(model_class: Any, folder: Path | None, where: str, **options: Any) -> PreTrainedModel:
+    """`model_class.from_pretrained(folder, ...)` on any thread, one at a time. Raises LoadError, which begins with
+    `where`, also if a weight is missing."""
     transformers.utils.logging.disable_progress_bar()  # loading progress is the caller's to show
     try:
-        module, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=loading_dtype(placement) if beside_steps else placement.dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with MAKING:
+            module, report = model_class.from_pretrained(folder, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise LoadError(f"{folder}: the weights cannot be loaded: {error}") from error
-    absent = sorted(report["missing_keys"])
+        raise LoadError(f"{where}: the weights cannot be loaded: {error}") from error
+    weights_missing(where, report["missing_keys"])
+    whole: PreTrainedModel = module
+    return whole
+
+
+def weights_missing(where: str | Path, absent: Collection[str]) -> None:
+    """Raise LoadError, which begins with `where`, if there are any."""
     if absent:
         raise LoadError(
-            f"{folder}: {len(absent)} weights are missing from the files, first {absent[0]}; they would be random. "
+            f"{where}: {len(absent)} weights are missing from the files, first {min(absent)}; they would be random. "
             "Save the model again."
         )
-    return make_loaded(folder, key, module, tokenizer, placement)
 
 
 def loading_dtype(placement: Placement) -> torch.dtype:
@@ -107,13 +138,21 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
 
 def make_loaded(
-    folder: Path, key: ModelKey, module: PreTrainedModel, tokenizer: Tokenizer, placement: Placement
+    folder: Path,
+    key: ModelKey,
+    module: PreTrainedModel,
+    tokenizer: Tokenizer,
+    placement: Placement,
+    *,
+    whole: Whole | None = None,
 ) -> LoadedModel:
-    """A module with weights as a model that can be served; it is put where `placement` says. Raises LoadError."""
+    """A module with weights as a model that can be served; it is put where `placement` says. `whole` is what it is a
+    part of, if it is one. Raises LoadError."""
     module.eval().requires_grad_(False)
     own_weights(module, placement)
     refuse_unsupported_module(module, str(folder))
-    width = int(module.get_output_embeddings().weight.shape[0])
+    if whole is None:
+        whole = Whole(module.get_output_embeddings().weight.shape[0], parameter_count(module))
     return LoadedModel(
         key=key,
         path=folder.resolve(),
@@ -121,10 +160,16 @@ def make_loaded(
         tokenizer=tokenizer,
         context_length=context_length(module.config, str(folder)),
         eos_ids=_eos_ids(module, tokenizer),
-        vocabulary=SharedVocabulary.of(tokenizer.token_to_id, width),
-        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        vocabulary=SharedVocabulary.of(tokenizer.token_to_id, whole.width),
+        parameters=whole.parameters,
         bytes=sum(parameter.numel() * parameter.element_size() for parameter in module.parameters()),
+        sharding=whole.sharding,
     )
+
+
+def parameter_count(module: PreTrainedModel) -> int:
+    """Tied ones once; of distributed ones all parts."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _check_folder(folder: Path) -> None:

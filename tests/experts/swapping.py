@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from proxyserve.cli.opening import ExpertSettings, open_server
-from proxyserve.cli.serve import ServeSettings
+from proxyserve.cli.opening import open_server
+from proxyserve.cli.settings import ExpertSettings, ServeSettings
 from proxyserve.config import EngineConfig, PairsChoice, ServerConfig
 from proxyserve.engine.engine import Engine
 from proxyserve.engine.loop import AsyncEngine
@@ -185,6 +185,7 @@ def open_world(
     policy: FusionPolicy | None = None,
     max_batch: int = 16,
     pairs: PairsChoice = "auto",
+    tensor_parallel: int = 1,
     start: bool = True,
 ) -> Iterator[Server]:
     """A server as the command line opens it, with the base alone; `limit` is in bytes for all weights and KV."""
@@ -197,6 +198,7 @@ def open_world(
             pairs=pairs,
             device="cpu",
             dtype="float32",
+            tensor_parallel=tensor_parallel,
         ),
         ServerConfig(),
         policy or FusionPolicy(),

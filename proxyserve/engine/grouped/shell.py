@@ -100,6 +100,7 @@ class Shell:
             leaf = NormPerMember(self, module)
         else:
             leaf = PerMember(self)
+            leaf.takes_residual = getattr(module, "takes_residual", False)
         self._leaves[path] = leaf
         return leaf
 
@@ -172,19 +173,21 @@ class PerMember(nn.Module):
         super().__init__()
         self._turn = shell.turn
         self._own: list[Any] = []  # no submodules: they are not this tree's
+        #: As the layers say of themselves.
+        self.takes_residual = False
 
     def put(self, place: int, module: nn.Module | None) -> None:
         """Set the member's layer; None lets go of it."""
         self._own[place:] = [module, *self._own[place + 1 :]]
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """[1, tokens, ...] -> [1, tokens, ...]"""
-        return self._apart(inputs, 1)
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Each [1, tokens, ...] -> [1, tokens, ...]"""
+        return self._apart(1, *inputs)
 
-    def _apart(self, inputs: Tensor, axis: int) -> Tensor:
+    def _apart(self, axis: int, *inputs: Tensor) -> Tensor:
         turn = self._turn
-        parts = zip(turn.members, inputs.split(turn.counts, axis), strict=True)
-        return torch.cat([self._own[place](part) for place, part in parts], axis)
+        parts = zip(turn.members, *(each.split(turn.counts, axis) for each in inputs), strict=True)
+        return torch.cat([self._own[place](*its) for place, *its in parts], axis)
 
 
 class LinearPerMember(PerMember):
@@ -227,7 +230,7 @@ class NormPerMember(PerMember):
         if self._axis is None:
             self._axis = inputs.shape.index(turn.tokens)
         if turn.tokens > _GATHERED:
-            return self._apart(inputs, self._axis)
+            return self._apart(self._axis, inputs)
         if self._weights is None:
             known = self._own[turn.members[0]]
             self._weights = torch.stack([(own or known).weight.detach() for own in self._own])

@@ -1,0 +1,1 @@
+"""A base in several processes: this one leads, the others follow."""
