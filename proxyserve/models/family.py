@@ -62,7 +62,8 @@ def load_family(
         folder = path.expanduser().resolve()
         if folder not in loaded:
             progress(f"loading {wanted_name} from {path}")
-            loaded[folder] = load_model(path, ModelKey(wanted_name), placement)
+            key = ModelKey(wanted_name)
+            loaded[folder] = load_model(path, key, placement, quantized=path == base)
         return loaded[folder]
 
     def untuned_name(path: Path) -> str:
@@ -83,6 +84,11 @@ def load_family(
     assert base_model is not None
     if quantize is not None:
         assert isinstance(base_model, LoadedModel)
+        if base_model.quantized is not None:
+            raise LoadError(
+                f"{base_model.path}: its weights are quantised already ({base_model.quantized.how}); "
+                "leave out --quantize"
+            )
         progress(f"quantising {name} to {quantize}")
         base_model = loaded[base_model.path] = quantized(base_model, quantize)
     pairs = []

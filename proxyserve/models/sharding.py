@@ -34,6 +34,7 @@ from proxyserve.models.loading import (
     parameter_count,
     weights_missing,
 )
+from proxyserve.models.prequantized import refuse_quantized
 from proxyserve.text.tokenizer import Tokenizer
 from proxyserve.types import ModelKey
 
@@ -56,6 +57,7 @@ _KEYS = ("k_proj", "qkv_proj", "query_key_value", "kv_b_proj")
 
 def check_shardable(config: PreTrainedConfig, size: int, where: str) -> None:
     """Raise LoadError unless a model of this configuration can be divided into `size` parts. Reads no weights."""
+    refuse_quantized(config, where, "a base that --tensor-parallel divides")
     with torch.device("meta"):
         plan = _plan_of(AutoModelForCausalLM.from_config(config))
     kind = config.model_type

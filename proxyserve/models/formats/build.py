@@ -19,6 +19,7 @@ from proxyserve.models.formats.diff import Change, fitted
 from proxyserve.models.formats.merge import merged
 from proxyserve.models.formats.tensors import FolderTensors
 from proxyserve.models.loading import Placement, loading_dtype, own_weights
+from proxyserve.models.prequantized import refuse_quantized
 from proxyserve.models.support import refuse_unsupported_config, refuse_unsupported_module
 
 #: `model.layers.3.mlp...` (Llama and most others), `transformer.h.3...` (GPT-2), `model.decoder.layers.3...` (OPT).
@@ -81,6 +82,7 @@ def load_changed(
     architecture = Architecture.of(untuned)
     config = architecture.config
     refuse_unsupported_config(config, str(untuned))
+    refuse_quantized(config, str(untuned), "a model that is changed")
     if any(name in state for name in architecture.ties):
         config.tie_word_embeddings = False
     transformers.utils.logging.disable_progress_bar()  # loading progress is the caller's to show
