@@ -32,28 +32,48 @@ from tests.tiny import TinyFamily, config_of
 CPU = Placement(torch.device("cpu"), torch.float32)
 IDS = tuple(range(3, 14))
 
-#: From a matrix to what is stored of it, by the ends of names.
-Store = Callable[[Tensor], dict[str, Tensor]]
+_GROUP = 32
+
+#: From a matrix to what is stored of it, by the ends of names, and to what that stands for.
+Store = Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]
 
 
-def int8(weight: Tensor) -> dict[str, Tensor]:
+def int8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     scale = weight.abs().amax(1, keepdim=True) / 127
-    return {"weight": (weight / scale).round().to(torch.int8), "weight_scale": scale}
+    numbers = (weight / scale).round().to(torch.int8)
+    return {"weight": numbers, "weight_scale": scale}, numbers * scale
 
 
-def fp8(weight: Tensor) -> dict[str, Tensor]:
+def packed_int4(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Eight numbers in each int32, a scale for each group of columns."""
+    grouped = weight.view(weight.shape[0], -1, _GROUP)
+    scale = grouped.abs().amax(2, keepdim=True) / 7
+    numbers = (grouped / scale).round()
+    nibbles = (numbers.long() + 8).view(weight.shape[0], -1, 8)
+    packed = (nibbles << (4 * torch.arange(8))).sum(-1).to(torch.int32)
+    parts = {
+        "weight_packed": packed,
+        "weight_scale": scale[..., 0],
+        "weight_shape": torch.tensor(weight.shape),
+    }
+    return parts, (numbers * scale).view_as(weight)
+
+
+def fp8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     scale = weight.abs().amax(1, keepdim=True) / 448
-    return {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
+    numbers = (weight / scale).to(torch.float8_e4m3fn)
+    return {"weight": numbers, "weight_scale": scale}, numbers.float() * scale
 
 
-def fp8_blocks(weight: Tensor) -> dict[str, Tensor]:
+def fp8_blocks(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """The tiny matrices are one block each."""
     scale = weight.abs().max().reshape(1, 1) / 448
-    return {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale_inv": scale}
+    numbers = (weight / scale).to(torch.float8_e4m3fn)
+    return {"weight": numbers, "weight_scale_inv": scale}, numbers.float() * scale
 
 
-def compressed(form: str, kind: str) -> dict[str, Any]:
-    weights = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "channel"}
+def compressed(form: str, kind: str, **weights: Any) -> dict[str, Any]:
+    weights = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "channel", **weights}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
     return {
         "quant_method": "compressed-tensors",
@@ -67,6 +87,10 @@ def compressed(form: str, kind: str) -> dict[str, Any]:
 SPELLED_OUT: dict[str, tuple[Store, dict[str, Any]]] = {
     "compressed-tensors, int8": (int8, compressed("int-quantized", "int")),
     "compressed-tensors, fp8": (fp8, compressed("float-quantized", "float")),
+    "compressed-tensors, packed int4": (
+        packed_int4,
+        compressed("pack-quantized", "int", num_bits=4, strategy="group", group_size=_GROUP),
+    ),
     "fp8": (
         fp8_blocks,
         {
@@ -114,10 +138,9 @@ def test_spelled_out_while_loading(name: str, tiny_family: TinyFamily, tmp_path:
     for key, weight in load_file(tiny_family.base / "model.safetensors").items():
         tensors[key] = plain[key] = weight
         if key.endswith("proj.weight"):
-            parts = store(weight)
+            parts, plain[key] = store(weight)
+            del tensors[key]
             tensors |= {key.removesuffix("weight") + end: part.contiguous() for end, part in parts.items()}
-            number, scale = parts.values()
-            plain[key] = number.float() * scale
     save_file(tensors, files / "model.safetensors", {"format": "pt"})
     save_file(plain, rounded / "model.safetensors", {"format": "pt"})
     with_config(files, settings)
