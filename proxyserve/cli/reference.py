@@ -13,8 +13,8 @@ from proxyserve.cli.main import COMMANDS
 
 _HEAD = """# Reference of the command line
 
-Made by `python -m proxyserve.cli.reference > docs/cli.md` from what `--help` says; do not edit. What the commands have in
-common, chats, check-ups, exit codes and files are in [command_line.md](command_line.md).
+Made by `python -m proxyserve.cli.reference > docs/cli.md` from what `--help` says; do not edit. What the commands have
+in common, chats, check-ups, exit codes and files are in [command_line.md](command_line.md).
 """
 
 
