@@ -12,7 +12,7 @@
 PYTHON ?= python3
 TORCH_PIP_ARGS ?=
 CONSTRAINTS ?= constraints.txt
-EXTRAS ?= dev,eval,otel,quantize
+EXTRAS ?= dev,docs,eval,otel,quantize
 ARGS ?=
 PYTEST_ARGS ?=
 PYTEST_WORKERS ?= 2
@@ -29,7 +29,8 @@ PIN := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install tools serve test lint format typecheck pytest load bench bench-gpu bench-peers eval clean
+.PHONY: help install tools serve test lint format typecheck pytest load docs docs-serve bench bench-gpu bench-peers eval \
+  clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +71,12 @@ pytest: install
 load: install ## two minutes of 200 clients that stream, leave and abort at random, and what it did to the server
 	PROXYSERVE_LOAD_SECONDS=$(LOAD_SECONDS) $(TEST_ENV) $(BIN)/python -m pytest -s tests/api/test_load.py $(PYTEST_ARGS)
 
+docs: install ## the documentation site, into site/; any warning is an error
+	$(BIN)/zensical build --strict --clean
+
+docs-serve: install ## the site at 127.0.0.1:8001, built again at every change
+	$(BIN)/zensical serve --dev-addr 127.0.0.1:8001
+
 bench: install ## proxyserve beside the plain Hugging Face loop; what solving, swaps and many experts cost
 	$(BIN)/proxyserve bench $(ARGS)
 
@@ -88,5 +95,6 @@ eval: install ## the gap-closed table of the demo family
 
 clean: ## remove .venv and everything that tools left behind
 	rm -rf $(VENV) build dist *.egg-info clients/python/build clients/python/*.egg-info
+	rm -rf site .cache
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find proxyserve kernels clients benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -208,7 +208,7 @@ class ServerConfig:
     request may wait for an expert that must be loaded first, `request_timeout` how long one may take in all, None for
     any time. Web pages of `cors_origins` may read answers. With `tls_certificate` (a chain of them, PEM) and `tls_key`
     the server speaks HTTPS alone. Traces go to the collector at `otlp_endpoint`, a URL that takes OTLP over HTTP; None
-    makes none."""
+    makes none. `playground`: whether the page to try things out is served at `/`."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -222,6 +222,7 @@ class ServerConfig:
     tls_certificate: Path | None = None
     tls_key: Path | None = None
     otlp_endpoint: str | None = None
+    playground: bool = True
     limits: Limits = field(default_factory=Limits)
     chat: ChatConfig = field(default_factory=ChatConfig)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import enum
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -13,6 +14,10 @@ from proxyserve.errors import InvalidRequest
 
 #: Hard bounds of the request format itself. Server policy (see `config.Limits`) may be tighter, never looser.
 MAX_SEED = 2**64
+
+#: Of models, experts and presets. Names must survive model-name syntax (`base+expert:0.5`), lane names (`qa.tuned`) and
+#: URLs.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 class ModelKey(NamedTuple):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from proxyserve.config import EngineConfig
 from proxyserve.engine.engine import Engine
@@ -25,6 +26,7 @@ from proxyserve.engine.loop import AsyncEngine
 from proxyserve.engine.speculation import adaptive
 from proxyserve.engine.speculation.step_costs import StepCosts
 from proxyserve.models.family import ExpertSource, load_family
+from proxyserve.models.loading import MAKING
 from proxyserve.models.model_set import ModelSet
 from tests.tiny import TinyFamily, build_family
 
@@ -50,6 +52,19 @@ def no_times() -> Iterator[None]:
         patch.setattr(adaptive, "StepCosts", NothingPays)
         patch.setattr(adaptive, "measure_forwards", lambda *_: {})
         yield
+
+
+_TIE_WEIGHTS = PreTrainedModel.tie_weights
+
+
+@pytest.fixture(autouse=True)
+def untouched_transformers() -> Iterator[None]:
+    """Two models that are made at once on two threads leave patches of transformers behind, and some other test would
+    fail: one that makes models beside a server's loader thread does it by `whole_model`."""
+    yield
+    if MAKING.acquire(blocking=False):  # else that thread is at it, and the next test looks
+        MAKING.release()
+        assert PreTrainedModel.tie_weights is _TIE_WEIGHTS, "models were made on two threads at once"
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from proxyserve.models.loading import whole_model
+
 
 @dataclass(frozen=True)
 class NaiveOutput:
@@ -31,8 +33,9 @@ class NaiveFusion:
 
     def _load(self, folder: Path) -> PreTrainedModel:
         if folder not in self._loaded:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation="eager"
+            # A server's loader thread may be making a model as well.
+            model = whole_model(
+                AutoModelForCausalLM, folder, str(folder), dtype=torch.float32, attn_implementation="eager"
             )
             self._loaded[folder] = model.eval()
         return self._loaded[folder]

@@ -37,6 +37,7 @@ RANKS = {
     "evaluation": 5,
     "bench": 5,
     "cli": 6,
+    "monitoring": 6,
     "__main__": 7,
 }
 STRANGERS = {"api": {"demo", "evaluation", "bench"}, "demo": {"api"}, "evaluation": {"api"}, "bench": {"api"}}

@@ -33,7 +33,7 @@ from proxyserve.api.state import server_state
 from proxyserve.errors import Forbidden, InvalidRequest, LoadError, UnknownModel
 from proxyserve.experts.generation import Phase
 from proxyserve.experts.status import Change, ExpertStatus
-from proxyserve.models.model_set import NAME
+from proxyserve.types import NAME
 
 if TYPE_CHECKING:
     from proxyserve.experts.manager import ExpertManager

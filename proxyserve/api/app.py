@@ -21,12 +21,13 @@ from proxyserve.api import (
     tokenize,
     tokenizer_info,
 )
-from proxyserve.api.auth import AuthMiddleware
+from proxyserve.api.auth import PUBLIC_PATHS, AuthMiddleware
 from proxyserve.api.documentation import install_openapi
 from proxyserve.api.errors import install_error_handlers
 from proxyserve.api.key_ring import Keys
 from proxyserve.api.limits import BodyLimitMiddleware
 from proxyserve.api.metrics import Metrics
+from proxyserve.api.playground import playground_files, playground_router
 from proxyserve.api.ports import PortMiddleware
 from proxyserve.api.rate_headers import RATE_HEADERS, RateHeadersMiddleware
 from proxyserve.api.request_id import RequestIdMiddleware
@@ -67,8 +68,9 @@ def create_app(
         title="proxyserve",
         version=__version__,
         description=_DESCRIPTION,
+        # FastAPI's own pages fetch their scripts from another host; `install_openapi` has one that needs none.
+        docs_url=None,
         redoc_url=None,
-        swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
     )
     app.state.proxyserve = state
@@ -87,6 +89,9 @@ def create_app(
         app.include_router(module.router)
     if experts is not None:
         app.include_router(admin.router)
+    page = playground_files() if config.playground else {}
+    if page:
+        app.include_router(playground_router(page))
     install_error_handlers(app)
     install_openapi(app, chunks=(ChatChunk, ResponseStreamEvent), keys=keys.required)
     # The last one added is the outermost.
@@ -99,7 +104,7 @@ def create_app(
         metrics=state.metrics,
     )
     app.add_middleware(RateHeadersMiddleware, rates=engine.rates)
-    app.add_middleware(AuthMiddleware, keys=keys, metrics=state.metrics)
+    app.add_middleware(AuthMiddleware, keys=keys, metrics=state.metrics, public=PUBLIC_PATHS | page.keys())
     if config.cors_origins:
         # Outside of the keys: a browser asks without one whether a page may send it.
         app.add_middleware(

@@ -1,5 +1,5 @@
-"""Who is asking. Every route needs a key but those in `PUBLIC_PATHS`; without a key file nobody needs one and the
-server listens on loopback addresses only (`server.check_binding`)."""
+"""Who is asking. Every route needs a key but those in `PUBLIC_PATHS` and the playground's files; without a key file
+nobody needs one and the server listens on loopback addresses only (`server.check_binding`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from proxyserve.errors import Forbidden
 if TYPE_CHECKING:
     from proxyserve.api.metrics import Metrics
 
-#: The routes that anyone may call. A test walks all other routes and shows that they refuse.
+#: The routes that anyone may call, beside the playground's files. A test walks all other routes and shows that they
+#: refuse.
 PUBLIC_PATHS = frozenset({"/health", "/ready", "/version"})
 
 #: All that a key of role `monitor` is for. `METRICS` is not for users: it has the names of all keys and experts.
@@ -33,8 +34,11 @@ class AuthMiddleware:
     control plane refuses users itself). Sets `state.salt`, which keeps the prefix-cache
     entries of different keys apart, and `state.caller`: on whose behalf the request is."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, metrics: Metrics) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: Keys, metrics: Metrics, public: frozenset[str] = PUBLIC_PATHS
+    ) -> None:
         self._app = app
+        self._public = public
         self._keys = keys
         self._metrics = metrics
 
@@ -45,7 +49,7 @@ class AuthMiddleware:
         salt, caller = "", Caller()
         if self._keys.required:
             caller = _NOBODY
-            if scope["path"] not in PUBLIC_PATHS:
+            if scope["path"] not in self._public:
                 key = self._keys.ring.match(_bearer_token(scope))
                 if key is None or key.expired:
                     self._metrics.rejected("unauthorized")

@@ -172,6 +172,10 @@ def error_response(problem: Problem) -> Response:
     return ProblemResponse(problem)
 
 
+#: What `rejection_reason` may say.
+REJECTION_REASONS = (*_REJECTIONS.values(), "queue_full", "key_limit", "rate_limit")
+
+
 def rejection_reason(problem: Problem) -> str | None:
     """The metrics label for a refusal, None where it is none. Of too much work, it tells whose limit it was."""
     return problem.detail.code if problem.status == 429 else _REJECTIONS.get(problem.status)

@@ -9,6 +9,7 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from proxyserve.api import families
+from proxyserve.experts.generation import Phase
 
 if TYPE_CHECKING:
     from proxyserve.experts.manager import ExpertManager
@@ -26,9 +27,11 @@ class ExpertCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         yield from self._generations()
         counters = self._experts.counters
-        yield families.EXPERT_PHASES.by(counters.phases.copy())
-        yield families.EXPERT_PHASE_SECONDS.by(counters.seconds.copy())
-        yield families.EXPERT_FAILURES.by(counters.failures.copy())
+        # Those that count seldom begin at 0: Prometheus sees no increase in a series that begins at 1.
+        yield families.EXPERT_PHASES.by({phase: counters.phases.get(phase, 0) for phase in Phase})
+        yield families.EXPERT_PHASE_SECONDS.by({phase: counters.seconds.get(phase, 0.0) for phase in Phase})
+        failures: dict[str, float] = {phase: 0 for phase in Phase if phase.is_loading}
+        yield families.EXPERT_FAILURES.by(failures | counters.failures)
         yield families.EXPERT_ROLLBACKS.one(counters.rollbacks)
         yield families.EXPERT_EVICTIONS.one(counters.evictions)
         yield families.EXPERT_WAKES.one(counters.wakes)

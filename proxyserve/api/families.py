@@ -69,6 +69,9 @@ def _histogram(name: str, text: str) -> Family:
 
 # Requests ---------------------------------------------------------------------------------------------------------
 
+READY = _gauge(
+    "ready", "1 while the server takes requests; 0 while it starts or drains, and when its engine has died."
+)
 RUNNING = _gauge("num_requests_running", "Choices that hold KV blocks.")
 WAITING = _gauge("num_requests_waiting", "Choices that wait to be admitted.")
 WAITING_TOKENS = _gauge("waiting_tokens", "Prompt tokens of choices that have not begun to answer.")
@@ -136,6 +139,9 @@ STEP_BARRIER = _histogram(
     "In each step of several models: from when the first of them had its logits to when the last one had.",
 )
 STEPS = _counter("engine_steps", "Steps of the engine that were begun.")
+STEP_FAILURES = _counter(
+    "engine_step_failures", "Steps that failed; the choices in them ended with an error, all others went on."
+)
 LANE_SECONDS = _counter(
     "lane_seconds",
     "Time spent running a model and the adapters over it; of a remote base, waiting for its answers.",
@@ -152,6 +158,9 @@ FUSED_TOKENS = _counter("fused_tokens", "Tokens of requests that ask for more th
 GATED_TOKENS = _counter("gated_tokens", "Those of them that a gate left to the base alone.")
 FLIPS = _counter("flips", "Those of them where the fused argmax is not the base's.")
 KL = _histogram("kl_nats", "KL(fused || base) of each fused token, in nats, where the base takes part.")
+NONFINITE = _counter(
+    "nonfinite_choices", "Choices that ended because no next token had a finite score (NaN, infinity)."
+)
 SOLVED_WEIGHT = _histogram("solved_weight", "Weights that were solved for a token, each expert's on its own.")
 REMOVED_MASS = _histogram(
     "constraint_removed_mass",
@@ -220,22 +229,21 @@ EXPERT_WAKES = _counter("expert_wakes", "Parked experts that a request had loade
 
 BUILD_INFO = _gauge("build_info", "1, with the versions of what runs.", "version", "torch", "transformers")
 
-#: What prometheus_client says of a process on Linux.
-_PROCESS = (
-    Family("process_cpu_seconds_total", Kind.COUNTER, "Total user and system CPU time spent in seconds."),
-    Family("process_resident_memory_bytes", Kind.GAUGE, "Resident memory size in bytes."),
-    Family("process_virtual_memory_bytes", Kind.GAUGE, "Virtual memory size in bytes."),
-    Family(
-        "process_start_time_seconds",
-        Kind.GAUGE,
-        "Start time of the process since unix epoch in seconds.",
-    ),
-    Family("process_open_fds", Kind.GAUGE, "Number of open file descriptors."),
-    Family("process_max_fds", Kind.GAUGE, "Maximum number of open file descriptors."),
+# What prometheus_client says of a process on Linux.
+PROCESS_CPU = Family(
+    "process_cpu_seconds_total", Kind.COUNTER, "Total user and system CPU time spent in seconds."
 )
+PROCESS_MEMORY = Family("process_resident_memory_bytes", Kind.GAUGE, "Resident memory size in bytes.")
+PROCESS_VIRTUAL_MEMORY = Family("process_virtual_memory_bytes", Kind.GAUGE, "Virtual memory size in bytes.")
+PROCESS_START = Family(
+    "process_start_time_seconds", Kind.GAUGE, "Start time of the process since unix epoch in seconds."
+)
+PROCESS_FILES = Family("process_open_fds", Kind.GAUGE, "Number of open file descriptors.")
+PROCESS_MOST_FILES = Family("process_max_fds", Kind.GAUGE, "Maximum number of open file descriptors.")
 
 SECTIONS: Mapping[str, tuple[Family, ...]] = {
     "Requests": (
+        READY,
         RUNNING,
         WAITING,
         WAITING_TOKENS,
@@ -267,6 +275,7 @@ SECTIONS: Mapping[str, tuple[Family, ...]] = {
         STEP_TOKENS,
         STEP_BARRIER,
         STEPS,
+        STEP_FAILURES,
         LANE_SECONDS,
         SAMPLING_SECONDS,
         KERNEL_COMPILATIONS,
@@ -276,6 +285,7 @@ SECTIONS: Mapping[str, tuple[Family, ...]] = {
         GATED_TOKENS,
         FLIPS,
         KL,
+        NONFINITE,
         SOLVED_WEIGHT,
         REMOVED_MASS,
         GRAMMAR_COMPILATIONS,
@@ -305,7 +315,15 @@ SECTIONS: Mapping[str, tuple[Family, ...]] = {
         EXPERT_EVICTIONS,
         EXPERT_WAKES,
     ),
-    "Process": (BUILD_INFO, *_PROCESS),
+    "Process": (
+        BUILD_INFO,
+        PROCESS_CPU,
+        PROCESS_MEMORY,
+        PROCESS_VIRTUAL_MEMORY,
+        PROCESS_START,
+        PROCESS_FILES,
+        PROCESS_MOST_FILES,
+    ),
 }
 
 

@@ -19,6 +19,7 @@ from starlette.concurrency import run_in_threadpool
 from proxyserve import __version__
 from proxyserve.api import families
 from proxyserve.api.documentation import error_answers
+from proxyserve.api.errors import REJECTION_REASONS
 from proxyserve.api.expert_metrics import ExpertCollector
 from proxyserve.api.state import server_state
 from proxyserve.engine.histogram import Histogram
@@ -61,7 +62,8 @@ class Metrics:
     def __init__(self, snapshot: Callable[[], EngineStats], experts: ExpertManager | None = None) -> None:
         self.first_token_seconds = Histogram(_FIRST_TOKEN_SECONDS)
         self.request_seconds = Histogram(_REQUEST_SECONDS)
-        self._rejections: Counter[str] = Counter()
+        # From 0 on: Prometheus sees no increase in a series that begins at 1.
+        self._rejections: Counter[str] = Counter(dict.fromkeys(REJECTION_REASONS, 0))
         self._grammars: Counter[str] = Counter()
         self._grammar_seconds = Histogram(_COMPILE_SECONDS)
         self._lock = threading.Lock()  # of those that other threads than the event loop's may write
@@ -117,10 +119,13 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats = self._snapshot()
+        yield families.READY.one(stats.ready)
         yield families.RUNNING.one(stats.running)
         yield families.WAITING.one(stats.waiting)
         yield families.WAITING_TOKENS.one(stats.waiting_tokens)
         yield families.STEPS.one(stats.steps)
+        yield families.STEP_FAILURES.one(stats.step_failures)
+        yield families.NONFINITE.one(stats.nonfinite_choices)
         yield families.PROMPT_TOKENS.one(stats.prompt_tokens)
         yield families.PROMPT_TOKENS_CACHED.one(stats.cached_tokens)
         yield families.GENERATION_TOKENS.one(stats.tokens_generated)

@@ -13,7 +13,7 @@ from proxyserve.api.schemas.fusion import FusionObject
 from proxyserve.api.schemas.rule_models import AnyFusion
 from proxyserve.errors import InvalidRequest
 from proxyserve.fusion.fusion import Fusion
-from proxyserve.models.model_set import NAME
+from proxyserve.types import NAME
 
 _FUSIONS: TypeAdapter[FusionObject] = TypeAdapter(AnyFusion)
 

@@ -27,13 +27,14 @@ async def tokenizer_info(request: Request) -> TokenizerInfo:
         bos_token=base.tokenizer.bos_token,
         pad_token=base.tokenizer.pad_token,
         eos_token_ids=sorted(base.eos_ids),
-        chat_template=_template(base.tokenizer) or state.config.chat.template,
+        chat_template=own_template(base.tokenizer) or state.config.chat.template,
         vocab_size=base.tokenizer.vocabulary_size,
         max_model_len=base.context_length,
     )
 
 
-def _template(tokenizer: Tokenizer) -> str | None:
+def own_template(tokenizer: Tokenizer) -> str | None:
+    """The source of the template for plain conversations that the tokenizer came with."""
     try:
         found = tokenizer.chat_template()
     except InvalidRequest:  # of several that it has, none is for plain conversations

@@ -7,7 +7,6 @@ medians of the rounds are compared.
 
 from __future__ import annotations
 
-import enum
 import platform
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from proxyserve.bench.mixed import BATCH as MIXED_BATCH
 from proxyserve.bench.mixed import MixedRow, measure_mixed
 from proxyserve.bench.models import VOCABULARY, BenchFamily, build_bench_family
 from proxyserve.bench.pairs import PairRow, measure_pairs
+from proxyserve.bench.parts import Part, Sampling
 from proxyserve.bench.peaked import Peaks
 from proxyserve.bench.solving import BATCH as SOLVING_BATCH
 from proxyserve.bench.solving import SolvingResult, measure_solving
@@ -48,30 +48,6 @@ from proxyserve.types import SamplingParams
 FUSED = proxy({"expert": 1.0})
 PLAIN = Fusion()
 KV_MEMORY = 2**30
-
-
-class Part(enum.StrEnum):
-    """What can be measured: fused decoding beside the plain loop, what solving weights costs, experts that are swapped
-    under load, many experts at once, what drafting ahead gives, alike models in one forward, what streams notice of a
-    long prompt, different requests in one batch, and what a process takes."""
-
-    LOOP = "loop"
-    SOLVING = "solving"
-    SWAPS = "swaps"
-    ADAPTERS = "adapters"
-    SPECULATION = "speculation"
-    PAIRS = "pairs"
-    STALLS = "stalls"
-    MIXED = "mixed"
-    MEMORY = "memory"
-
-
-class Sampling(enum.StrEnum):
-    """How tokens are chosen beside the loop: the best, or drawn at temperature 1 from the nucleus of 0.9."""
-
-    GREEDY = "greedy"
-    TOP_P = "top-p"
-
 
 _TOP_P = 0.9
 

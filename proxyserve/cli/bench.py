@@ -7,25 +7,30 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from proxyserve.bench.adapters import AdapterResult
-from proxyserve.bench.memory import MemoryRow
-from proxyserve.bench.mixed import MixedRow
-from proxyserve.bench.pairs import PairRow
-from proxyserve.bench.run import BenchResult, BenchSettings, Part, Sampling, run_bench
-from proxyserve.bench.solving import SolvingResult
-from proxyserve.bench.speculation import DEMO, SIZES, SpeculationRow
-from proxyserve.bench.stalls import PROMPT, StallRow
-from proxyserve.bench.swaps import SwapRow
+from proxyserve.bench.parts import SPECULATED, Part, Sampling
 from proxyserve.cli import options
 from proxyserve.cli.bench_serve import bench_serve_command
+from proxyserve.cli.files import check_writable
+from proxyserve.cli.printing import AsJson, print_json
 
-bench_app = typer.Typer()
+if TYPE_CHECKING:
+    from proxyserve.bench.adapters import AdapterResult
+    from proxyserve.bench.memory import MemoryRow
+    from proxyserve.bench.mixed import MixedRow
+    from proxyserve.bench.pairs import PairRow
+    from proxyserve.bench.run import BenchResult
+    from proxyserve.bench.solving import SolvingResult
+    from proxyserve.bench.speculation import SpeculationRow
+    from proxyserve.bench.stalls import StallRow
+    from proxyserve.bench.swaps import SwapRow
+
+bench_app = typer.Typer(add_completion=False)
 bench_app.command("serve")(bench_serve_command)
 
 
@@ -51,9 +56,10 @@ def bench_command(
     threads: options.Threads = 1,
     models: Annotated[
         list[str] | None,
-        typer.Option("--models", help=f"For speculation, repeatable: {', '.join((*SIZES, DEMO))}."),
+        typer.Option("--models", help=f"For speculation, repeatable: {', '.join(SPECULATED)}."),
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", help="Write the result as JSON.")] = None,
+    save: Annotated[Path | None, typer.Option("--save", help="Write the result as JSON.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Nine parts over random models. loop: tokens per second of proxyserve and of the plain Hugging Face loop.
     solving: how much longer a step takes whose weights are solved. swaps: how long it takes to swap an expert, and what
@@ -66,9 +72,12 @@ def bench_command(
     """
     if context.invoked_subcommand is not None:
         return
-    unknown = set(models or ()) - {*SIZES, DEMO}
+    from proxyserve.bench.run import BenchSettings, run_bench
+
+    unknown = set(models or ()) - {*SPECULATED}
     if unknown:
-        raise typer.BadParameter(f"--models must be of {', '.join((*SIZES, DEMO))}, not {min(unknown)}")
+        raise typer.BadParameter(f"--models must be of {', '.join(SPECULATED)}, not {min(unknown)}")
+    check_writable(save, "--save")
     settings = BenchSettings(
         parts=tuple(only or Part),
         batches=tuple(batch or (1, 8, 32)),
@@ -85,10 +94,13 @@ def bench_command(
     console = Console(stderr=True)
     with console.status("starting") as status:
         result = run_bench(settings, progress=status.update)
-    for table in bench_tables(result):
-        Console().print(table)
-    if output is not None:
-        output.write_text(json.dumps(result.as_dict(), indent=2) + "\n")
+    if as_json:
+        print_json(result.as_dict())
+    else:
+        for table in bench_tables(result):
+            Console().print(table)
+    if save is not None:
+        save.write_text(json.dumps(result.as_dict(), indent=2) + "\n")
 
 
 def bench_tables(result: BenchResult) -> list[Table]:
@@ -275,6 +287,8 @@ def pair_table(rows: Sequence[PairRow]) -> Table:
 
 def stall_table(rows: Sequence[StallRow]) -> Table:
     """Milliseconds between two tokens of the streams, a row per number of streams and way to cut the prompt."""
+    from proxyserve.bench.stalls import PROMPT
+
     table = Table(
         title=f"what streams notice of a prompt of {PROMPT:,} tokens",
         caption="worst: the longest time between two tokens while it is computed; medians of the rounds",

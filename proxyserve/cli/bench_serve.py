@@ -21,6 +21,7 @@ from proxyserve.bench.load.run import LoadResult, LoadSettings, run_load
 from proxyserve.bench.load.statistics import Figure, Summary
 from proxyserve.bench.load.workload import Workload
 from proxyserve.cli.files import read_text
+from proxyserve.cli.printing import AsJson, print_json
 from proxyserve.errors import ProxyserveError
 
 #: Seconds of arrivals, and requests of each client, where --requests does not say how many.
@@ -106,8 +107,9 @@ def bench_serve_command(
         typer.Option("--api-key-file", exists=True, dir_okay=False, help="File with a key of the server."),
     ] = None,
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds for an answer.")] = 600.0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result as JSON.")] = None,
+    save: Annotated[Path | None, typer.Option("--save", help="Write the result as JSON.")] = None,
     chart: Annotated[Path | None, typer.Option("--chart", help="Write a chart as PNG.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Ask a server as many clients would, and say how fast it answers. Runs in this process: see what it takes of the
     CPU itself, in the last columns. Exit code 1 if no request of some load was answered."""
@@ -130,20 +132,23 @@ def bench_serve_command(
         prompts=Prompts(tokenizer, as_text=texts or chat),
         seed=seed,
     )
-    _check_files(json_file, chart)
+    _check_files(save, chart)
     settings = LoadSettings(target, workload, _loads(clients, rate, requests), rounds=rounds, warmup=warmup)
     console = Console(stderr=True)
     # Lines, not a spinner: that is a thread, which would wake up in the middle of what is timed.
     result = run_load(settings, progress=lambda message: console.print(message, style="dim", markup=False))
-    Console().print(load_table(result))
+    if as_json:
+        print_json(result.as_dict())
+    else:
+        Console().print(load_table(result))
     for summary in result.summaries:
         for trouble in summary.troubles:
             console.print(f"{summary.load}: {trouble}", style="yellow", markup=False)
         for kind, message in summary.messages.items():
             if message:
                 console.print(f"first {kind}: {message}", style="yellow", markup=False)
-    if json_file is not None:
-        json_file.write_text(json.dumps(result.as_dict(), indent=2) + "\n")
+    if save is not None:
+        save.write_text(json.dumps(result.as_dict(), indent=2) + "\n")
     if chart is not None:
         save_load_chart(result, chart)
     if any(summary.answered == 0 for summary in result.summaries):
@@ -257,9 +262,9 @@ def _lengths(text: str, option: str) -> Lengths:
         raise ProxyserveError(f"{option}: {error}") from error
 
 
-def _check_files(json_file: Path | None, chart: Path | None) -> None:
+def _check_files(save: Path | None, chart: Path | None) -> None:
     """Before minutes are measured, not after."""
-    for option, file in (("--json", json_file), ("--chart", chart)):
+    for option, file in (("--save", save), ("--chart", chart)):
         if file is not None and not file.absolute().parent.is_dir():
             raise ProxyserveError(f"{option}: there is no folder {file.parent}.")
     if chart is not None:

@@ -6,29 +6,26 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from proxyserve.cli import options
 from proxyserve.cli.files import check_writable, read_text
+from proxyserve.cli.printing import AsJson, print_json
 from proxyserve.demo.corpus import document
 from proxyserve.demo.family import family_paths
 from proxyserve.demo.skills import SKILLS
 from proxyserve.demo.world import make_world
 from proxyserve.errors import ProxyserveError
-from proxyserve.evaluation.beginning import beginning
-from proxyserve.evaluation.calibrate import Scored, calibrate, weight_steps, windows
-from proxyserve.evaluation.likelihood import Likelihood
 from proxyserve.fusion.calibration import Calibration, write_calibrations
-from proxyserve.fusion.catalog import Catalog
-from proxyserve.models.family import ExpertSource, load_family
-from proxyserve.models.loading import choose_placement
-from proxyserve.models.model_set import ModelSet
-from proxyserve.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from proxyserve.evaluation.calibrate import Scored
+    from proxyserve.models.model_set import ModelSet
+    from proxyserve.text.tokenizer import Tokenizer
 
 #: Documents of general text for the demo family, drawn afresh. They are made like the training text, of the same facts,
 #: so that a few of one sentence (4 of these 60 at the recipe's seed 0) were in it word for word.
@@ -70,13 +67,19 @@ def calibrate_command(
         Path | None, typer.Option("--save", help="Write the curves for `proxyserve serve --calibration`.")
     ] = None,
     chart: Annotated[Path | None, typer.Option("--chart", help="Write the curves as PNG.")] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     threads: options.Threads = 1,
 ) -> None:
     """Losses of rule `proxy` by weight, on each expert's task and on general text, and the weight to use: the one that
     gains most on the task while general text gets worse by no more than the budget."""
+    import torch
+
+    from proxyserve.evaluation.calibrate import calibrate, weight_steps
+    from proxyserve.evaluation.likelihood import Likelihood
+    from proxyserve.fusion.catalog import Catalog
+
     if threads is not None:
         torch.set_num_threads(threads)
     weights = weight_steps(max_weight, step)
@@ -93,8 +96,8 @@ def calibrate_command(
         for name, examples in tasks.items():
             scored = [_scored(models.base.tokenizer, *example) for example in examples]
             calibrations[name] = calibrate(likelihood, name, scored, texts, weights, status.update)
-    if json_output:
-        typer.echo(json.dumps(_as_json(calibrations, budget), indent=2))
+    if as_json:
+        print_json(_as_json(calibrations, budget))
     else:
         for calibration in calibrations.values():
             _show(calibration, budget)
@@ -107,6 +110,9 @@ def calibrate_command(
 
 
 def _load(base: Path | None, experts: list[str] | None, dtype: str, device: str) -> ModelSet:
+    from proxyserve.models.family import ExpertSource, load_family
+    from proxyserve.models.loading import choose_placement
+
     placement = choose_placement(device, dtype)
     if base is None:
         family = family_paths()
@@ -177,6 +183,8 @@ def _demo_tasks(experts: list[str] | None) -> dict[str, Task]:
 
 
 def _scored(tokenizer: Tokenizer, prompt: str, answer: str) -> Scored:
+    from proxyserve.evaluation.calibrate import Scored
+
     stop = sorted(tokenizer.eos_ids)[:1]
     text = (*tokenizer.encode(answer, add_special_tokens=False), *stop)
     return Scored(tuple(tokenizer.encode(prompt)), text)
@@ -194,6 +202,9 @@ def _demo_general(models: ModelSet) -> list[Scored]:
 
 
 def _windows(models: ModelSet, texts: Sequence[str]) -> list[Scored]:
+    from proxyserve.evaluation.beginning import beginning
+    from proxyserve.evaluation.calibrate import windows
+
     tokenizer = models.base.tokenizer
     first = beginning(tokenizer)[-1]
     length = min(_WINDOW, min(model.context_length for model in models.models.values()) - 1)

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -17,10 +16,10 @@ from rich.table import Table
 
 from proxyserve.cli import options
 from proxyserve.cli.files import check_writable, read_text
-from proxyserve.evaluation.compress import PROBE_TEXT, SCALES, Divergences, measure
-from proxyserve.models.formats.compressed import compress, read_compressed
-from proxyserve.models.formats.diff import make_diff, read_diff
-from proxyserve.models.formats.tensors import FolderTensors
+from proxyserve.cli.printing import AsJson, print_json
+
+if TYPE_CHECKING:
+    from proxyserve.evaluation.compress import Divergences
 
 _DENSITY = 0.2
 
@@ -53,7 +52,7 @@ def compress_command(
             "--text", exists=True, dir_okay=False, help="Text to measure on; default: a short mixed one."
         ),
     ] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
     threads: options.Threads = None,
 ) -> None:
     """Write what tuning changed as a small file: the largest changes only, by their signs and one scale.
@@ -61,6 +60,13 @@ def compress_command(
     Prints sizes, and how far the expert's law has moved on a probe text: the mean KL divergence from the tuned model,
     in nats per token, for several scales to serve the file with, and that of the untuned model to compare.
     """
+    import torch
+
+    from proxyserve.evaluation.compress import PROBE_TEXT, SCALES, measure
+    from proxyserve.models.formats.compressed import compress, read_compressed
+    from proxyserve.models.formats.diff import make_diff, read_diff
+    from proxyserve.models.formats.tensors import FolderTensors
+
     if diff and density is not None:
         raise typer.BadParameter("a plain diff keeps everything; leave it out", param_hint="--density")
     density = _DENSITY if density is None else density
@@ -96,8 +102,8 @@ def compress_command(
     result["out"], result["file"] = str(out), str(change.path)
     result["bf16_ratio"] = 2 * result["total"] / result["bytes"]
     result["diff_ratio"] = 4 * result["total"] / result["bytes"]
-    if json_output:
-        typer.echo(json.dumps({**result, "probe": _as_json(found)}, indent=2))
+    if as_json:
+        print_json({**result, "probe": _as_json(found)})
     else:
         _show(result, found)
 

@@ -5,21 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 
 from proxyserve.cli import options
+from proxyserve.cli.files import check_writable
+from proxyserve.cli.printing import AsJson
 from proxyserve.config import EngineConfig
 from proxyserve.demo.family import family_paths
 from proxyserve.demo.world import make_world
-from proxyserve.evaluation.chart import save_chart
-from proxyserve.evaluation.engine_generator import EngineGenerator
-from proxyserve.evaluation.evaluate import evaluate_family
-from proxyserve.evaluation.reference import ReferenceGenerator
-from proxyserve.evaluation.report import markdown as as_markdown
-from proxyserve.evaluation.report import sheets, to_json
-from proxyserve.evaluation.systems import Generator
 
 
 def eval_command(
@@ -46,17 +40,32 @@ def eval_command(
             help="Plain Hugging Face models instead of proxyserve's engine, for rule proxy alone.",
         ),
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result as JSON.")] = None,
+    save: Annotated[Path | None, typer.Option("--save", help="Write the result as JSON.")] = None,
     chart: Annotated[Path | None, typer.Option("--chart", help="Write a chart as PNG.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
+    as_json: AsJson = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     threads: options.Threads = 1,
 ) -> None:
     """Accuracy of base, small models, fused laws and oracle on held-out people, and the gap that each rule closes, with
     the right expert alone and with all experts at once."""
+    import torch
+
+    from proxyserve.evaluation.chart import save_chart
+    from proxyserve.evaluation.engine_generator import EngineGenerator
+    from proxyserve.evaluation.evaluate import evaluate_family
+    from proxyserve.evaluation.reference import ReferenceGenerator
+    from proxyserve.evaluation.report import markdown as as_markdown
+    from proxyserve.evaluation.report import sheets, to_json
+    from proxyserve.evaluation.systems import Generator
+
     if threads is not None:
         torch.set_num_threads(threads)
+    if markdown and as_json:
+        raise typer.BadParameter("one document at a time; leave --json out", param_hint="--markdown")
+    check_writable(save, "--save")
+    check_writable(chart, "--chart")
     world = make_world()
     asked = (world.validation if validation else world.test)[:people]
     generator: Generator = (
@@ -74,12 +83,14 @@ def eval_command(
                     family_paths(folder), asked, generator, label=label, weight=weight, progress=status.update
                 )
             )
-    if markdown:
+    if as_json:
+        typer.echo(to_json(results).rstrip())
+    elif markdown:
         typer.echo(as_markdown(results))
     else:
         for sheet in sheets(results):
             Console().print(sheet.as_rich())
-    if json_file is not None:
-        json_file.write_text(to_json(results))
+    if save is not None:
+        save.write_text(to_json(results))
     if chart is not None:
         save_chart(results, chart)

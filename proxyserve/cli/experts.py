@@ -16,11 +16,18 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from proxyserve.cli.control import DEFAULT_URL, AdminKeyFile, AsJson, ControlPlane, Refused, Url, print_json
+from proxyserve.cli.completing import complete_experts
+from proxyserve.cli.connection import DEFAULT_URL, Url
+from proxyserve.cli.control import AdminKeyFile, ControlPlane
+from proxyserve.cli.exits import Refused
+from proxyserve.cli.printing import AsJson, print_json
 from proxyserve.errors import ProxyserveError
 
 experts_app = typer.Typer(
-    name="experts", no_args_is_help=True, help="Bring, exchange and take away experts of a running server."
+    name="experts",
+    no_args_is_help=True,
+    add_completion=False,
+    help="Bring, exchange and take away experts of a running server.",
 )
 
 #: Seconds between two looks at a generation that is loading.
@@ -29,7 +36,9 @@ _POLL = 0.2
 #: Phases on the way to being published, in their order.
 _WORK = ("loading", "verifying", "warming")
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the expert.")]
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="Name of the expert.", autocompletion=complete_experts)
+]
 Tuned = Annotated[
     str | None,
     typer.Argument(

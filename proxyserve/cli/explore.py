@@ -6,20 +6,19 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from proxyserve.cli import options
 from proxyserve.cli.files import check_writable
+from proxyserve.cli.printing import AsJson, print_json
 from proxyserve.demo.family import family_paths
-from proxyserve.evaluation.beginning import beginning
-from proxyserve.evaluation.explore import ExploreSettings, explore
-from proxyserve.models.family import ExpertSource, load_family
-from proxyserve.models.loading import choose_placement
+
+if TYPE_CHECKING:
+    from proxyserve.models.family import ExpertSource
 
 _LEARNING_RATE = 1e-4
 
@@ -56,9 +55,10 @@ def explore_command(
         bool, typer.Option("--ignore-eos", help="Suppress the end of the text, as the paper does.")
     ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the draws.")] = 0,
-    output: Annotated[
-        Path | None, typer.Option("--output", help="Write texts and numbers as JSON lines.")
+    save: Annotated[
+        Path | None, typer.Option("--save", help="Write texts and numbers as JSON lines, as they come.")
     ] = None,
+    as_json: AsJson = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     threads: options.Threads = 1,
@@ -68,13 +68,20 @@ def explore_command(
     Each text comes with its mean contrast, log p_tuned - log p_untuned in nats per token. With --iterative the untuned
     model (a copy in memory) takes one gradient step on each text, so that the next shows something else.
     """
+    import torch
+
+    from proxyserve.evaluation.beginning import beginning
+    from proxyserve.evaluation.explore import ExploreSettings, explore
+    from proxyserve.models.family import load_family
+    from proxyserve.models.loading import choose_placement
+
     if threads is not None:
         torch.set_num_threads(threads)
     if learning_rate is not None and not iterative:
         raise typer.BadParameter("only --iterative learns; give it too", param_hint="--learning-rate")
     if learning_rate is not None and not 0.0 < learning_rate < math.inf:
         raise typer.BadParameter("must be above 0", param_hint="--learning-rate")
-    check_writable(output, "--output")
+    check_writable(save, "--save")
     console = Console(stderr=True)
     base, source = _source(expert, tuned, untuned)
     with console.status("loading") as status:
@@ -93,19 +100,26 @@ def explore_command(
         learning_rate=(learning_rate or _LEARNING_RATE) if iterative else None,
         ignore_eos=ignore_eos,
     )
-    if output is not None:
-        output.write_text("", encoding="utf-8")
+    if save is not None:
+        save.write_text("", encoding="utf-8")
+    findings = []
     for number, finding in enumerate(explore(found, start, settings), 1):
         current = f", {finding.current:+.2f} after learning" if iterative else ""
         head = f"{number:3} {finding.contrast:+.2f} nats per token{current}"
-        Console().print(Text.assemble((head, "bold"), "  ", repr(finding.text)), soft_wrap=True)
-        if output is not None:  # as they come: an exploration that is interrupted keeps what it found
-            with output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(finding)) + "\n")
+        findings.append(asdict(finding))
+        if not as_json:
+            Console().print(Text.assemble((head, "bold"), "  ", repr(finding.text)), soft_wrap=True)
+        if save is not None:  # as they come: an exploration that is interrupted keeps what it found
+            with save.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(findings[-1]) + "\n")
+    if as_json:
+        print_json({"expert": expert, "texts": findings})
 
 
 def _source(expert: str, tuned: Path | None, untuned: Path | None) -> tuple[Path, ExpertSource]:
     """Where the models are. The base takes no part; the untuned model stands in for it."""
+    from proxyserve.models.family import ExpertSource
+
     if (tuned is None) != (untuned is None):
         raise typer.BadParameter("give both --tuned and --untuned, or neither for the demo family")
     if tuned is not None and untuned is not None:

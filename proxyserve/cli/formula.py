@@ -7,11 +7,9 @@ from typing import Annotated
 
 import typer
 
-from proxyserve.api.presets import parse_presets
 from proxyserve.cli import options
+from proxyserve.cli.printing import AsJson, print_json
 from proxyserve.demo.family import BASE, family_paths
-from proxyserve.fusion.names import catalog_of_names
-from proxyserve.fusion.rules.formula import Formula
 
 
 def formula_command(
@@ -20,19 +18,26 @@ def formula_command(
     base: Annotated[str, typer.Option("--base", help="Name of the base.")] = BASE,
     expert: options.ExpertOption = None,
     preset: options.PresetOption = None,
+    as_json: AsJson = False,
 ) -> None:
     """Parse a formula over these names (default: the demo family's) and say what it adds up.
 
     Nothing is loaded: of --expert only the names count. An error points at the character and exits with 1.
     """
+    from proxyserve.api.presets import parse_presets
+    from proxyserve.fusion.names import catalog_of_names
+    from proxyserve.fusion.rules.formula import Formula
+
     presets = parse_presets(dict(options.parse_preset(entry) for entry in preset or ()), {base})
     catalog = catalog_of_names(base, _untuned_names(expert), presets)
     program = Formula(text).compile(catalog)
-    if explain:
+    coefficients = {lane: value for lane, value in program.coefficients().items() if value}
+    if as_json:
+        print_json({"formula": text, "coefficients": coefficients, "program": program.describe()})
+    elif explain:
         typer.echo(program.describe())
-        return
-    coefficients = program.coefficients().items()
-    typer.echo(" ".join(f"{value:+g} {lane}" for lane, value in coefficients if value))
+    else:
+        typer.echo(" ".join(f"{value:+g} {lane}" for lane, value in coefficients.items()))
 
 
 def _untuned_names(experts: list[str] | None) -> dict[str, str | None]:

@@ -15,6 +15,7 @@ from proxyserve.api.keys import KeyRecord, digest_of, new_key
 keys_app = typer.Typer(
     name="keys",
     no_args_is_help=True,
+    add_completion=False,
     help="Keys of a server: made here, kept as digests in the files of --api-key-file and --admin-key-file.",
 )
 

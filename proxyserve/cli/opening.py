@@ -43,21 +43,10 @@ from proxyserve.models.model_set import ModelSet
 from proxyserve.models.upstream import RemoteSource
 
 if TYPE_CHECKING:
-    from proxyserve.cli.serve import ServeSettings
+    from proxyserve.cli.settings import ServeSettings
 
 #: At most one part in so many of all memory is kept for KV caches before experts are restored.
 _KV_PART = 4
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertSettings:
-    """Where experts that come later may be loaded from, where they are kept, and what memory there is for them."""
-
-    roots: Sequence[Path] = ()
-    allow_hub: bool = False
-    state_dir: Path | None = None
-    memory: int | None = None
-    evict_idle: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,9 @@
 
 Every option can also come from an environment variable (`PROXYSERVE_…`) or from the file given by `--config`. The
 command line wins over the environment, the environment over the file.
+
+Importing this must not import torch, or `--help` and the completion of words would wait for it: what a function needs
+of the models it imports itself.
 """
 
 from __future__ import annotations
@@ -11,11 +14,11 @@ import re
 import tomllib
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-import yaml
 
+from proxyserve.cli import panels
 from proxyserve.config import (
     MOST_DRAFTS,
     ChatConfig,
@@ -30,9 +33,10 @@ from proxyserve.config import (
 )
 from proxyserve.errors import InvalidRequest
 from proxyserve.fusion.policy import FusionPolicy
-from proxyserve.models.family import ExpertSource
-from proxyserve.models.upstream import RemoteSource
-from proxyserve.text.templates import ChatTemplate
+
+if TYPE_CHECKING:
+    from proxyserve.models.family import ExpertSource
+    from proxyserve.models.upstream import RemoteSource
 
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
@@ -48,6 +52,8 @@ def parse_size(text: str) -> int:
 
 def parse_expert(text: str) -> ExpertSource:
     """`NAME=TUNED[,UNTUNED]` -> the folders of an expert."""
+    from proxyserve.models.family import ExpertSource
+
     name, equals, folders = text.partition("=")
     tuned, comma, untuned = folders.partition(",")
     if not (name and equals and tuned) or (comma and not untuned):
@@ -66,6 +72,8 @@ def parse_base(
     context: int | None,
 ) -> Path | RemoteSource:
     """A folder, or a server's URL with the `--base-...` options, which a folder has no use for."""
+    from proxyserve.models.upstream import RemoteSource
+
     if not text.startswith(("http://", "https://")):
         given = {
             "--base-tokenizer": tokenizer,
@@ -114,6 +122,8 @@ def _read_config(context: typer.Context, parameter: typer.CallbackParam, path: P
     """Make the file's values the defaults of the command's other options."""
     if path is None:
         return None
+    import yaml
+
     try:
         values = (
             tomllib.loads(path.read_text()) if path.suffix == ".toml" else yaml.safe_load(path.read_text())
@@ -160,17 +170,39 @@ Config = Annotated[
 Host = Annotated[
     str,
     typer.Option(
-        "--host", envvar=_envvar("HOST"), help="Address to listen on; others than loopback need keys."
+        "--host",
+        envvar=_envvar("HOST"),
+        help="Address to listen on; others than loopback need keys.",
+        rich_help_panel=panels.NETWORK,
     ),
 ]
-Port = Annotated[int, typer.Option("--port", envvar=_envvar("PORT"), min=0, max=65535)]
-Device = Annotated[str, typer.Option("--device", envvar=_envvar("DEVICE"), help="auto, cpu, cuda or cuda:N.")]
+Port = Annotated[
+    int,
+    typer.Option(
+        "--port",
+        envvar=_envvar("PORT"),
+        min=0,
+        max=65535,
+        help="Port to listen on; 0 takes a free one.",
+        rich_help_panel=panels.NETWORK,
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        envvar=_envvar("DEVICE"),
+        help="auto, cpu, cuda or cuda:N.",
+        rich_help_panel=panels.COMPUTING,
+    ),
+]
 Dtype = Annotated[
     str,
     typer.Option(
         "--dtype",
         envvar=_envvar("DTYPE"),
         help="auto (float32 on a CPU, bfloat16 on a GPU), float32, bfloat16 or float16.",
+        rich_help_panel=panels.COMPUTING,
     ),
 ]
 ServedDtype = Annotated[
@@ -180,6 +212,7 @@ ServedDtype = Annotated[
         envvar=_envvar("DTYPE"),
         help="auto (bfloat16 on a GPU; on a CPU float32, or what is stored where that has fewer bits and is faster), "
         "fastest (the faster of float32 and bfloat16), float32, bfloat16 or float16.",
+        rich_help_panel=panels.COMPUTING,
     ),
 ]
 Kernels = Annotated[
@@ -188,6 +221,7 @@ Kernels = Annotated[
         "--kernels",
         envvar=_envvar("KERNELS"),
         help="Backend of the logit arithmetic; auto is triton on a GPU and torch elsewhere.",
+        rich_help_panel=panels.COMPUTING,
     ),
 ]
 Pairs = Annotated[
@@ -196,10 +230,18 @@ Pairs = Annotated[
         "--pairs",
         envvar=_envvar("PAIRS"),
         help="Whether models that differ in their weights only run together in one forward, or apart; auto measures.",
+        rich_help_panel=panels.COMPUTING,
     ),
 ]
 MaxBatch = Annotated[
-    int, typer.Option("--max-batch", envvar=_envvar("MAX_BATCH"), min=1, help="Most requests run at once.")
+    int,
+    typer.Option(
+        "--max-batch",
+        envvar=_envvar("MAX_BATCH"),
+        min=1,
+        help="Most requests run at once.",
+        rich_help_panel=panels.COMPUTING,
+    ),
 ]
 MaxBatchTokens = Annotated[
     int,
@@ -208,6 +250,7 @@ MaxBatchTokens = Annotated[
         envvar=_envvar("MAX_BATCH_TOKENS"),
         min=32,
         help="Most tokens one model computes per step; longer prompts are cut into chunks.",
+        rich_help_panel=panels.COMPUTING,
     ),
 ]
 PrefillTokens = Annotated[
@@ -218,6 +261,7 @@ PrefillTokens = Annotated[
         min=FusionPolicy().most_lanes,  # the last tokens of all lanes of a request run in one step
         help="Most tokens of prompts that one model computes per step while others decode, beside two for each of "
         "these. Fewer make shorter pauses, more let long prompts begin sooner. Default: 32 on a CPU, none on a GPU.",
+        rich_help_panel=panels.COMPUTING,
     ),
 ]
 MaxScoredRows = Annotated[
@@ -227,6 +271,7 @@ MaxScoredRows = Annotated[
         envvar=_envvar("MAX_SCORED_ROWS"),
         min=32,
         help="Most rows of logits computed per step to score prompts, of all models together; they take memory.",
+        rich_help_panel=panels.COMPUTING,
     ),
 ]
 KVMemory = Annotated[
@@ -235,10 +280,18 @@ KVMemory = Annotated[
         "--kv-memory",
         envvar=_envvar("KV_MEMORY"),
         help="Memory for the KV caches of all models together, e.g. 4GiB. Default: chosen for the device.",
+        rich_help_panel=panels.MEMORY,
     ),
 ]
 BlockSize = Annotated[
-    int, typer.Option("--block-size", envvar=_envvar("BLOCK_SIZE"), min=1, help="Tokens per KV block.")
+    int,
+    typer.Option(
+        "--block-size",
+        envvar=_envvar("BLOCK_SIZE"),
+        min=1,
+        help="Tokens per KV block.",
+        rich_help_panel=panels.MEMORY,
+    ),
 ]
 PrefixCache = Annotated[
     bool,
@@ -246,6 +299,7 @@ PrefixCache = Annotated[
         "--prefix-cache/--no-prefix-cache",
         envvar=_envvar("PREFIX_CACHE"),
         help="Reuse the KV of prompts that begin alike.",
+        rich_help_panel=panels.MEMORY,
     ),
 ]
 CudaGraphs = Annotated[
@@ -254,11 +308,18 @@ CudaGraphs = Annotated[
         "--cuda-graphs/--no-cuda-graphs",
         envvar=_envvar("CUDA_GRAPHS"),
         help="On a GPU: record decoding steps when a model comes, and replay them.",
+        rich_help_panel=panels.COMPUTING,
     ),
 ]
 Threads = Annotated[
     int | None,
-    typer.Option("--threads", envvar=_envvar("THREADS"), min=1, help="CPU threads; default: torch's choice."),
+    typer.Option(
+        "--threads",
+        envvar=_envvar("THREADS"),
+        min=1,
+        help="CPU threads; default: torch's choice.",
+        rich_help_panel=panels.COMPUTING,
+    ),
 ]
 ServedThreads = Annotated[
     str,
@@ -267,6 +328,7 @@ ServedThreads = Annotated[
         envvar=_envvar("THREADS"),
         metavar="[auto|N]",
         help="CPU threads that compute; auto takes as many as are worth it, by a measurement at the start.",
+        rich_help_panel=panels.COMPUTING,
     ),
 ]
 QuantizeOption = Annotated[
@@ -277,6 +339,7 @@ QuantizeOption = Annotated[
         metavar="[off|int8|int4]",
         help="Store the linear layers of the base (not its head, and no expert's) in int8 or, on a GPU, int4; needs "
         "proxyserve[quantize]. Saves memory; on a CPU it is slower.",
+        rich_help_panel=panels.COMPUTING,
     ),
 ]
 TensorParallel = Annotated[
@@ -287,6 +350,7 @@ TensorParallel = Annotated[
         min=1,
         help="Divide the base over so many GPUs of this machine, a process for each; experts stay on the first one. "
         "No steps are recorded then.",
+        rich_help_panel=panels.COMPUTING,
     ),
 ]
 SpeculateOption = Annotated[
@@ -297,6 +361,7 @@ SpeculateOption = Annotated[
         metavar="[auto|off|N]",
         help="Draft tokens with the small experts and verify them together: as many as pay (auto), none, or always N. "
         "The text is the same.",
+        rich_help_panel=panels.COMPUTING,
     ),
 ]
 MaxDrafts = Annotated[
@@ -307,6 +372,7 @@ MaxDrafts = Annotated[
         min=1,
         max=MOST_DRAFTS,
         help="Most tokens that --speculate auto drafts ahead for one request; 8 by default.",
+        rich_help_panel=panels.COMPUTING,
     ),
 ]
 ApiKeyFile = Annotated[
@@ -318,6 +384,7 @@ ApiKeyFile = Annotated[
         dir_okay=False,
         help="Keys: records in .yaml, .toml or .json (`proxyserve keys new`), or one sha256:HEX per line. Without any "
         "only loopback addresses are served.",
+        rich_help_panel=panels.NETWORK,
     ),
 ]
 RequestTimeout = Annotated[
@@ -327,6 +394,7 @@ RequestTimeout = Annotated[
         envvar=_envvar("REQUEST_TIMEOUT"),
         min=0.001,
         help="Most seconds that a request may take, and may ask for with `timeout`. Default: any time.",
+        rich_help_panel=panels.LIMITS,
     ),
 ]
 MaxWaitingRequests = Annotated[
@@ -336,6 +404,7 @@ MaxWaitingRequests = Annotated[
         envvar=_envvar("MAX_WAITING_REQUESTS"),
         min=1,
         help="Choices that may wait for their first token; more are answered 429.",
+        rich_help_panel=panels.LIMITS,
     ),
 ]
 MaxWaitingTokens = Annotated[
@@ -345,6 +414,7 @@ MaxWaitingTokens = Annotated[
         envvar=_envvar("MAX_WAITING_TOKENS"),
         min=1,
         help="Prompt tokens that they may have together.",
+        rich_help_panel=panels.LIMITS,
     ),
 ]
 MaxConnections = Annotated[
@@ -354,6 +424,7 @@ MaxConnections = Annotated[
         envvar=_envvar("MAX_CONNECTIONS"),
         min=1,
         help="Connections that may be open at once; more are answered 503.",
+        rich_help_panel=panels.LIMITS,
     ),
 ]
 CorsOrigin = Annotated[
@@ -363,6 +434,7 @@ CorsOrigin = Annotated[
         envvar=_envvar("CORS_ORIGIN"),
         metavar="ORIGIN",
         help="Web pages of this origin (https://HOST[:PORT]) may call the server. May be given several times.",
+        rich_help_panel=panels.NETWORK,
     ),
 ]
 TLSCertificate = Annotated[
@@ -373,6 +445,7 @@ TLSCertificate = Annotated[
         exists=True,
         dir_okay=False,
         help="PEM file with the server's certificate and those that vouch for it; then it speaks HTTPS alone.",
+        rich_help_panel=panels.NETWORK,
     ),
 ]
 TLSKey = Annotated[
@@ -383,6 +456,16 @@ TLSKey = Annotated[
         exists=True,
         dir_okay=False,
         help="PEM file with its private key.",
+        rich_help_panel=panels.NETWORK,
+    ),
+]
+Playground = Annotated[
+    bool,
+    typer.Option(
+        "--playground/--no-playground",
+        envvar=_envvar("PLAYGROUND"),
+        help="Serve a page at / to try models, experts and weights.",
+        rich_help_panel=panels.NETWORK,
     ),
 ]
 AdminPort = Annotated[
@@ -393,6 +476,7 @@ AdminPort = Annotated[
         min=1,
         max=65535,
         help="Port of its own for the control plane, which is then not on the other one.",
+        rich_help_panel=panels.NETWORK,
     ),
 ]
 DrainSeconds = Annotated[
@@ -402,11 +486,17 @@ DrainSeconds = Annotated[
         envvar=_envvar("DRAIN_SECONDS"),
         min=0,
         help="How long running requests may go on after SIGTERM.",
+        rich_help_panel=panels.LIMITS,
     ),
 ]
 LogFormatOption = Annotated[
     LogFormat,
-    typer.Option("--log-format", envvar=_envvar("LOG_FORMAT"), help="Form of the log on standard error."),
+    typer.Option(
+        "--log-format",
+        envvar=_envvar("LOG_FORMAT"),
+        help="Form of the log on standard error.",
+        rich_help_panel=panels.LOGS,
+    ),
 ]
 LogLevelOption = Annotated[
     LogLevel,
@@ -414,6 +504,7 @@ LogLevelOption = Annotated[
         "--log-level",
         envvar=_envvar("LOG_LEVEL"),
         help="What is logged. Every finished request is a line at info; prompts and answers never are.",
+        rich_help_panel=panels.LOGS,
     ),
 ]
 OtlpEndpoint = Annotated[
@@ -423,6 +514,7 @@ OtlpEndpoint = Annotated[
         envvar=[_envvar("OTLP_ENDPOINT"), "OTEL_EXPORTER_OTLP_ENDPOINT"],
         help="URL of a collector that takes traces by OTLP over HTTP, e.g. http://127.0.0.1:4318. Needs "
         "proxyserve[otel]; without it there are no traces.",
+        rich_help_panel=panels.LOGS,
     ),
 ]
 ExpertRoot = Annotated[
@@ -434,6 +526,7 @@ ExpertRoot = Annotated[
         file_okay=False,
         help="Folder that the control plane may load experts from. May be given several times; without it experts are "
         "those of the command line.",
+        rich_help_panel=panels.EXPERTS,
     ),
 ]
 AllowHub = Annotated[
@@ -442,6 +535,7 @@ AllowHub = Annotated[
         "--allow-hub",
         envvar=_envvar("ALLOW_HUB"),
         help="The control plane may load experts by hub id (org/name).",
+        rich_help_panel=panels.EXPERTS,
     ),
 ]
 StateDir = Annotated[
@@ -451,6 +545,7 @@ StateDir = Annotated[
         envvar=_envvar("STATE_DIR"),
         file_okay=False,
         help="Folder that keeps published experts, presets and the audit log. Without it they end with the server.",
+        rich_help_panel=panels.EXPERTS,
     ),
 ]
 Memory = Annotated[
@@ -460,6 +555,7 @@ Memory = Annotated[
         envvar=_envvar("MEMORY"),
         help="Memory for all weights and KV caches together, e.g. 16GiB; an expert that would not fit is refused. "
         "Default: most of the device.",
+        rich_help_panel=panels.MEMORY,
     ),
 ]
 EvictIdle = Annotated[
@@ -469,6 +565,7 @@ EvictIdle = Annotated[
         envvar=_envvar("EVICT_IDLE"),
         help="Take experts that nobody uses out of memory when another one needs it; they are loaded again when a "
         "request names them.",
+        rich_help_panel=panels.MEMORY,
     ),
 ]
 LoadWait = Annotated[
@@ -478,6 +575,7 @@ LoadWait = Annotated[
         envvar=_envvar("LOAD_WAIT"),
         min=0,
         help="Seconds that a request waits for an expert that must be loaded again first.",
+        rich_help_panel=panels.EXPERTS,
     ),
 ]
 Weights = Annotated[
@@ -486,12 +584,16 @@ Weights = Annotated[
         "--weight-range",
         envvar=_envvar("WEIGHT_RANGE"),
         help="Weights that requests may give an expert, as LOW:HIGH.",
+        rich_help_panel=panels.FUSION,
     ),
 ]
 ServedName = Annotated[
     str | None,
     typer.Option(
-        "--served-name", envvar=_envvar("SERVED_NAME"), help="Name of the base; default: its folder's."
+        "--served-name",
+        envvar=_envvar("SERVED_NAME"),
+        help="Name of the base; default: its folder's.",
+        rich_help_panel=panels.MODELS,
     ),
 ]
 BaseTokenizer = Annotated[
@@ -500,6 +602,7 @@ BaseTokenizer = Annotated[
         "--base-tokenizer",
         envvar=_envvar("BASE_TOKENIZER"),
         help="Remote base: folder of its tokenizer (its generation_config.json is read too).",
+        rich_help_panel=panels.REMOTE,
     ),
 ]
 BaseModelName = Annotated[
@@ -508,6 +611,7 @@ BaseModelName = Annotated[
         "--base-model",
         envvar=_envvar("BASE_MODEL"),
         help="Remote base: its name on the other server; default: the first that is listed there.",
+        rich_help_panel=panels.REMOTE,
     ),
 ]
 BaseApiKeyFile = Annotated[
@@ -518,6 +622,7 @@ BaseApiKeyFile = Annotated[
         exists=True,
         dir_okay=False,
         help="Remote base: file with the key for the other server.",
+        rich_help_panel=panels.REMOTE,
     ),
 ]
 BaseTopK = Annotated[
@@ -528,6 +633,7 @@ BaseTopK = Annotated[
         min=1,
         max=1000,
         help="Remote base: how many log-probs to ask for at each position; default 20.",
+        rich_help_panel=panels.REMOTE,
     ),
 ]
 BaseTimeout = Annotated[
@@ -537,6 +643,7 @@ BaseTimeout = Annotated[
         envvar=_envvar("BASE_TIMEOUT"),
         min=0.1,
         help="Remote base: seconds for one token, retries included; default 60.",
+        rich_help_panel=panels.REMOTE,
     ),
 ]
 BaseContext = Annotated[
@@ -546,6 +653,7 @@ BaseContext = Annotated[
         envvar=_envvar("BASE_CONTEXT"),
         min=2,
         help="Remote base: its context in tokens; default: what the other server says, else 4096.",
+        rich_help_panel=panels.REMOTE,
     ),
 ]
 ExpertOption = Annotated[
@@ -555,6 +663,7 @@ ExpertOption = Annotated[
         envvar=_envvar("EXPERT"),
         metavar="NAME=TUNED[,UNTUNED]",
         help="An expert: a tuned small model and its untuned twin. May be given several times.",
+        rich_help_panel=panels.MODELS,
     ),
 ]
 
@@ -566,6 +675,7 @@ PresetOption = Annotated[
         envvar=_envvar("PRESET"),
         metavar="NAME=JSON",
         help="A fusion with a name, callable as a model. May be given several times.",
+        rich_help_panel=panels.FUSION,
     ),
 ]
 CalibrationFile = Annotated[
@@ -576,6 +686,7 @@ CalibrationFile = Annotated[
         exists=True,
         dir_okay=False,
         help="What `proxyserve calibrate --save` wrote; rule `edit` takes its weights from it.",
+        rich_help_panel=panels.FUSION,
     ),
 ]
 AdminKeyFile = Annotated[
@@ -586,6 +697,7 @@ AdminKeyFile = Annotated[
         exists=True,
         dir_okay=False,
         help="Keys of administrators, in the form of --api-key-file. Without any keys everybody is one.",
+        rich_help_panel=panels.NETWORK,
     ),
 ]
 Protect = Annotated[
@@ -595,6 +707,7 @@ Protect = Annotated[
         envvar=_envvar("PROTECT"),
         metavar="EXPERT",
         help="Only administrators may weigh against this expert. May be given several times.",
+        rich_help_panel=panels.FUSION,
     ),
 ]
 ExplainToAll = Annotated[
@@ -603,6 +716,7 @@ ExplainToAll = Annotated[
         "--explain-to-all/--explain-to-admins",
         envvar=_envvar("EXPLAIN_TO_ALL"),
         help="Who may ask for explanations, which show the laws of single models.",
+        rich_help_panel=panels.FUSION,
     ),
 ]
 ChatTemplateFile = Annotated[
@@ -613,6 +727,7 @@ ChatTemplateFile = Annotated[
         exists=True,
         dir_okay=False,
         help="Jinja chat template for models that have none of their own.",
+        rich_help_panel=panels.CHATS,
     ),
 ]
 ToolParserOption = Annotated[
@@ -621,6 +736,7 @@ ToolParserOption = Annotated[
         "--tool-parser",
         envvar=_envvar("TOOL_PARSER"),
         help="Form of tool calls: hermes, llama, or auto, which finds it out from the chat template.",
+        rich_help_panel=panels.CHATS,
     ),
 ]
 ReasoningParserOption = Annotated[
@@ -630,6 +746,7 @@ ReasoningParserOption = Annotated[
         envvar=_envvar("REASONING_PARSER"),
         help="Tell reasoning from answers: deepseek (<think>...</think>), none, or auto, which does so where the chat "
         "template has these marks.",
+        rich_help_panel=panels.CHATS,
     ),
 ]
 
@@ -640,6 +757,8 @@ def chat_config(
     """Reads the template, which must be one."""
     if template is None:
         return ChatConfig(None, tool_parser, reasoning_parser)
+    from proxyserve.text.templates import ChatTemplate
+
     try:
         source = template.read_text(encoding="utf-8")
         ChatTemplate(source).reads("messages")

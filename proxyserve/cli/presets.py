@@ -10,23 +10,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from proxyserve.cli.control import (
-    DEFAULT_URL,
-    AdminKeyFile,
-    AsJson,
-    ControlPlane,
-    Url,
-    parse_json_object,
-    print_json,
-)
+from proxyserve.cli.completing import complete_presets
+from proxyserve.cli.connection import DEFAULT_URL, Url
+from proxyserve.cli.control import AdminKeyFile, ControlPlane
+from proxyserve.cli.printing import AsJson, parse_json_object, print_json
 
 presets_app = typer.Typer(
     name="presets",
     no_args_is_help=True,
+    add_completion=False,
     help="Fusions with names, callable as models of a running server.",
 )
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the preset.")]
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="Name of the preset.", autocompletion=complete_presets)
+]
 
 
 @presets_app.command("list")

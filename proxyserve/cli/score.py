@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import httpx
-import torch
 import typer
 from rich.console import Console
 
-from proxyserve.api.explanations import explained
-from proxyserve.api.presets import parse_fusion
 from proxyserve.cli import options
+from proxyserve.cli.connection import ApiKeyFile, Connection, key_in
+from proxyserve.cli.exits import Unreachable
 from proxyserve.cli.explained import coloured, report, totals
-from proxyserve.cli.files import read_text
+from proxyserve.cli.printing import AsJson, parse_json_object, print_json
 from proxyserve.demo.family import family_paths
-from proxyserve.engine.prompts import text_prompts, token_prompts
-from proxyserve.errors import ProxyserveError
-from proxyserve.evaluation.beginning import beginning
-from proxyserve.evaluation.likelihood import Likelihood
-from proxyserve.fusion.catalog import Catalog
-from proxyserve.fusion.fusion import Fusion
-from proxyserve.fusion.model_name import parse_model_name
-from proxyserve.models.family import ExpertSource, load_family
-from proxyserve.models.loading import choose_placement
+
+if TYPE_CHECKING:
+    from proxyserve.fusion.catalog import Catalog
+    from proxyserve.fusion.fusion import Fusion
 
 _PATIENCE = 120.0
 
@@ -63,8 +55,8 @@ def score_command(
     temperature: Annotated[
         float, typer.Option("--temperature", min=0.0, help="Of the server's answer.")
     ] = 0.0,
-    api_key_file: options.ApiKeyFile = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    api_key_file: ApiKeyFile = None,
+    as_json: AsJson = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     threads: options.Threads = 1,
@@ -86,22 +78,20 @@ def score_command(
             raise typer.BadParameter(
                 "the demo family has its own experts; for others name BASE", param_hint="--expert"
             )
-    if threads is not None:
-        torch.set_num_threads(threads)
     wanted = None if fusion is None else _read_json(fusion)
     if server is not None:
         body = {"prompt": prompt, "model": model, "max_tokens": max_tokens, "temperature": temperature}
         found = _ask(server, body, {**(wanted or {}), "explain": top}, api_key_file)
     else:
-        found = _score(base, expert, model, wanted, prompt, text or "", top, dtype, device)
+        found = _score(base, expert, model, wanted, prompt, text or "", top, dtype, device, threads)
     console = Console()
     entries = []
     for entry in found:
         entries.append(entry)
-        if not json_output:
+        if not as_json:
             console.print(coloured(entry), end="")
-    if json_output:
-        typer.echo(json.dumps({"entries": entries, **totals(entries)}, indent=2))
+    if as_json:
+        print_json({"entries": entries, **totals(entries)})
         return
     console.print()
     console.print(report(entries))
@@ -117,12 +107,7 @@ def _refuse(context: typer.Context, names: Sequence[str], why: str) -> None:
 
 
 def _read_json(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"not JSON: {error}", param_hint="--fusion") from error
-    if not isinstance(value, dict):
-        raise typer.BadParameter("must be an object", param_hint="--fusion")
+    value = parse_json_object(text, "--fusion")
     if "explain" in value:
         raise typer.BadParameter("'explain' is what --top says; leave it out", param_hint="--fusion")
     return value
@@ -138,8 +123,21 @@ def _score(
     top: int,
     dtype: str,
     device: str,
+    threads: int | None,
 ) -> Iterator[dict[str, Any]]:
     """Load the models and explain every token of `text`."""
+    import torch
+
+    from proxyserve.api.explanations import explained
+    from proxyserve.engine.prompts import text_prompts, token_prompts
+    from proxyserve.evaluation.beginning import beginning
+    from proxyserve.evaluation.likelihood import Likelihood
+    from proxyserve.fusion.catalog import Catalog
+    from proxyserve.models.family import ExpertSource, load_family
+    from proxyserve.models.loading import choose_placement
+
+    if threads is not None:
+        torch.set_num_threads(threads)
     sources = [options.parse_expert(entry) for entry in experts or []]
     if base is None:
         family = family_paths()
@@ -163,6 +161,9 @@ def _score(
 
 
 def _fusion(catalog: Catalog, model: str | None, fusion: dict[str, Any] | None) -> Fusion:
+    from proxyserve.api.presets import parse_fusion
+    from proxyserve.fusion.model_name import parse_model_name
+
     if model is not None and fusion is not None:
         raise typer.BadParameter("give --model or --fusion, not both", param_hint="--fusion")
     if fusion is not None:
@@ -178,49 +179,21 @@ def _ask(
         raise typer.BadParameter("the server needs to know which model", param_hint="--model")
     if not body["prompt"]:
         raise typer.BadParameter("the server needs something to continue", param_hint="--prompt")
-    headers = {} if key_file is None else {"authorization": f"Bearer {_first_key(key_file)}"}
-    try:
-        with httpx.stream(
-            "POST",
-            server.rstrip("/").removesuffix("/v1") + "/v1/completions",
-            json={**body, "fusion": fusion, "stream": True},
-            headers=headers,
-            timeout=_PATIENCE,
-        ) as response:
-            if response.status_code != 200:
-                raise ProxyserveError(f"The server refuses: {_message(response.read())}")
-            for line in response.iter_lines():
-                data = line.removeprefix("data: ")
-                if data == line or data == "[DONE]":
-                    continue
-                yield from _explanations(data, server)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ProxyserveError(f"{server} cannot be reached: {error}") from error
+    key = None if key_file is None else key_in(key_file, "--api-key-file")
+    body = {**body, "fusion": fusion, "stream": True}
+    with (
+        Connection(server, key) as connection,
+        connection.stream("/v1/completions", body, timeout=_PATIENCE) as events,
+    ):
+        for event in events:
+            yield from _explanations(event, server)
 
 
-def _explanations(data: str, server: str) -> list[dict[str, Any]]:
-    """The explained tokens of one event. Raises ProxyserveError for a failure, and for what no proxyserve sends."""
+def _explanations(chunk: dict[str, Any], server: str) -> list[dict[str, Any]]:
+    """The explained tokens of one event. Raises Unreachable for what no proxyserve sends."""
     try:
-        chunk = json.loads(data)
-        if "error" in chunk:
-            raise ProxyserveError(f"The server failed midway: {chunk['error']['message']}")
         return [entry for choice in chunk["choices"] for entry in choice["explain"]]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ProxyserveError(
+    except (TypeError, KeyError) as error:
+        raise Unreachable(
             f"{server} does not explain its tokens; --server must be a proxyserve server."
         ) from error
-
-
-def _first_key(file: Path) -> str:
-    lines = (line.strip() for line in read_text(file).splitlines())
-    key = next((line for line in lines if line and not line.startswith("#")), "")
-    if not key or key.startswith("sha256:"):
-        raise typer.BadParameter(f"{file} must hold the key itself", param_hint="--api-key-file")
-    return key
-
-
-def _message(content: bytes) -> str:
-    try:
-        return str(json.loads(content)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return content[:200].decode(errors="replace")

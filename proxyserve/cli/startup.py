@@ -8,7 +8,7 @@ from rich.text import Text
 
 from proxyserve import __version__
 from proxyserve.api.key_ring import KeyRing
-from proxyserve.cli.opening import ExpertSettings
+from proxyserve.cli.settings import ExpertSettings
 from proxyserve.config import EngineConfig, ServerConfig
 from proxyserve.engine.arena import Arena
 from proxyserve.engine.engine import Engine
@@ -114,7 +114,8 @@ def _access(server: ServerConfig, keys: KeyRing) -> list[str]:
     origins = ", ".join(server.cors_origins) or "none (--cors-origin)"
     url = f"{'http' if server.tls_certificate is None else 'https'}://{server.host}"
     lines = [who, caps, f"{tls}; web pages that may call: {origins}"]
-    lines.append(f"{url}:{server.port}/v1; {url}:{server.port}/docs")
+    page = f"; playground: {url}:{server.port}/" if server.playground else ""
+    lines.append(f"{url}:{server.port}/v1; {url}:{server.port}/docs{page}")
     if server.admin_port is not None:
         lines.append(f"control plane: {url}:{server.admin_port}/admin/v1")
     return lines

@@ -190,6 +190,17 @@ class ShapeProbe:
     shapes: dict[int, LayerShape] = field(default_factory=dict)
     features: dict[int, Features] = field(default_factory=dict)
 
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: SpanMath, window: int | None
+    ) -> Tensor:
+        """See `attend_packed`."""
+        self.shapes[layer] = LayerShape(key.shape[1], key.shape[2], value.shape[2])
+        self.features[layer] = Features(query.shape[1], how.scale, window, how.softcap, how.sinks is not None)
+        length = query.shape[0]
+        mask = torch.full((length, length), -math.inf, dtype=query.dtype, device=query.device).triu(1)
+        first, second, third = (heads.transpose(0, 1)[None] for heads in (query, key, value))
+        return how(first, second, third, mask)[0].transpose(0, 1)
+
 
 _current: ContextVar[Plan | ShapeProbe | None] = ContextVar("proxyserve_attention", default=None)
 
@@ -224,23 +235,34 @@ def paged_attention(
     `sliding_window` in tokens (a token sees itself and `sliding_window - 1` before it), `softcap` as in Gemma 2
     (`cap * tanh(score / cap)`), `s_aux` [heads] extra logits that only take probability away (attention sinks).
     """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = attend_packed(
+        int(module.layer_idx),  # type: ignore[arg-type]
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        SpanMath(scale, softcap, s_aux),
+        sliding_window,
+    )
+    return output[None], None
+
+
+def attend_packed(
+    layer: int, query: Tensor, key: Tensor, value: Tensor, how: SpanMath, window: int | None
+) -> Tensor:
+    """Attention of a packed row under the plan of the forward under way. `query` [tokens, heads, size], `key` [tokens,
+    kv heads, size] and `value` [tokens, kv heads, value size], after rotary embedding -> [tokens, heads, value size].
+    """
     plan = _current.get()
     if plan is None:
         raise RuntimeError("a model in paged mode was run outside an attention plan")
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(plan, ShapeProbe):
-        plan.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
-        plan.features[layer] = Features(query.shape[1], scale, sliding_window, softcap, s_aux is not None)
-        length = query.shape[2]
-        mask = torch.full((length, length), -math.inf, dtype=query.dtype, device=query.device).triu(1)
-        return SpanMath(scale, softcap, s_aux)(query, key, value, mask).transpose(1, 2), None
+        return plan.attend(layer, query, key, value, how, window)
     keys, values = plan.storage.keys[layer], plan.storage.values[layer]
-    keys.view(-1, *keys.shape[2:]).index_copy_(0, plan.slots, key[0].transpose(0, 1))
-    values.view(-1, *values.shape[2:]).index_copy_(0, plan.slots, value[0].transpose(0, 1))
+    keys.view(-1, *keys.shape[2:]).index_copy_(0, plan.slots, key)
+    values.view(-1, *values.shape[2:]).index_copy_(0, plan.slots, value)
     plan.layers.append(layer)
-    attend = SpanMath(scale, softcap, s_aux)
-    return plan.attend(layer, query[0].transpose(0, 1), attend, sliding_window)[None], None
+    return plan.attend(layer, query, how, window)
 
 
 def _attend_group(

@@ -112,11 +112,14 @@ class KeyCounts:
 class EngineCounters:
     """Since start; written on the engine's thread. `finished` counts choices by finish reason, `by_key` what they cost
     by the name of the caller (those without a name are not counted), a prompt once however many choices continue it;
+    `step_failures` are steps that raised, `nonfinite_choices` choices that ended for want of a finite score;
     `prefix_queries` and `prefix_hits` are tokens of prompts by model. Prompt and cached tokens are those of base
     lanes. `drafts` counts how often a choice went ahead, and `draft_tokens` and `accepted_tokens` how far, by
     drafter."""
 
     steps: int = 0
+    step_failures: int = 0
+    nonfinite_choices: int = 0
     tokens_generated: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0

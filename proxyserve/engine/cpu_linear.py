@@ -24,6 +24,9 @@ class PackedLinear(nn.Module):
     """Takes the place of an `nn.Linear`. In bfloat16 the results are the same bits; in float32 sums are added in
     another order (about 1e-6 relative)."""
 
+    #: Whether `forward` adds a second argument.
+    takes_residual = True
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features = linear.in_features
@@ -31,6 +34,7 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
         weight = linear.weight.detach()
         self._run = torch.ops.mkldnn._linear_pointwise.default
+        self._run_and_add = torch.ops.mkldnn._linear_pointwise.binary
         self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _EXPECTED_ROWS)
         self._plain = weight if weight.dtype == torch.float32 and weight.numel() < _SMALL_FLOAT32 else None
 
@@ -39,10 +43,16 @@ class PackedLinear(nn.Module):
         """What keeping both layouts costs."""
         return 0 if self._plain is None else self._plain.numel() * self._plain.element_size()
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[.., in] -> [.., out], plus a residual of that shape, before anything is rounded."""
+        result: Tensor
         if self._plain is not None and inputs.numel() <= _FEW_ROWS * self.in_features:
-            return nn.functional.linear(inputs, self._plain, self.bias)
-        result: Tensor = self._run(inputs, self._packed, self.bias, "none", [], "")
+            result = nn.functional.linear(inputs, self._plain, self.bias)
+            return result if residual is None else result + residual
+        if residual is None:
+            result = self._run(inputs, self._packed, self.bias, "none", [], "")
+        else:
+            result = self._run_and_add(inputs, residual, self._packed, self.bias, "add")
         return result
 
 
@@ -73,3 +83,11 @@ def _gains(weight: Tensor) -> bool:
 def doubled_bytes(module: nn.Module) -> int:
     """What the module's packed layers take beyond its own weights."""
     return sum(layer.doubled_bytes for layer in module.modules() if isinstance(layer, PackedLinear))
+
+
+def expected_doubled_bytes(module: nn.Module, dtype: torch.dtype) -> int:
+    """The same of a module that is not in memory yet and will be packed in `dtype`; only shapes are looked at."""
+    if dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return 0
+    sizes = (layer.weight.numel() for layer in module.modules() if type(layer) is nn.Linear)
+    return sum(4 * size for size in sizes if _SMALLEST_FLOAT32 <= size < _SMALL_FLOAT32)

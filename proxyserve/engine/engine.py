@@ -388,6 +388,7 @@ class Engine:
         except RankLost:  # no step can run the base any more
             raise
         except Exception as error:  # whatever it was, the process and all other requests go on
+            self.counters.step_failures += 1
             logger.exception("a step failed; the requests in it are ended")
             return self._fail(plan, f"The step that computed this request failed: {type(error).__name__}.")
         events = [*self._accept_scores(counts, scores), *self._accept(rows, sampled, accepted)]
@@ -596,6 +597,7 @@ class Engine:
     def _fail_numerically(self, choice: Choice) -> OutputEvent:
         """The fused row was NaN, infinite or empty. Its KV may be NaN as well: nobody may find it, and what nobody
         else holds is zeroed before another request gets the blocks."""
+        self.counters.nonfinite_choices += 1
         for lane in choice.scheduled.lanes:
             alone = self.pools[lane.trunk].withdraw(lane.blocks)
             if alone:

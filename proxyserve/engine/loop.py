@@ -57,7 +57,10 @@ class EngineStats:
     waiting: int = 0
     running: int = 0
     waiting_tokens: int = 0
+    ready: bool = False
     steps: int = 0
+    step_failures: int = 0
+    nonfinite_choices: int = 0
     tokens_generated: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -287,7 +290,10 @@ class AsyncEngine:
             waiting=max(0, len(self._streams) - running),
             running=running,
             waiting_tokens=self._admission.waiting_tokens,
+            ready=self.state == "ready",
             steps=counters.steps,
+            step_failures=counters.step_failures,
+            nonfinite_choices=counters.nonfinite_choices,
             tokens_generated=counters.tokens_generated,
             prompt_tokens=counters.prompt_tokens,
             cached_tokens=counters.cached_tokens,

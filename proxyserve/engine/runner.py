@@ -19,6 +19,7 @@ from proxyserve.engine.cuda.choose import choose_attention
 from proxyserve.engine.cuda.singles import Reserved
 from proxyserve.engine.heads import HeadRows, head_rows, logits_dtype, watch_head, widen_head
 from proxyserve.engine.kv_storage import KVStorage, LayerShape
+from proxyserve.engine.lean.model import can_be_lean, make_lean
 from proxyserve.engine.packed_row import PackedRow
 from proxyserve.engine.sharded.collectives import connect
 from proxyserve.errors import LoadError
@@ -64,7 +65,8 @@ def probe_ids(model: LoadedModel) -> tuple[int, ...]:
 class Runner:
     """Runs one model in packed, paged mode. `attach` must have given it storage first."""
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(self, model: LoadedModel, *, lean: bool = True) -> None:
+        """`lean`: a decoder that can be is made so, see `proxyserve.engine.lean`."""
         self.model = model
         self.stats = RunnerStats()
         self.storage: KVStorage | None = None
@@ -74,18 +76,36 @@ class Runner:
         self.graphs: StepGraphs | None = None
         if logits_dtype(model.dtype, model.device) != model.dtype:
             widen_head(model.module)
-        pack_linears(model.module)
-        self._doubled_bytes = doubled_bytes(model.module)
-        model.module.set_attn_implementation(IMPLEMENTATION)
         if model.sharding is not None:
+            pack_linears(model.module)
             connect(model.module, model.sharding)
+        #: Logits [width] after `probe_ids`, as the authors of the model's class compute them.
+        self.reference = self._as_written()
+        model.module.set_attn_implementation(IMPLEMENTATION)
+        self.shapes, features = self._probe_layers()
+        if model.sharding is None:
+            if lean and can_be_lean(model.module, features):
+                make_lean(model.module, features)
+            pack_linears(model.module)
+        self._doubled_bytes = doubled_bytes(model.module)
         #: The adapters whose lanes run as rows of this model's forward.
         self.adapters = AdapterBank(model.module)
         watch_head(model.module.get_output_embeddings())
-        self.shapes, features = self._probe_layers()
         self.attention = choose_attention(self.shapes, features, model.dtype, model.device)
         #: Whether the logits of a difference of hidden states are the difference of the logits.
         self.head_is_linear = self._probe_head()
+
+    @torch.inference_mode()
+    def _as_written(self) -> Tensor:
+        device = self.model.device
+        ids = torch.tensor([probe_ids(self.model)], device=device)
+        places = torch.arange(ids.shape[1], device=device)[None]
+        self.model.module.set_attn_implementation("eager")
+        # The plan is for a decoder that an earlier runner of the model has made lean.
+        with attention_plan(ShapeProbe()):
+            output = self.model.module(input_ids=ids, position_ids=places, use_cache=False)
+        logits: Tensor = output.logits[0, -1]
+        return logits
 
     def _probe_layers(self) -> tuple[list[LayerShape], list[Features]]:
         """Run a few tokens to learn what each layer stores and what its attention is like. Raises LoadError if a layer
@@ -149,19 +169,6 @@ class Runner:
         places = list(range(tokens))
         with attention_plan(ShapeProbe()):
             self._forward([0] * tokens, places, places, tokens)
-
-    @torch.inference_mode()
-    def reference(self, ids: Sequence[int]) -> Tensor:
-        """Logits [width] after these tokens, with the model as its authors wrote it, without KV blocks. For one that no
-        step runs yet."""
-        module = self.model.module
-        module.set_attn_implementation("eager")
-        try:
-            output = module(input_ids=torch.tensor([ids], device=self.model.device), use_cache=False)
-        finally:
-            module.set_attn_implementation(IMPLEMENTATION)
-        logits: Tensor = output.logits[0, -1]
-        return logits
 
     def clear(self, blocks: Sequence[int], start: int = 0) -> None:
         """Zero the KV in these blocks, as `KVStorage.clear` does."""

@@ -59,9 +59,9 @@ def warm_paged(runner: Runner, max_batch: int) -> None:
 
 @torch.inference_mode()
 def verify_paged(runner: Runner) -> None:
-    """Run a short text once as the model's authors do and once in three paged chunks; raise LoadError unless the last
-    logits agree (relative to their spread) and are finite. For a model that no step runs yet; its blocks are taken away
-    again afterwards."""
+    """Run a short text in three paged chunks; raise LoadError unless the last logits are finite and agree (relative to
+    their spread) with those of the model as its authors wrote it. For a model that no step runs yet; its blocks are
+    taken away again afterwards."""
     model = runner.model
     ids = probe_ids(model)
     length = len(ids)
@@ -73,7 +73,7 @@ def verify_paged(runner: Runner) -> None:
         device=model.device,
     )
     runner.attach(storage)
-    expected = runner.reference(ids)
+    expected = runner.reference
     output: list[int] = []
     lane = Lane(model.key, ids, output)
     request = ScheduledRequest("verify", (lane,), output)

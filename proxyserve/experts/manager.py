@@ -40,7 +40,7 @@ from proxyserve.experts.status import Change, ExpertStatus
 from proxyserve.experts.store import StateStore, StoredGeneration
 from proxyserve.fusion.fusion import Fusion
 from proxyserve.models.loaded_model import ParkedExpert
-from proxyserve.models.model_set import NAME
+from proxyserve.types import NAME
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from proxyserve.experts.audit import AuditLog
 from proxyserve.experts.roster import Roster
 from proxyserve.experts.store import StateStore
 from proxyserve.fusion.fusion import Fusion
-from proxyserve.models.model_set import NAME
+from proxyserve.types import NAME
 
 PresetValues = Mapping[str, Mapping[str, Any]]
 

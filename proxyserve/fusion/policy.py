@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from proxyserve.errors import Forbidden, InvalidRequest
-from proxyserve.fusion.fusion import Fusion
-from proxyserve.fusion.program import Program, Term
+
+if TYPE_CHECKING:  # settings are read before torch is
+    from proxyserve.fusion.fusion import Fusion
+    from proxyserve.fusion.program import Program, Term
 
 
 @dataclass(frozen=True, slots=True)

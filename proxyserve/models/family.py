@@ -9,11 +9,11 @@ from pathlib import Path
 from proxyserve.errors import LoadError
 from proxyserve.models.loaded_model import LoadedModel
 from proxyserve.models.loading import Placement, choose_placement, load_model
-from proxyserve.models.model_set import NAME, ModelSet, make_expert
+from proxyserve.models.model_set import ModelSet, make_expert
 from proxyserve.models.quantization import Bits, check_quantization, quantized
 from proxyserve.models.remote import load_remote
 from proxyserve.models.upstream import RemoteSource
-from proxyserve.types import ModelKey
+from proxyserve.types import NAME, ModelKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +34,13 @@ def load_family(
     quantize: Bits | None = None,
     load_base: Callable[[Path, ModelKey], LoadedModel] | None = None,
     progress: Callable[[str], None] = lambda message: None,
+    read: Callable[..., LoadedModel] = load_model,
 ) -> ModelSet:
     """Load everything, each folder once. The base is called `base_name` or after its folder (a remote one after its
     name there); an untuned model that several experts share is called after its folder. `quantize` stores the linear
-    layers of a local base in fewer bits; `load_base` loads it in another way than into this process alone. Raises
-    LoadError; `progress` is told what is being loaded."""
+    layers of a local base in fewer bits; `load_base` loads it in another way than into this process alone. `read` makes
+    a model of a folder, as `load_model` does; somebody who only plans needs no weights. Raises LoadError; `progress`
+    is told what is being loaded."""
     placement = placement or choose_placement()
     remote = None
     if quantize is not None:
@@ -63,7 +65,7 @@ def load_family(
         if folder not in loaded:
             progress(f"loading {wanted_name} from {path}")
             key = ModelKey(wanted_name)
-            loaded[folder] = load_model(path, key, placement, quantized=path == base)
+            loaded[folder] = read(path, key, placement, quantized=path == base)
         return loaded[folder]
 
     def untuned_name(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,11 @@ from proxyserve.models.support import refuse_unsupported_config, refuse_unsuppor
 from proxyserve.models.vocabulary import SharedVocabulary
 from proxyserve.text.tokenizer import Tokenizer
 from proxyserve.types import ModelKey
+
+#: While transformers makes a model it patches its own classes, and puts back what it found there. Of two threads that
+#: do so at once the second may put back what the first had put in: no model of the process would be tied after that.
+#: Whoever calls `from_pretrained` holds this.
+MAKING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,21 +93,17 @@ def load_model(
         config.quantization_config = stored_config(config)
         options = loading_options(placement.device)
     tokenizer = tokenizer or Tokenizer.load(folder)
-    transformers.utils.logging.disable_progress_bar()  # loading progress is the caller's to show
-    try:
-        module, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=loading_dtype(placement) if beside_steps else placement.dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **options,
-        )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise LoadError(f"{folder}: the weights cannot be loaded: {error}") from error
-    weights_missing(folder, report["missing_keys"])
+    module = whole_model(
+        AutoModelForCausalLM,
+        folder,
+        str(folder),
+        config=config,
+        dtype=loading_dtype(placement) if beside_steps else placement.dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        **options,
+    )
     if method is None:
         return make_loaded(folder, key, module, tokenizer, placement)
     stored = None if is_spelled_out(method) else Quantized(method)
@@ -109,11 +111,25 @@ def load_model(
     return loaded if stored is None else kept_quantized(loaded)
 
 
-def weights_missing(folder: Path, absent: Collection[str]) -> None:
-    """Raise LoadError if there are any."""
+def whole_model(model_class: Any, folder: Path | None, where: str, **options: Any) -> PreTrainedModel:
+    """`model_class.from_pretrained(folder, ...)` on any thread, one at a time. Raises LoadError, which begins with
+    `where`, also if a weight is missing."""
+    transformers.utils.logging.disable_progress_bar()  # loading progress is the caller's to show
+    try:
+        with MAKING:
+            module, report = model_class.from_pretrained(folder, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise LoadError(f"{where}: the weights cannot be loaded: {error}") from error
+    weights_missing(where, report["missing_keys"])
+    whole: PreTrainedModel = module
+    return whole
+
+
+def weights_missing(where: str | Path, absent: Collection[str]) -> None:
+    """Raise LoadError, which begins with `where`, if there are any."""
     if absent:
         raise LoadError(
-            f"{folder}: {len(absent)} weights are missing from the files, first {min(absent)}; they would be random. "
+            f"{where}: {len(absent)} weights are missing from the files, first {min(absent)}; they would be random. "
             "Save the model again."
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
@@ -10,10 +9,7 @@ from proxyserve.errors import ExpertParked, LoadError, UnknownModel
 from proxyserve.models.loaded_model import Expert, LoadedModel, ParkedExpert
 from proxyserve.models.remote import AnyModel
 from proxyserve.models.vocabulary import require_compatible
-from proxyserve.types import ModelKey
-
-#: Names must survive model-name syntax (`base+expert:0.5`), lane names (`qa.tuned`) and URLs.
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+from proxyserve.types import NAME, ModelKey
 
 
 class ModelSet:

@@ -17,6 +17,7 @@ from proxyserve.api.app import create_app
 from proxyserve.api.auth import PUBLIC_PATHS
 from proxyserve.api.errors import StartupError
 from proxyserve.api.key_ring import Keys
+from proxyserve.api.playground import playground_files
 from proxyserve.api.server import check_binding, listen, run_server
 from proxyserve.config import ServerConfig
 from proxyserve.engine.submission import Submission
@@ -74,7 +75,7 @@ async def test_every_route_needs_the_right_key(engine: Any, tmp_path: Path) -> N
     """No key, a user's and an administrator's on each route that there is, the control plane's too: a new route that
     nobody thought about fails here."""
     app = create_app(engine, with_keys(tmp_path), FakeManager())  # type: ignore[arg-type]
-    routes = routes_of(app)
+    routes, page = routes_of(app), playground_files()
     documented = {(m.upper(), path) for path, item in app.openapi()["paths"].items() for m in item}
     paths = {path for _, path in routes}
     assert paths >= {path.replace("{model_id}", "{model_id:path}") for _, path in documented}
@@ -84,9 +85,10 @@ async def test_every_route_needs_the_right_key(engine: Any, tmp_path: Path) -> N
         statuses = []
         for key in (None, "sk-other", USER_KEY, ADMIN_KEY):
             async with client_of(app, key and f"Bearer {key}") as client:
-                answer = await client.request(method, re.sub(r"{\w+(:path)?}", "x", path))
+                url = f"http://test{path}"  # whole: `//health` alone would be a host
+                answer = await client.request(method, re.sub(r"{\w+(:path)?}", "x", url))
                 statuses.append(answer.status_code if answer.status_code in (401, 403) else 0)
-        if path in PUBLIC_PATHS:
+        if path in PUBLIC_PATHS or path in page:
             expected = [0, 0, 0, 0]
         elif path == "/metrics" or (path.startswith("/admin/") and (method, path) not in unknown):
             expected = [401, 401, 403, 0]
@@ -94,6 +96,7 @@ async def test_every_route_needs_the_right_key(engine: Any, tmp_path: Path) -> N
             expected = [401, 401, 0, 0]
         assert statuses == expected, (method, path)
     assert sorted(PUBLIC_PATHS) == ["/health", "/ready", "/version"]
+    assert paths >= page.keys() | {"/", "/playground/settings"}
 
 
 async def test_a_monitor_may_watch_and_nothing_else(engine: Any, tmp_path: Path) -> None:
@@ -107,7 +110,7 @@ async def test_a_monitor_may_watch_and_nothing_else(engine: Any, tmp_path: Path)
             answer = await client.request(method, re.sub(r"{\w+(:path)?}", "x", path))
             if answer.status_code != 403:
                 allowed.add(path)
-    assert allowed == PUBLIC_PATHS | {"/metrics", "/load"}
+    assert allowed == PUBLIC_PATHS | {"/metrics", "/load"} | playground_files().keys()
 
 
 @pytest.mark.parametrize("authorization", [f"Bearer {PLAIN}", f"bearer  {HASHED} ", f"BEARER {HASHED}"])

@@ -39,7 +39,7 @@ def bench(family: TinyFamily, url: str, *options: str) -> Result:
 def test_a_measurement(live: Live, tiny_family: TinyFamily, tmp_path: Path) -> None:
     found, picture = tmp_path / "found.json", tmp_path / "chart.png"
     loads = ("--clients", "1,2", "--rate", "100", "--requests", "4", "--rounds", "2", "--warmup", "1")
-    files = ("--json", str(found), "--chart", str(picture))
+    files = ("--save", str(found), "--chart", str(picture))
     shown = bench(
         tiny_family, live.url, "--model", "atlas", "--model", "atlas+qa:0.5=2", "--ids", *loads, *files
     )
@@ -79,7 +79,7 @@ def test_nobody_listens(tiny_family: TinyFamily) -> None:
         (("--model", "a", "--clients", "1", "--output", "9-3"), "--output: '9-3' is no distribution"),
         (("--model", "a", "--clients", "1", "--body", "{"), "--body is no JSON"),
         (("--model", "a", "--clients", "1", "--body", "[]"), "--body must be a JSON object"),
-        (("--model", "a", "--clients", "1", "--json", "/nowhere/a.json"), "--json: there is no folder"),
+        (("--model", "a", "--clients", "1", "--save", "/nowhere/a.json"), "--save: there is no folder"),
         (("--model", "a", "--clients", "1", "--chart", "/nowhere/a.png"), "--chart: there is no folder"),
         (("--model", "a", "--clients", "1", "--tokenizer", "."), "give --tokenizer the folder"),
     ],

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from proxyserve.cli import options, serve
 from proxyserve.cli.main import app
-from proxyserve.cli.serve import ServeSettings
+from proxyserve.cli.settings import ServeSettings
 from proxyserve.fusion.calibration import Calibration, CalibrationPoint, write_calibrations
 from proxyserve.models.family import ExpertSource
 from tests.tiny import TinyFamily

@@ -13,7 +13,7 @@ from tests.cli.output import said
 
 def test_texts_and_file(tmp_path: Path) -> None:
     output = tmp_path / "texts.jsonl"
-    arguments = ["explore", "record", "--texts", "3", "--max-tokens", "8", "--output", str(output)]
+    arguments = ["explore", "record", "--texts", "3", "--max-tokens", "8", "--save", str(output)]
     result = CliRunner().invoke(app, [*arguments, "--iterative", "--learning-rate", "0.001"])
     assert result.exit_code == 0, result.output
     findings = [json.loads(line) for line in output.read_text().splitlines()]
@@ -30,8 +30,8 @@ def test_refusals(tmp_path: Path) -> None:
     for arguments, words in (
         (["--learning-rate", "0.1"], "--iterative"),
         (["--iterative", "--learning-rate", "0"], "above 0"),
-        (["--output", str(tmp_path / "none" / "texts.jsonl")], "no folder"),
-        (["--output", str(tmp_path)], "name a file"),
+        (["--save", str(tmp_path / "none" / "texts.jsonl")], "no folder"),
+        (["--save", str(tmp_path)], "name a file"),
     ):
         result = CliRunner().invoke(app, ["explore", "record", *arguments])
         assert result.exit_code == 2 and words in said(result), arguments

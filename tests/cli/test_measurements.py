@@ -26,7 +26,6 @@ from proxyserve.bench.solving import SolvingResult, SolvingRow, measure_solving
 from proxyserve.bench.stalls import StallRow
 from proxyserve.bench.swaps import SwapRow, measure_swaps
 from proxyserve.bench.variants import write_adapter, write_variant
-from proxyserve.cli import bench, evaluate
 from proxyserve.cli.bench import bench_tables
 from proxyserve.cli.main import app
 from proxyserve.config import EngineConfig
@@ -56,10 +55,10 @@ def test_eval(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         asked.extend((arguments, options))
         return result
 
-    monkeypatch.setattr(evaluate, "evaluate_family", answer)
+    monkeypatch.setattr("proxyserve.evaluation.evaluate.evaluate_family", answer)
     found, chart = tmp_path / "found.json", tmp_path / "chart.png"
     shown = CliRunner().invoke(
-        app, ["eval", "--people", "3", "--markdown", "--json", str(found), "--chart", str(chart)]
+        app, ["eval", "--people", "3", "--markdown", "--save", str(found), "--chart", str(chart)]
     )
     assert shown.exit_code == 0, shown.output
     assert "| qa | shipped | 4 | 0.000 | 0.000 | 0.100 | 0.500 (50%) | 1.000 |" in shown.stdout
@@ -141,7 +140,7 @@ def test_bench_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         asked.append(settings)
         return replace(bench_result(), settings=settings)
 
-    monkeypatch.setattr(bench, "run_bench", answer)
+    monkeypatch.setattr("proxyserve.bench.run.run_bench", answer)
     found = tmp_path / "found.json"
     arguments = [
         "bench",
@@ -151,7 +150,7 @@ def test_bench_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "adapters",
         "--sampling",
         "top-p",
-        "--output",
+        "--save",
         str(found),
     ]
     shown = CliRunner().invoke(app, arguments)

@@ -24,6 +24,7 @@ from proxyserve.engine import settling
 from proxyserve.errors import InvalidRequest, LoadError, ProxyserveError
 from proxyserve.experts.source import ExpertSpec, Source
 from proxyserve.experts.store import StateError, StateStore
+from proxyserve.models.loading import whole_model
 from proxyserve.models.upstream import RemoteSource
 from proxyserve.text.tokenizer import Tokenizer
 from tests.cli.test_startup import shown
@@ -250,7 +251,7 @@ class Laws:
     """Of a folder's model in float64."""
 
     def __init__(self, folder: Path, width: int) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+        self._model = whole_model(AutoModelForCausalLM, folder, str(folder), dtype=torch.float64).eval()
         self._width = width
 
     @torch.inference_mode()

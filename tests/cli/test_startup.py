@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 
 from proxyserve.api.key_ring import KeyRing
-from proxyserve.cli.opening import ExpertSettings
+from proxyserve.cli.settings import ExpertSettings
 from proxyserve.cli.startup import startup_table
 from proxyserve.config import EngineConfig, ServerConfig
 from proxyserve.engine.engine import Engine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from proxyserve_client import ProxyServe
+from tests.clients.node_packages import NodePackages, installed
 
 START_SECONDS = 120
 STOP_SECONDS = 60
@@ -41,6 +43,15 @@ def live_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             assert server.wait(STOP_SECONDS) == 0, log.read_text()
         finally:
             server.kill()
+
+
+@pytest.fixture(scope="session")
+def node_packages(tmp_path_factory: pytest.TempPathFactory) -> NodePackages:
+    """For all processes that run tests."""
+    if shutil.which("npm") is None:
+        pytest.skip("Node and npm are not installed")
+    own = tmp_path_factory.getbasetemp()
+    return installed((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "node")
 
 
 def wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> None:

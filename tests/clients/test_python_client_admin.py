@@ -17,7 +17,15 @@ from proxyserve.experts.generation import Phase
 from proxyserve.experts.source import ExpertSpec, LayerScale
 from proxyserve.experts.source import Source as ServedSource
 from proxyserve.experts.status import ExpertStatus
-from proxyserve_client import AsyncProxyServe, Expert, ExpertGeneration, Fusion, ProxyServe, Source
+from proxyserve_client import (
+    AsyncProxyServe,
+    Expert,
+    ExpertGeneration,
+    Fusion,
+    GenerationFailed,
+    ProxyServe,
+    Source,
+)
 from tests.api.admin_fakes import (
     ADMIN_KEY,
     USER_KEY,
@@ -138,6 +146,28 @@ def test_put_that_fails_says_why(manager: FakeManager, either: Any) -> None:
     expert = either.experts.get("qa")
     assert (expert.generation, expert.last_error) == (1, "NaN on the probe")
     assert (expert.newest.phase, expert.newest.error) == ("failed", "NaN on the probe")
+
+
+def test_a_change_is_followed(manager: FakeManager, client: ProxyServe) -> None:
+    manager.at_once = False
+    client.experts.put("qa", "/a", wait=False)
+    following = client.experts.follow("qa", every=0.001)
+    assert next(following).phase == "loading"
+    manager.advance("qa", Phase.VERIFYING, 0.5)
+    assert next(following).progress == 0.5
+    manager.publish("qa")
+    assert [generation.phase for generation in following] == ["published"]
+
+
+async def test_a_change_that_fails_is_followed(manager: FakeManager, served: tuple[FakeManager, str]) -> None:
+    manager.at_once = False
+    async with AsyncProxyServe(served[1], model="atlas") as client:
+        await client.experts.put("qa", "/a", wait=False)
+        following = client.experts.follow("qa", every=0.001)
+        assert (await anext(following)).phase == "loading"
+        manager.fail("qa", "NaN on the probe")
+        with pytest.raises(GenerationFailed, match="generation 1 of expert 'qa' failed: NaN on the probe"):
+            await anext(following)
 
 
 def test_put_that_is_not_waited_for(manager: FakeManager, either: Any) -> None:

@@ -135,6 +135,7 @@ def test_a_failing_step_ends_its_requests_only(engine: Engine, monkeypatch: pyte
     engine.check()
     assert {event.finish_reason for event in events} == {FinishReason.ERROR}
     assert all("out of luck" not in (event.error or "") for event in events), "internals stay inside"
+    assert engine.counters.step_failures == 1
     monkeypatch.undo()
     assert run(engine, [submission("c", PROMPT)])["c/0"].last
 
@@ -160,6 +161,7 @@ def test_nan_fails_alone_and_leaves_nothing_behind(engine: Engine) -> None:
     bad = results["bad/0"].last
     assert bad is not None and bad.finish_reason is FinishReason.ERROR and "finite" in (bad.error or "")
     assert not bad.refused
+    assert engine.counters.nonfinite_choices == 1
     assert results["good/0"].tokens == clean.tokens
     after = run(engine, [submission("after", PROMPT, {"qa": 1.0}, max_tokens=20, logprobs=0)])["after/0"]
     assert after.last and after.last.finish_reason is FinishReason.LENGTH

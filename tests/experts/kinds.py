@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from proxyserve.api.presets import parse_fusion
 from proxyserve.engine.choice import choice_seed
 from proxyserve.engine.submission import Submission
+from proxyserve.models.loading import whole_model
 from proxyserve_kernels.reference import draw_one
 from tests.engine.driver import submission
 from tests.experts.contents import World
@@ -130,8 +131,9 @@ class References:
 
     def _model(self, folder: Path) -> PreTrainedModel:
         if folder not in self._models:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation="eager"
+            # The server's own loader thread may be making a model as well.
+            model = whole_model(
+                AutoModelForCausalLM, folder, str(folder), dtype=torch.float32, attn_implementation="eager"
             )
             self._models[folder] = model.eval()
         return self._models[folder]

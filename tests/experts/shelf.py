@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from proxyserve.cli.opening import ExpertSettings, Opened, open_server
+from proxyserve.cli.opening import Opened, open_server
 from proxyserve.cli.options import parse_expert
-from proxyserve.cli.serve import ServeSettings
+from proxyserve.cli.settings import ExpertSettings, ServeSettings
 from proxyserve.config import EngineConfig, ServerConfig
 from proxyserve.engine.engine import Engine
 from proxyserve.engine.runner import Runner

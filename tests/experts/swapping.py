@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from proxyserve.cli.opening import ExpertSettings, open_server
-from proxyserve.cli.serve import ServeSettings
+from proxyserve.cli.opening import open_server
+from proxyserve.cli.settings import ExpertSettings, ServeSettings
 from proxyserve.config import EngineConfig, PairsChoice, ServerConfig
 from proxyserve.engine.engine import Engine
 from proxyserve.engine.loop import AsyncEngine

@@ -18,6 +18,7 @@ from proxyserve.api.presets import parse_fusion
 from proxyserve.engine.engine import Engine
 from proxyserve.engine.offer import Offer
 from proxyserve.experts.loading import LoadedExpert
+from proxyserve.models.loading import whole_model
 from proxyserve.models.model_set import ModelSet
 from tests.engine.driver import Collected, run, submission
 from tests.experts.shelf import FAMILIES, Shelf, load_expert, make_engine, make_library, make_shelf
@@ -49,8 +50,8 @@ class Reference:
     def laws(self, folder: Path, prompt: Sequence[int], output: Sequence[int]) -> Tensor:
         """Log-probs [len(output), width] of each next token of `output`."""
         if folder not in self._models:
-            self._models[folder] = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float64, attn_implementation="eager"
+            self._models[folder] = whole_model(
+                AutoModelForCausalLM, folder, str(folder), dtype=torch.float64, attn_implementation="eager"
             ).eval()
         ids = torch.tensor([[*prompt, *output[:-1]]])
         logits = self._models[folder](ids, use_cache=False).logits[0, len(prompt) - 1 :, : self._width]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     StableLmConfig,
 )
 
@@ -25,7 +28,7 @@ from proxyserve.errors import LoadError
 from proxyserve.models.family import ExpertSource, load_family
 from proxyserve.models.loading import Placement, choose_placement, load_model
 from proxyserve.types import ModelKey
-from tests.tiny import TinyFamily, make_tokenizer
+from tests.tiny import TinyFamily, make_tokenizer, save_model
 
 CPU = Placement(torch.device("cpu"), torch.float32)
 
@@ -171,3 +174,28 @@ def test_cuda_where_there_is_none() -> None:
 def test_context_length_is_needed(tiny_family: TinyFamily, tmp_path: Path) -> None:
     assert load_model(tiny_family.base, ModelKey("m"), CPU).context_length == 256
     assert isinstance(load_model(tiny_family.base, ModelKey("m"), CPU).module.config, LlamaConfig)
+
+
+def test_threads_that_load_at_once_leave_transformers_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it makes a model it patches what all threads see, and puts back what it found. A patch that stays would
+    untie every model that is made afterwards."""
+    folder = save_model(tmp_path / "tied", "gpt2", make_tokenizer(), seed=1)
+    before = PreTrainedModel.tie_weights, torch.linspace
+    # What is left behind must not outlive this test.
+    monkeypatch.setattr(PreTrainedModel, "tie_weights", PreTrainedModel.tie_weights)
+    monkeypatch.setattr(torch, "linspace", torch.linspace)
+
+    def load(_: int) -> None:
+        module = load_model(folder, ModelKey("tied"), CPU).module
+        assert module.get_output_embeddings().weight is module.get_input_embeddings().weight
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            assert len(list(threads.map(load, range(16)))) == 16
+    finally:
+        sys.setswitchinterval(interval)
+    assert (PreTrainedModel.tie_weights, torch.linspace) == before

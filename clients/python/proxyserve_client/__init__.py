@@ -11,12 +11,15 @@ Errors are the exception classes of `openai` itself (`openai.BadRequestError`, `
 """
 
 from proxyserve_client.admin import AsyncExperts, AsyncPresets, Experts, Presets
-from proxyserve_client.client import AsyncProxyServe, ProxyServe
+from proxyserve_client.async_client import AsyncProxyServe
+from proxyserve_client.client import ProxyServe
 from proxyserve_client.connection import Readiness
-from proxyserve_client.experts import Expert, ExpertGeneration, Source
+from proxyserve_client.experts import Expert, ExpertGeneration, GenerationFailed, Source
+from proxyserve_client.explain import Contribution, ExplainedToken, LawOfToken, ListedToken
 from proxyserve_client.fusion import ExpertWeight, Fusion
 from proxyserve_client.options import ChatOptions, CompletionOptions, Message, ScoreOptions
-from proxyserve_client.reply import Choice, FusionReport, PromptToken, Reply, Usage
+from proxyserve_client.reply import Choice, FusionReport, PromptToken, Reply, ToolCall, Usage
+from proxyserve_client.routes import Load, TokenizerInfo, Tokens
 from proxyserve_client.score import LabelScore, Scores, TextScore
 from proxyserve_client.stream import AsyncTextStream, Piece, TextStream
 
@@ -28,13 +31,19 @@ __all__ = [
     "ChatOptions",
     "Choice",
     "CompletionOptions",
+    "Contribution",
     "Expert",
     "ExpertGeneration",
     "ExpertWeight",
     "Experts",
+    "ExplainedToken",
     "Fusion",
     "FusionReport",
+    "GenerationFailed",
     "LabelScore",
+    "LawOfToken",
+    "ListedToken",
+    "Load",
     "Message",
     "Piece",
     "Presets",
@@ -47,5 +56,8 @@ __all__ = [
     "Source",
     "TextScore",
     "TextStream",
+    "TokenizerInfo",
+    "Tokens",
+    "ToolCall",
     "Usage",
 ]

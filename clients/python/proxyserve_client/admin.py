@@ -5,43 +5,21 @@ A change is sent once and never again by itself: whether it arrived is for the c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
 from os import PathLike, fspath
 from typing import Any
 from urllib.parse import quote
 
 import openai
 
-from proxyserve_client.experts import Expert, Source
+from proxyserve_client.call import Call
+from proxyserve_client.experts import Expert, ExpertGeneration, Followed, Source
 from proxyserve_client.fusion import Fusion
 
 #: A source, or its path or hub id alone.
 AnySource = str | PathLike[str] | Source
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A request to the control plane. `timeout` is in seconds, None for the client's own."""
-
-    method: str
-    path: str
-    body: Any = None
-    wait: bool = False
-    timeout: float | None = None
-
-    def send(self, client: openai.OpenAI | openai.AsyncOpenAI, root: str) -> Any:
-        """The JSON of the answer, or for an async client what gives it when awaited."""
-        if self.method != "get":
-            client = client.with_options(max_retries=0)
-        options: dict[str, Any] = {}
-        if self.wait:
-            options["params"] = {"wait": "true"}
-        if self.timeout is not None:
-            options["timeout"] = self.timeout
-        body = {} if self.body is None else {"body": self.body}
-        call = getattr(client, self.method)
-        return call(f"{root}/admin/v1{self.path}", cast_to=object, options=options, **body)
 
 
 class Experts:
@@ -75,6 +53,16 @@ class Experts:
         if that is a whole model. Only administrators may give a `protected` expert negative weights."""
         call = put_expert(name, tuned, untuned, protected, wait, timeout)
         return _changed(call.send(self._client, self._root))
+
+    def follow(self, name: str, *, every: float = 0.25) -> Iterator[ExpertGeneration]:
+        """The generation that is on its way, at each look at it until it serves. Raises GenerationFailed if it cannot,
+        and what served goes on serving. For changes that were not waited for: `put(..., wait=False)`."""
+        followed = Followed(name)
+        while True:
+            yield followed.look(self.get(name))
+            if followed.settled:
+                return
+            time.sleep(every)
 
     def rollback(self, name: str, *, wait: bool = True, timeout: float | None = None) -> Expert:
         """Give new requests the previous generation again."""
@@ -113,6 +101,16 @@ class AsyncExperts:
         if that is a whole model. Only administrators may give a `protected` expert negative weights."""
         call = put_expert(name, tuned, untuned, protected, wait, timeout)
         return _changed(await call.send(self._client, self._root))
+
+    async def follow(self, name: str, *, every: float = 0.25) -> AsyncIterator[ExpertGeneration]:
+        """The generation that is on its way, at each look at it until it serves. Raises GenerationFailed if it cannot,
+        and what served goes on serving. For changes that were not waited for: `put(..., wait=False)`."""
+        followed = Followed(name)
+        while True:
+            yield followed.look(await self.get(name))
+            if followed.settled:
+                return
+            await asyncio.sleep(every)
 
     async def rollback(
         self,
@@ -182,11 +180,11 @@ class AsyncPresets:
 
 
 def list_experts() -> Call:
-    return Call("get", "/experts")
+    return _look("/experts")
 
 
 def get_expert(name: str) -> Call:
-    return Call("get", f"/experts/{_in_path(name)}")
+    return _look(f"/experts/{_in_path(name)}")
 
 
 def put_expert(
@@ -200,36 +198,46 @@ def put_expert(
     body: dict[str, Any] = {"tuned": _source(tuned), "protected": protected}
     if untuned is not None:
         body["untuned"] = _source(untuned)
-    return Call("put", f"/experts/{_in_path(name)}", body, wait, timeout)
+    return _change("put", f"/experts/{_in_path(name)}", body, wait, timeout)
 
 
 def rollback_expert(name: str, wait: bool, timeout: float | None) -> Call:
-    return Call("post", f"/experts/{_in_path(name)}/rollback", None, wait, timeout)
+    return _change("post", f"/experts/{_in_path(name)}/rollback", None, wait, timeout)
 
 
 def delete_expert(name: str, wait: bool, timeout: float | None) -> Call:
-    return Call("delete", f"/experts/{_in_path(name)}", None, wait, timeout)
+    return _change("delete", f"/experts/{_in_path(name)}", None, wait, timeout)
 
 
 def list_presets() -> Call:
-    return Call("get", "/presets")
+    return _look("/presets")
 
 
 def get_preset(name: str) -> Call:
-    return Call("get", f"/presets/{_in_path(name)}")
+    return _look(f"/presets/{_in_path(name)}")
 
 
 def put_preset(name: str, fusion: Fusion | Mapping[str, Any]) -> Call:
     body = fusion.to_dict() if isinstance(fusion, Fusion) else dict(fusion)
-    return Call("put", f"/presets/{_in_path(name)}", body)
+    return _change("put", f"/presets/{_in_path(name)}", body)
 
 
 def delete_preset(name: str) -> Call:
-    return Call("delete", f"/presets/{_in_path(name)}")
+    return _change("delete", f"/presets/{_in_path(name)}")
 
 
 def drain_server() -> Call:
-    return Call("post", "/drain")
+    return _change("post", "/drain")
+
+
+def _look(path: str) -> Call:
+    return Call("get", f"/admin/v1{path}")
+
+
+def _change(
+    method: str, path: str, body: Any = None, wait: bool = False, timeout: float | None = None
+) -> Call:
+    return Call(method, f"/admin/v1{path}", body, once=True, wait=wait, timeout=timeout)
 
 
 def _in_path(name: str) -> str:

@@ -105,6 +105,40 @@ class Expert:
         return self.generations[0]
 
 
+class GenerationFailed(Exception):
+    """A generation that was followed could not be published; `reason` says why."""
+
+    def __init__(self, name: str, generation: int, reason: str) -> None:
+        super().__init__(f"generation {generation} of expert '{name}' failed: {reason}")
+        self.name = name
+        self.generation = generation
+        self.reason = reason
+
+
+#: Phases of a generation that is on its way.
+_ON_ITS_WAY = ("loading", "verifying", "warming")
+
+
+class Followed:
+    """The generation of an expert that was the newest at the first look."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._number: int | None = None
+        self.settled = False
+
+    def look(self, expert: Expert) -> ExpertGeneration:
+        """Its generation now. Raises GenerationFailed."""
+        if self._number is None:
+            on_their_way = (entry for entry in expert.generations if entry.phase in _ON_ITS_WAY)
+            self._number = next(on_their_way, expert.newest).generation
+        (found,) = (entry for entry in expert.generations if entry.generation == self._number)
+        if found.error is not None or found.phase == "failed":
+            raise GenerationFailed(self._name, self._number, found.error or "no reason is known")
+        self.settled = found.phase not in _ON_ITS_WAY
+        return found
+
+
 def _known(kind: type[Expert] | type[ExpertGeneration], body: Mapping[str, Any]) -> dict[str, Any]:
     """Servers may say more than this version knows of."""
     return {entry.name: body[entry.name] for entry in fields(kind) if entry.name in body}

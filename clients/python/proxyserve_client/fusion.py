@@ -38,7 +38,7 @@ class ExpertWeight:
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """The `fusion` object of a request. Rule `proxy`: `base + sum of weight * (tuned - untuned)`.
+    """The `fusion` object of a request; there is a builder for each rule.
 
     `prompts` says, per lane (`base`, `EXPERT.tuned`, `EXPERT.untuned`, `base@VARIANT`), how it is prompted; lanes that
     it does not name get the server's choice. `parameters` are the rule's own (`{"beta": 2.0}`) and what stands
@@ -54,6 +54,9 @@ class Fusion:
         names = [entry.expert for entry in self.experts]
         if len(set(names)) < len(names):
             raise ValueError(f"each expert has one weight, but these are named: {', '.join(names)}")
+        for name, value in self.parameters.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"'{name}' must be finite, not {value}")
         object.__setattr__(self, "prompts", MappingProxyType(dict(self.prompts)))
         object.__setattr__(self, "parameters", MappingProxyType(dict(self.parameters)))
 
@@ -65,11 +68,82 @@ class Fusion:
         return cls(tuple(ExpertWeight(name, weight) for name, weight in entries))
 
     @classmethod
+    def upscale(cls, expert: str, *, beta: float | None = None, top_p: float | None = None) -> Fusion:
+        """`tuned + beta * (base - untuned)` inside the tuned model's nucleus: emulated fine-tuning."""
+        return cls.of_rule("upscale", {expert: 1}, beta=beta, top_p=top_p)
+
+    @classmethod
+    def dynamic(
+        cls,
+        experts: str | Mapping[str, float],
+        *,
+        mode: Literal["exact", "ray", "budget", "paper"] | None = None,
+        match: Literal["both", "forward", "reverse"] | None = None,
+        max_weight: float | None = None,
+        kl: float | None = None,
+    ) -> Fusion:
+        """`proxy` with weights that are solved at each position. For several experts their weights are a direction."""
+        weights = {experts: 1.0} if isinstance(experts, str) else experts
+        return cls.of_rule("dynamic", weights, mode=mode, match=match, max_weight=max_weight, kl=kl)
+
+    @classmethod
+    def contrast(cls, expert: str, *, gamma: float | None = None, alpha: float | None = None) -> Fusion:
+        """`tuned - gamma * untuned` where the tuned model finds a token plausible: what tuning added."""
+        return cls.of_rule("contrast", {expert: 1}, gamma=gamma, alpha=alpha)
+
+    @classmethod
+    def unlearn(cls, expert: str, *, alpha: float | None = None) -> Fusion:
+        """`base - alpha * max(0, tuned - base)`: away from what the expert was reinforced on."""
+        return cls.of_rule("unlearn", {expert: 1}, alpha=alpha)
+
+    @classmethod
+    def guidance(
+        cls,
+        negative_prompt: str | Sequence[int] | None = None,
+        *,
+        negative_messages: Sequence[Mapping[str, Any]] | None = None,
+        scale: float | None = None,
+    ) -> Fusion:
+        """`negative + scale * (positive - negative)`, both the base: away from a prompt. Raises ValueError unless the
+        negative one is given once, as a prompt or as messages."""
+        if (negative_prompt is None) == (negative_messages is None):
+            raise ValueError("give negative_prompt or negative_messages, one of them")
+        if negative_prompt is not None and not isinstance(negative_prompt, str):
+            negative_prompt = list(negative_prompt)
+        messages = None if negative_messages is None else list(negative_messages)
+        return cls.of_rule(
+            "guidance", negative_prompt=negative_prompt, negative_messages=messages, scale=scale
+        )
+
+    @classmethod
+    def mixture(
+        cls, models: Mapping[str, float], *, r: float | Literal["inf", "-inf"] | None = None
+    ) -> Fusion:
+        """A power mean of the laws of models (`base`, `qa.tuned`, `qa.untuned`), by weights that sum to 1."""
+        return cls.of_rule("mixture", models=dict(models), r=r)
+
+    @classmethod
+    def arm(cls, weights: Mapping[str, float] | None = None, /, **more_weights: float) -> Fusion:
+        """`base + sum of weight * tuned`: small reward models of tokens, without untuned ones."""
+        return cls.of_rule("arm", {**(weights or {}), **more_weights})
+
+    @classmethod
+    def edit(cls, expert: str, *, budget: float | None = None) -> Fusion:
+        """`proxy` at the largest weight that the server's calibration allows within a loss budget."""
+        return cls.of_rule("edit", {expert: 1}, budget=budget)
+
+    @classmethod
+    def formula(cls, text: str) -> Fusion:
+        """Any sum of models as text: `base + 0.8*(qa.tuned - small)`."""
+        return cls.of_rule("formula", formula=text)
+
+    @classmethod
     def of_rule(cls, rule: str, experts: Mapping[str, float] | None = None, /, **parameters: Any) -> Fusion:
-        """Any rule of the server: `Fusion.of_rule("upscale", {"qa": 1}, beta=1.5)`,
-        `Fusion.of_rule("guidance", negative_prompt="...", scale=2)`."""
+        """Any rule, also one that this version knows nothing of: `Fusion.of_rule("upscale", {"qa": 1}, beta=1.5)`.
+        Parameters that are None are left out."""
         entries = (experts or {}).items()
-        return cls(tuple(ExpertWeight(*entry) for entry in entries), rule, parameters=parameters)
+        given = {name: value for name, value in parameters.items() if value is not None}
+        return cls(tuple(ExpertWeight(*entry) for entry in entries), rule, parameters=given)
 
     def with_prompts(self, prompts: Mapping[str, PromptForm]) -> Fusion:
         """The same fusion with other prompts: `.with_prompts({"base": "plain"})`."""

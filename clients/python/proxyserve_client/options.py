@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict
+
+from openai.types.chat import (
+    ChatCompletionFunctionToolParam,
+    ChatCompletionMessageParam,
+    ChatCompletionToolChoiceOptionParam,
+    completion_create_params,
+)
 
 from proxyserve_client.fusion import Fusion
 
-
-class Message(TypedDict):
-    """One turn of a chat."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str
+#: One turn of a chat: `{"role": "user", "content": "..."}`, and OpenAI's others.
+Message: TypeAlias = ChatCompletionMessageParam
 
 
 class SharedOptions(TypedDict, total=False):
-    """What chats and completions have in common. An option that is left out has the server's default."""
+    """What chats and completions have in common. An option that is left out has the server's default.
+
+    `timeout` is how many seconds this side waits for the answer, or for the next piece of a stream; `deadline` after
+    how many seconds from its arrival the server gives the request up. `request_id` is a name for it that
+    `client.cancel` takes, and that the server's log has.
+    """
 
     max_tokens: int
     temperature: float
@@ -45,6 +53,9 @@ class SharedOptions(TypedDict, total=False):
     prompt_cache_key: str
     cache_salt: str
     metadata: Mapping[str, str]
+    structured_outputs: Mapping[str, Any]
+    deadline: float
+    request_id: str
     timeout: float
 
 
@@ -53,6 +64,16 @@ class ChatOptions(SharedOptions, total=False):
 
     logprobs: bool
     top_logprobs: int
+    max_completion_tokens: int
+    tools: Sequence[ChatCompletionFunctionToolParam]
+    tool_choice: ChatCompletionToolChoiceOptionParam
+    parallel_tool_calls: bool
+    response_format: completion_create_params.ResponseFormat
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+    thinking_budget: int
+    chat_template_kwargs: Mapping[str, Any]
+    add_generation_prompt: bool
+    continue_final_message: bool
 
 
 class CompletionOptions(SharedOptions, total=False):
@@ -73,6 +94,8 @@ class ScoreOptions(TypedDict, total=False):
     prompt_cache_key: str
     cache_salt: str
     metadata: Mapping[str, str]
+    deadline: float
+    request_id: str
     timeout: float
 
 
@@ -80,14 +103,9 @@ class ScoreOptions(TypedDict, total=False):
 _EXTENSIONS = (
     *("top_k", "min_p", "repetition_penalty", "stop_token_ids", "ignore_eos", "min_tokens", "bad_words"),
     *("allowed_token_ids", "skip_special_tokens", "prompt_logprobs", "logprob_token_ids", "return_token_ids"),
-    *(
-        "return_tokens_as_token_ids",
-        "priority",
-        "safety_identifier",
-        "prompt_cache_key",
-        "cache_salt",
-        "metadata",
-    ),
+    *("return_tokens_as_token_ids", "structured_outputs", "thinking_budget", "chat_template_kwargs"),
+    *("add_generation_prompt", "continue_final_message"),
+    *("priority", "safety_identifier", "prompt_cache_key", "cache_salt", "metadata"),
 )
 
 
@@ -115,11 +133,21 @@ def streaming(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {**arguments, "stream": True, "stream_options": {"include_usage": True}}
 
 
+def request_headers(request_id: str | None) -> dict[str, str]:
+    """The header that names a request."""
+    return {} if request_id is None else {"x-request-id": request_id}
+
+
 def _arguments(fusion: Fusion | None, options: Mapping[str, Any]) -> dict[str, Any]:
     arguments = dict(options)
+    headers = request_headers(arguments.pop("request_id", None))
     extra_body = {name: arguments.pop(name) for name in _EXTENSIONS if name in arguments}
+    if "deadline" in arguments:
+        extra_body["timeout"] = arguments.pop("deadline")
     if fusion is not None:
         extra_body |= fusion.extra_body()
     if extra_body:
         arguments["extra_body"] = extra_body
+    if headers:
+        arguments["extra_headers"] = headers
     return arguments

@@ -10,6 +10,8 @@ from openai.types import Completion, CompletionUsage
 from openai.types.chat import ChatCompletion
 from pydantic import BaseModel
 
+from proxyserve_client.explain import ExplainedToken
+
 
 @dataclass(frozen=True, slots=True)
 class FusionReport:
@@ -82,10 +84,21 @@ PromptPlace = tuple[PromptToken, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of one of the request's tools. `arguments` are JSON as the model wrote it."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
-    """One of the `n` texts of an answer. `finish_reason` is `stop` or `length`, `stop_reason` the stop string or token
-    id that was met. The ids are there with `return_token_ids`; `prompt_logprobs`, for each token of the prompt, and
-    `listed_logprobs`, for each of `logprob_token_ids` at each token, where they were asked for."""
+    """One of the `n` texts of an answer. `finish_reason` is `stop`, `length` or `tool_calls`, `stop_reason` the stop
+    string or token id that was met. The ids are there with `return_token_ids`; `prompt_logprobs`, for each token of the
+    prompt, and `listed_logprobs`, for each of `logprob_token_ids` at each token, where they were asked for; `explain`,
+    for each token, with `explain` in the fusion, and `prompt_explain` where the prompt's log-probs are found as well.
+    `reasoning` is what a chat's model thought before its answer, for models whose reasoning is told apart."""
 
     text: str
     finish_reason: str | None
@@ -94,6 +107,10 @@ class Choice:
     prompt_token_ids: tuple[int, ...] | None = None
     prompt_logprobs: tuple[PromptPlace, ...] | None = None
     listed_logprobs: tuple[Mapping[int, float] | None, ...] | None = None
+    explain: tuple[ExplainedToken, ...] | None = None
+    prompt_explain: tuple[ExplainedToken | None, ...] | None = None
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
 
     @classmethod
     def of(cls, text: str, choice: BaseModel, prompt: BaseModel) -> Choice:
@@ -109,18 +126,22 @@ class Choice:
             _tuple(told.get("prompt_token_ids")),
             _prompt_places(told.get("prompt_logprobs")),
             _listed(found.get("listed_logprobs")),
+            explained(choice),
+            _explained_prompt(found.get("prompt_explain")),
+            *_said_beside(choice),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
     """A whole answer. `raw` is the object of the `openai` package, for log-probs and all else; it is None for an
-    answer that was put together from a stream."""
+    answer that was put together from a stream. `id` names the request, for `client.cancel` and the server's log."""
 
     model: str
     choices: tuple[Choice, ...]
     usage: Usage | None
     fusion: FusionReport | None
+    id: str = ""
     raw: ChatCompletion | Completion | None = None
 
     @property
@@ -148,12 +169,35 @@ class Reply:
     @classmethod
     def _of(cls, response: ChatCompletion | Completion, choices: tuple[Choice, ...]) -> Reply:
         usage = Usage.of(response.usage) if response.usage else None
-        return cls(response.model, choices, usage, FusionReport.of(response), response)
+        return cls(response.model, choices, usage, FusionReport.of(response), response.id, response)
 
 
 def _extension(response: BaseModel, name: str) -> Any:
     """A field that the types of the `openai` package do not declare. They keep such fields."""
     return (response.model_extra or {}).get(name)
+
+
+def explained(choice: BaseModel) -> tuple[ExplainedToken, ...] | None:
+    """The explanations of a choice, or of a piece of one."""
+    tokens = _extension(choice, "explain")
+    return None if tokens is None else tuple(map(ExplainedToken.of, tokens))
+
+
+def _explained_prompt(tokens: list[dict[str, Any] | None] | None) -> tuple[ExplainedToken | None, ...] | None:
+    if tokens is None:
+        return None
+    return tuple(None if token is None else ExplainedToken.of(token) for token in tokens)
+
+
+def _said_beside(choice: BaseModel) -> tuple[str | None, tuple[ToolCall, ...]]:
+    """Reasoning and calls of a chat's choice."""
+    message = getattr(choice, "message", None)
+    if message is None:
+        return None, ()
+    calls = (
+        ToolCall(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ()
+    )
+    return _extension(message, "reasoning_content"), tuple(calls)
 
 
 def _tuple(ids: list[int] | None) -> tuple[int, ...] | None:

@@ -10,7 +10,7 @@ import openai
 from openai.types import CompletionUsage
 
 from proxyserve_client.fusion import Fusion
-from proxyserve_client.options import ScoreOptions
+from proxyserve_client.options import ScoreOptions, request_headers
 from proxyserve_client.reply import FusionReport, Usage
 
 #: A text, or its token ids.
@@ -75,10 +75,13 @@ class ScoreCall:
 
     body: Mapping[str, Any]
     timeout: float | None = None
+    request_id: str | None = None
 
     def send(self, client: openai.OpenAI | openai.AsyncOpenAI) -> Any:
         """The JSON of the answer, or for an async client what gives it when awaited."""
         options: dict[str, Any] = {} if self.timeout is None else {"timeout": self.timeout}
+        if self.request_id is not None:
+            options["headers"] = request_headers(self.request_id)
         post: Any = client.post
         return post("/score", cast_to=object, body=dict(self.body), options=options)
 
@@ -94,10 +97,13 @@ def score_call(
         raise TypeError(f"there is no option '{name}' of scores")
     body: dict[str, Any] = {"model": model, **options}
     timeout = body.pop("timeout", None)
+    request_id = body.pop("request_id", None)
+    if "deadline" in body:
+        body["timeout"] = body.pop("deadline")
     body |= {name: _json(value) for name, value in what.items() if value is not None}
     if fusion is not None:
         body |= fusion.extra_body()
-    return ScoreCall(body, timeout)
+    return ScoreCall(body, timeout, request_id)
 
 
 def _json(value: Any) -> Any:

@@ -217,6 +217,18 @@ def test_errors_are_those_of_openai(
         assert (caught.value.param, caught.value.code) == ("fusion.experts.qa", "why")
 
 
+def test_what_is_too_much_is_tried_again(stub: Any) -> None:
+    stub.refusal = (
+        429,
+        {"message": "Full.", "type": "rate_limit_error", "param": None, "code": "queue_full"},
+    )
+    with ProxyServe(stub.url, model="atlas", max_retries=1) as client, pytest.raises(openai.RateLimitError):
+        client.chat("Hello", request_id="mine", deadline=5)
+    assert len(stub.bodies) == 2
+    assert stub.body["timeout"] == 5
+    assert {headers["x-request-id"] for headers in stub.headers} == {"mine"}
+
+
 def test_an_unknown_option_is_refused_here(stub: Any, client: ProxyServe) -> None:
     with pytest.raises(TypeError, match="temprature"):
         client.chat("Hello", temprature=0.0)

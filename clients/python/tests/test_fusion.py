@@ -61,7 +61,40 @@ def test_what_a_model_name_cannot_say_is_refused() -> None:
         Fusion.proxy({"a+b": 1.0}).model_name("atlas")
 
 
-def test_every_rule_can_be_asked_for() -> None:
+@pytest.mark.parametrize(
+    ("fusion", "body"),
+    [
+        (Fusion.upscale("qa", beta=1.5), {"rule": "upscale", "experts": {"qa": 1}, "beta": 1.5}),
+        (Fusion.dynamic("qa", kl=0.5), {"rule": "dynamic", "experts": {"qa": 1}, "kl": 0.5}),
+        (Fusion.dynamic({"qa": 1, "bio": 2}), {"rule": "dynamic", "experts": {"qa": 1, "bio": 2}}),
+        (Fusion.contrast("qa", alpha=0.0), {"rule": "contrast", "experts": {"qa": 1}, "alpha": 0.0}),
+        (Fusion.unlearn("qa"), {"rule": "unlearn", "experts": {"qa": 1}}),
+        (Fusion.guidance((1, 2), scale=2), {"rule": "guidance", "negative_prompt": [1, 2], "scale": 2}),
+        (
+            Fusion.guidance(negative_messages=({"role": "user", "content": "no"},)),
+            {"rule": "guidance", "negative_messages": [{"role": "user", "content": "no"}]},
+        ),
+        (Fusion.mixture({"base": 1}, r="inf"), {"rule": "mixture", "models": {"base": 1}, "r": "inf"}),
+        (Fusion.arm({"a-b": 0.5}, qa=1), {"rule": "arm", "experts": {"a-b": 0.5, "qa": 1}}),
+        (Fusion.edit("qa", budget=0.1), {"rule": "edit", "experts": {"qa": 1}, "budget": 0.1}),
+        (Fusion.formula("base + qa"), {"rule": "formula", "formula": "base + qa"}),
+    ],
+    ids=lambda value: value.rule if isinstance(value, Fusion) else "",
+)
+def test_builders(fusion: Fusion, body: dict[str, object]) -> None:
+    assert fusion.to_dict() == body
+
+
+def test_builders_refuse_what_cannot_be_meant() -> None:
+    with pytest.raises(ValueError, match="'beta' must be finite"):
+        Fusion.upscale("qa", beta=math.nan)
+    with pytest.raises(ValueError, match="one of them"):
+        Fusion.guidance()
+    with pytest.raises(ValueError, match="one of them"):
+        Fusion.guidance("no", negative_messages=[{"role": "user", "content": "no"}])
+
+
+def test_rules_of_newer_servers_can_be_asked_for() -> None:
     lifted = Fusion.of_rule("upscale", {"qa": 1}, beta=1.5).with_parameters(explain=2)
     assert lifted.to_dict() == {"rule": "upscale", "experts": {"qa": 1}, "beta": 1.5, "explain": 2}
     guided = Fusion.of_rule("guidance", negative_prompt="no", scale=2)

@@ -84,9 +84,6 @@ class Follower:
     def clear(self, blocks: Sequence[int], start: int) -> None:
         self._ready.clear(blocks, start)
 
-    def reference(self, ids: Sequence[int]) -> None:
-        self._ready.reference(ids)
-
     def rehearse(self, tokens: int) -> None:
         self._ready.rehearse(tokens)
 

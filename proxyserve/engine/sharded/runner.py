@@ -51,10 +51,6 @@ class ShardedRunner(Runner):
         with self._together("clear", list(blocks), start):
             super().clear(blocks, start)
 
-    def reference(self, ids: Sequence[int]) -> Tensor:
-        with self._together("reference", tuple(ids)):
-            return super().reference(ids)
-
     def rehearse(self, tokens: int) -> None:
         with self._together("rehearse", tokens):
             super().rehearse(tokens)

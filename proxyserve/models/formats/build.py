@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -18,7 +17,7 @@ from proxyserve.models.formats.companions import GENERATION
 from proxyserve.models.formats.diff import Change, fitted
 from proxyserve.models.formats.merge import merged
 from proxyserve.models.formats.tensors import FolderTensors
-from proxyserve.models.loading import Placement, loading_dtype, own_weights
+from proxyserve.models.loading import Placement, loading_dtype, own_weights, whole_model
 from proxyserve.models.prequantized import refuse_quantized
 from proxyserve.models.support import refuse_unsupported_config, refuse_unsupported_module
 
@@ -85,28 +84,21 @@ def load_changed(
     refuse_quantized(config, str(untuned), "a model that is changed")
     if any(name in state for name in architecture.ties):
         config.tie_word_embeddings = False
-    transformers.utils.logging.disable_progress_bar()  # loading progress is the caller's to show
+    module = whole_model(
+        architecture.model_class,
+        None,
+        f"{untuned} with its weights changed",
+        config=config,
+        state_dict=dict(state),
+        dtype=loading_dtype(placement),
+    )
     try:
-        module, report = architecture.model_class.from_pretrained(
-            None,
-            config=config,
-            state_dict=dict(state),
-            dtype=loading_dtype(placement),
-            output_loading_info=True,
-        )
         for folder in (untuned, own):
             if folder is not None and (folder / GENERATION).is_file():
                 module.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise LoadError(f"{untuned}: the changed weights cannot be loaded: {error}") from error
-    absent = sorted(report["missing_keys"])
-    if absent:
-        raise LoadError(
-            f"{untuned}: {len(absent)} weights are missing from the files, first {absent[0]}; they would be random. "
-            "Save the model again."
-        )
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{folder}: {GENERATION} cannot be used: {error}") from error
     module.eval().requires_grad_(False)
     own_weights(module, placement)
     refuse_unsupported_module(module, str(untuned))
-    loaded: PreTrainedModel = module
-    return loaded
+    return module
