@@ -11,6 +11,7 @@ Q = Queries('job="$job", instance=~"$instance"')
 
 
 def one(expression: str, legend: str = "") -> tuple[Query, ...]:
+    """The queries of a panel that has one."""
     return (Query(expression, legend),)
 
 
@@ -27,8 +28,10 @@ def percentiles(family: Family, title: str, text: str, width: int = 8) -> Panel:
 
 
 def heatmap(family: Family, title: str, unit: Unit, text: str, width: int = 8) -> Panel:
+    """All values of a histogram by size, along time."""
     return Panel(title, one(Q.buckets(family), "{{le}}"), unit, text, form=Form.HEATMAP, width=width)
 
 
 def number(title: str, expression: str, unit: Unit, text: str, bad: float | None = None) -> Panel:
+    """The value of this moment, large; red from `bad` on."""
     return Panel(title, one(expression), unit, text, form=Form.NUMBER, width=4, bad=bad)
