@@ -1,6 +1,6 @@
 """Makes the pictures of docs/playground.md from a running `proxyserve demo`:
 
-    python -m tests.playground.pictures http://127.0.0.1:8000/
+python -m tests.playground.pictures http://127.0.0.1:8000/
 """
 
 from __future__ import annotations
