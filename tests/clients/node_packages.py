@@ -11,6 +11,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from tests.clients.example_packages import EXAMPLES
+
 CLIENT = Path(__file__).parents[2] / "clients" / "typescript"
 UNMODIFIED = Path(__file__).parent / "openai_typescript"
 
@@ -21,8 +23,8 @@ README_URL = "http://127.0.0.1:8000"
 @dataclass(frozen=True)
 class NodePackages:
     """`client` is a built copy of `clients/typescript` with its `node_modules`. `consumer` is another project that has
-    installed what `npm pack` made of it (`tarball`): in `built` are the package's own tests, the README's examples and
-    `drive.ts`, compiled there."""
+    installed what `npm pack` made of it (`tarball`): in `built` are the package's own tests, the examples of its README
+    and of docs/clients.md, and `drive.ts`, compiled there."""
 
     client: Path
     tarball: Path
@@ -52,8 +54,7 @@ def _install(client: Path) -> None:
     ignored = shutil.ignore_patterns("node_modules", "dist", "build", "*.tgz")
     shutil.copytree(CLIENT, client, ignore=ignored)
     run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], client)
-    run(["npm", "run", "--silent", "build"], client)
-    tarball = run(["npm", "pack", "--ignore-scripts", "--silent"], client).split()[-1]
+    tarball = run(["npm", "pack", "--silent"], client).split()[-1]  # builds it first
     consumer = client / "consumer"
     consumer.mkdir()
     (consumer / "package.json").write_text('{"name": "consumer", "private": true, "type": "module"}')
@@ -61,6 +62,7 @@ def _install(client: Path) -> None:
     run(["npm", "install", "--ignore-scripts", *offline, f"../{tarball}"], consumer)
     shutil.copytree(client / "test", consumer, dirs_exist_ok=True)
     shutil.copy(UNMODIFIED / "drive.ts", consumer)
+    shutil.copy(EXAMPLES / "typescript_client.ts", consumer)
     for index, example in enumerate(examples()):
         (consumer / f"example{index}.ts").write_text(example)
     run([str(client / "node_modules/.bin/tsc"), "--project", ".", "--outDir", "built"], consumer)
