@@ -5,11 +5,13 @@ from __future__ import annotations
 import enum
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from proxyserve.cli.lazy import Entry
 from proxyserve.cli.main import COMMANDS
+from proxyserve.cli.settings import ServerOptions
 
 _HEAD = """# Reference of the command line
 
@@ -18,6 +20,7 @@ in common, chats, check-ups, exit codes and files are in [command_line.md](comma
 """
 
 
+_NOTHING = object()
 _KINDS: Mapping[Any, str] = {str: "TEXT", int: "N", float: "X", Path: "PATH"}
 
 
@@ -49,12 +52,24 @@ def _section(title: str, command: Any, *, level: int) -> Iterator[str]:
     if arguments:
         yield _table("argument", [(f"`{each.metavar or each.name}`", each) for each in arguments])
     panels: dict[str, list[tuple[str, Any]]] = {}
+    told = {} if title == "proxyserve serve" else _of_serve()
+    if not told.keys() - {each.name for each in command.params}:
+        yield "Beside what follows it takes the options of [`serve`](#proxyserve-serve) from *Network and keys* on."
+    else:
+        told = {}
     for each in command.params:
+        if told.get(each.name, _NOTHING) == each.default:
+            continue
         if each.param_type_name == "option" and not each.hidden and each.name != "help":
             panel = getattr(each, "rich_help_panel", None) or "Options"
             panels.setdefault(panel, []).append((_names(each), each))
     for panel, options in panels.items():
         yield _table("option" if panel == "Options" else panel, options)
+
+
+def _of_serve() -> dict[str, Any]:
+    """Defaults of the options that `serve` shares with others."""
+    return {each.name: each.default for each in fields(ServerOptions)}
 
 
 def _names(option: Any) -> str:

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 import yaml
 
 from proxyserve import __version__
 from proxyserve.api.keys import read_key_file
-from proxyserve.cli.main import app
+from proxyserve.cli.main import COMMANDS
 from proxyserve.config import ServerConfig
 from tests.tools import need
 
@@ -61,11 +60,10 @@ def instructions(deploy: Path) -> list[tuple[str, str]]:
 @pytest.fixture(scope="session")
 def help_texts() -> dict[str, str]:
     """Options and variables of `proxyserve COMMAND`, in one string each."""
-    group: Any = typer.main.get_command(app)
     texts = {}
     for command in ("serve", "demo"):
         words: list[str] = []
-        for parameter in group.commands[command].params:
+        for parameter in COMMANDS[command].load(command).params:
             variables = parameter.envvar or []
             words += [*parameter.opts, *parameter.secondary_opts]
             words += [variables] if isinstance(variables, str) else variables
