@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Installs the programs that some tests run beside proxyserve: a browser, a proxy, Prometheus with promtool. Names may be
-# given as arguments; without any, all. Does nothing where they are there already. Only on Debian and Ubuntu, as root;
-# anywhere else it says what is missing and succeeds, and the tests that need it are skipped, visibly.
+# Installs the programs that some tests run beside proxyserve: a browser, a proxy, Prometheus with promtool, and what
+# makes certificates and reads systemd's units. Names may be given as arguments; without any, all. Does nothing where
+# they are there already. Only on Debian and Ubuntu, as root; anywhere else it says what is missing and succeeds, and
+# the tests that need it are skipped, visibly.
 set -euo pipefail
 
-declare -A PACKAGE=([chromium]=chromium [nginx]=nginx-light [prometheus]=prometheus [promtool]=prometheus)
-(($#)) || set -- chromium nginx promtool
+declare -A PACKAGE=([nginx]=nginx-light [promtool]=prometheus [systemd-analyze]=systemd)
+(($#)) || set -- chromium nginx promtool openssl systemd-analyze
 
 missing=()
 for tool in "$@"; do

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,10 +61,10 @@ def tune(
         longest = max(len(prompt) + len(answer) for prompt, answer in batch)
         ids = torch.full((len(batch), longest), end)
         wanted = torch.full((len(batch), longest), -100)  # the loss counts on answers only
-        for row, (prompt, answer) in enumerate(batch):
-            length = len(prompt) + len(answer)
-            ids[row, :length] = torch.tensor([*prompt, *answer])
-            wanted[row, len(prompt) : length] = torch.tensor(answer)
+        for row, (before, after) in enumerate(batch):
+            length = len(before) + len(after)
+            ids[row, :length] = torch.tensor([*before, *after])
+            wanted[row, len(before) : length] = torch.tensor(after)
         logits = model(ids).logits[:, :-1]
         # Smoothing bounds how sure the expert can be of what does not come. Fusion multiplies by its law over the
         # untuned one's, so that a token that it has ruled out without need is lost to the large model as well.
@@ -75,7 +76,7 @@ def tune(
         optimizer.step()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * (1 - (step + 1) / steps)
-    model.save_pretrained(out)
+    model.save_pretrained(str(out))
     print(f"{steps} steps on {len(examples)} examples, last loss {loss.item():.2f}; adapter in {out}")
 
 
@@ -126,7 +127,7 @@ def main() -> None:
     measuring = commands.add_parser("measure")
     measuring.add_argument("task", type=Path)
     measuring.add_argument("--model", action="append", required=True)
-    measuring.add_argument("--url", default="http://127.0.0.1:8000")
+    measuring.add_argument("--url", default=os.environ.get("PROXYSERVE_URL", "http://127.0.0.1:8000"))
     measuring.add_argument("--key", default="none")
     given = parser.parse_args()
     if given.command == "tune":

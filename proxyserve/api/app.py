@@ -68,8 +68,9 @@ def create_app(
         title="proxyserve",
         version=__version__,
         description=_DESCRIPTION,
+        # FastAPI's own pages fetch their scripts from another host; `install_openapi` has one that needs none.
+        docs_url=None,
         redoc_url=None,
-        swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
     )
     app.state.proxyserve = state

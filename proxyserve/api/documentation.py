@@ -8,8 +8,10 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
+from starlette.responses import HTMLResponse
 
 from proxyserve.api.auth import PUBLIC_PATHS
+from proxyserve.api.reference import as_html, sections
 from proxyserve.api.schemas.errors import ErrorBody
 
 _DESCRIPTIONS: Mapping[int, str] = {
@@ -62,7 +64,8 @@ def event_stream(chunk: str, *, end: str = "then `[DONE]`, or an error in its pl
 
 
 def install_openapi(app: FastAPI, *, chunks: Sequence[type[BaseModel]], keys: bool) -> None:
-    """Make `app.openapi` define the `chunks` of event streams, and say which routes need a key."""
+    """Make `app.openapi` define the `chunks` of event streams, and say which routes need a key; show it as a page under
+    `/docs`."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -77,6 +80,10 @@ def install_openapi(app: FastAPI, *, chunks: Sequence[type[BaseModel]], keys: bo
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way
+
+    @app.get("/docs", include_in_schema=False)
+    def docs() -> HTMLResponse:
+        return HTMLResponse(as_html(list(sections(openapi())), app.title))
 
 
 def _add_schema(document: dict[str, Any], model: type[BaseModel]) -> None:

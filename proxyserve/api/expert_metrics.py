@@ -30,8 +30,8 @@ class ExpertCollector(Collector):
         # Those that count seldom begin at 0: Prometheus sees no increase in a series that begins at 1.
         yield families.EXPERT_PHASES.by({phase: counters.phases.get(phase, 0) for phase in Phase})
         yield families.EXPERT_PHASE_SECONDS.by({phase: counters.seconds.get(phase, 0.0) for phase in Phase})
-        failures = {phase: counters.failures.get(phase, 0) for phase in Phase if phase.is_loading}
-        yield families.EXPERT_FAILURES.by({**failures, **counters.failures})
+        failures: dict[str, float] = {phase: 0 for phase in Phase if phase.is_loading}
+        yield families.EXPERT_FAILURES.by(failures | counters.failures)
         yield families.EXPERT_ROLLBACKS.one(counters.rollbacks)
         yield families.EXPERT_EVICTIONS.one(counters.evictions)
         yield families.EXPERT_WAKES.one(counters.wakes)

@@ -185,7 +185,7 @@ def _best(run: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest of a few runs, after one that warms up."""
     best, begun = float("inf"), perf_counter()
     run()
-    while perf_counter() - begun < _SECONDS:
+    while best == float("inf") or perf_counter() - begun < _SECONDS:
         started = perf_counter()
         run()
         if device.type == "cuda":

@@ -11,6 +11,8 @@ import yaml
 from pydantic import ValidationError
 
 from proxyserve.api.keys import KeyRecord, digest_of, new_key
+from proxyserve.cli.panels import LIMITS
+from proxyserve.cli.printing import AsJson, print_json
 
 keys_app = typer.Typer(
     name="keys",
@@ -19,9 +21,9 @@ keys_app = typer.Typer(
     help="Keys of a server: made here, kept as digests in the files of --api-key-file and --admin-key-file.",
 )
 
-_Limit = Annotated[
-    int | None, typer.Option(min=1, help="See docs/keys_and_limits.md; default: the server's.")
-]
+
+def _limit(what: str) -> Any:
+    return typer.Option(min=1, help=f"{what} Default: the server's limit.", rich_help_panel=LIMITS)
 
 
 @keys_app.command("new")
@@ -43,14 +45,18 @@ def new_command(
         int | None,
         typer.Option("--max-logprobs", min=0, help="Log-probabilities per token that it may have."),
     ] = None,
-    max_running: _Limit = None,
-    max_waiting_requests: _Limit = None,
-    max_waiting_tokens: _Limit = None,
-    requests_per_minute: _Limit = None,
-    tokens_per_minute: _Limit = None,
+    max_running: Annotated[int | None, _limit("Choices that may run at once.")] = None,
+    max_waiting_requests: Annotated[
+        int | None, _limit("Choices that may wait for their first token.")
+    ] = None,
+    max_waiting_tokens: Annotated[int | None, _limit("Prompt tokens that these may have together.")] = None,
+    requests_per_minute: Annotated[int | None, _limit("Requests in a minute.")] = None,
+    tokens_per_minute: Annotated[int | None, _limit("Tokens of prompts and answers in a minute.")] = None,
     priority: Annotated[int, typer.Option("--priority", help="Of its requests; lower goes first.")] = 0,
+    as_json: AsJson = False,
 ) -> None:
-    """Make a key. It is shown once, on stderr; the record for the key file, on stdout, has its digest alone."""
+    """Make a key. It is shown once, on stderr; the record for the key file, on stdout, has its digest alone. With
+    --json both are in the document."""
     if admin and monitor:
         raise typer.BadParameter("a key has one role", param_hint="--monitor")
     key = new_key()
@@ -77,6 +83,9 @@ def new_command(
     except ValidationError as error:
         first = error.errors()[0]
         raise typer.BadParameter(first["msg"], param_hint=str(first["loc"][0]).upper()) from None
+    if as_json:
+        print_json({"key": key, "record": record})
+        return
     typer.echo(f"The key, which is not shown again: {key}", err=True)
     typer.echo(yaml.safe_dump([record], sort_keys=False).rstrip())
 

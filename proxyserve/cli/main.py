@@ -85,7 +85,7 @@ def main() -> None:
     wants_json = "--json" in sys.argv[1:]
     try:
         # Outside of its standalone mode Typer raises what it would print, and returns the code of an Exit.
-        sys.exit(app(standalone_mode=not wants_json))
+        sys.exit(app(prog_name="proxyserve", standalone_mode=not wants_json))
     except ProxyserveError as error:
         if wants_json:
             typer.echo(exits.as_json(error))

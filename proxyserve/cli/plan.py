@@ -20,6 +20,12 @@ from proxyserve.models.family import ExpertSource, load_family
 from proxyserve.models.loaded_model import LoadedModel
 from proxyserve.models.loading import Placement, context_length, load_config
 from proxyserve.models.model_set import ModelSet
+from proxyserve.models.prequantized import (
+    check_prequantized,
+    is_spelled_out,
+    method_of,
+    refuse_quantized,
+)
 from proxyserve.models.quantization import check_quantization
 from proxyserve.models.support import refuse_unsupported_module
 from proxyserve.models.upstream import RemoteSource
@@ -156,10 +162,15 @@ def make_plan(
     )
 
 
-def read_shapes(path: Path, key: ModelKey, placement: Placement) -> UnreadModel:
-    """All of a folder but the numbers in its weight files. Raises LoadError."""
+def read_shapes(path: Path, key: ModelKey, placement: Placement, *, quantized: bool = False) -> UnreadModel:
+    """All of a folder but the numbers in its weight files, which may be `quantized`. Raises LoadError."""
     folder = path.expanduser()
     config = load_config(folder)
+    method = method_of(config)
+    if method is not None:
+        if not quantized:
+            refuse_quantized(config, str(folder), "an expert's models")
+        check_prequantized(config, placement.device, str(folder))
     tokenizer = Tokenizer.load(folder)
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -177,7 +188,9 @@ def read_shapes(path: Path, key: ModelKey, placement: Placement) -> UnreadModel:
             tokenizer.token_to_id, int(module.get_output_embeddings().weight.shape[0])
         ),
         parameters=parameters,
-        bytes=parameters * placement.dtype.itemsize,
+        bytes=parameters * placement.dtype.itemsize
+        if method is None or is_spelled_out(method)
+        else sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         placement=placement,
     )
 

@@ -46,8 +46,8 @@ def serve_command(
 ) -> None:
     """Serve a large model and the small experts that steer it.
 
-    Every option can also stand in the file of --config (TOML or YAML, names without the dashes) or in the environment
-    variable that is shown beside it; the command line wins over the environment, the environment over the file.
+    Every option can also stand in the file of --config (`kv-memory: 4GiB`, say) or in the environment variable that is
+    shown beside it; the command line wins over the environment, the environment over the file.
     """
     settings = make_settings(given)
     source = options.parse_base(

@@ -149,7 +149,9 @@ def _whereabouts(base: AnyModel) -> str:
         where, stored = f"{base.dtype} on {base.device}", base.quantized
         if stored is None:
             return where
-        return f"{where}, linear layers in {stored.bits}, which moves its logits by {stored.error:.2%} of their spread"
+        if stored.error is None:
+            return f"{where}, linear layers as stored ({stored.how})"
+        return f"{where}, linear layers in {stored.how}, which moves its logits by {stored.error:.2%} of their spread"
     source = base.client.source
     named = "named by id" if base.client.by_id else "named by text, so that some cannot be told apart"
     return f"{base.client.model} at {source.url}, remote: its {source.top_k} likeliest tokens, {named}"

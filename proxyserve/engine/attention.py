@@ -198,8 +198,8 @@ class ShapeProbe:
         self.features[layer] = Features(query.shape[1], how.scale, window, how.softcap, how.sinks is not None)
         length = query.shape[0]
         mask = torch.full((length, length), -math.inf, dtype=query.dtype, device=query.device).triu(1)
-        rows = (heads.transpose(0, 1)[None] for heads in (query, key, value))
-        return how(*rows, mask)[0].transpose(0, 1)
+        first, second, third = (heads.transpose(0, 1)[None] for heads in (query, key, value))
+        return how(first, second, third, mask)[0].transpose(0, 1)
 
 
 _current: ContextVar[Plan | ShapeProbe | None] = ContextVar("proxyserve_attention", default=None)

@@ -73,7 +73,7 @@ def pack_linears(module: nn.Module) -> int:
 
 
 def _gains(weight: Tensor) -> bool:
-    if weight.device.type != "cpu" or hasattr(weight, "qdata"):  # quantised
+    if weight.device.type != "cpu" or type(weight) not in (Tensor, nn.Parameter):  # quantised
         return False
     if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

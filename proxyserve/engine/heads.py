@@ -81,7 +81,7 @@ class WideHead(nn.Module):
 def widen_head(model: PreTrainedModel) -> None:
     """Have the model's logits in float32, in place. Heads that are not plain linear layers (quantised ones) stay."""
     head = model.get_output_embeddings()
-    if type(head) is nn.Linear:
+    if type(head) is nn.Linear and type(head.weight) is nn.Parameter:
         model.set_output_embeddings(WideHead(head))
 
 

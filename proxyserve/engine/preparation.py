@@ -171,7 +171,10 @@ def _cost(model: AnyModel, catalog: Catalog) -> float:
     base = catalog.models.base
     if not (isinstance(model, LoadedModel) and isinstance(base, LoadedModel)):
         return 1.0
-    return model.trunk.parameters / base.parameters
+    if model.trunk is base:
+        return 1.0
+    parts = 1 if base.sharding is None else base.sharding.size  # all of which read theirs at the same time
+    return model.trunk.parameters * parts / base.parameters
 
 
 def _check_logprobs(submission: Submission) -> None:

@@ -22,7 +22,8 @@ _SWITCH_SECONDS = 50e-6
 @contextmanager
 def paced(busy: Callable[[], bool]) -> Iterator[None]:
     """What this thread does inside goes on in portions for as long as `busy` says so. A call into C is one portion,
-    however long it takes. Inside, hold no lock that a step may want."""
+    however long it takes. Inside, hold no lock that a step may want. `busy` must not raise: the error would come out of
+    wherever the thread is, and skip the `finally` that it is about to enter."""
     until = perf_counter() + _WORK_SECONDS
 
     def pause(frame: Any, event: str, argument: Any) -> None:

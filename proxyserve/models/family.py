@@ -34,13 +34,13 @@ def load_family(
     quantize: Bits | None = None,
     load_base: Callable[[Path, ModelKey], LoadedModel] | None = None,
     progress: Callable[[str], None] = lambda message: None,
-    read: Callable[[Path, ModelKey, Placement], LoadedModel] = load_model,
+    read: Callable[..., LoadedModel] = load_model,
 ) -> ModelSet:
     """Load everything, each folder once. The base is called `base_name` or after its folder (a remote one after its
     name there); an untuned model that several experts share is called after its folder. `quantize` stores the linear
     layers of a local base in fewer bits; `load_base` loads it in another way than into this process alone. `read` makes
-    a model of a folder; somebody who only plans needs no weights. Raises LoadError; `progress` is told what is being
-    loaded."""
+    a model of a folder, as `load_model` does; somebody who only plans needs no weights. Raises LoadError; `progress`
+    is told what is being loaded."""
     placement = placement or choose_placement()
     remote = None
     if quantize is not None:
@@ -64,7 +64,8 @@ def load_family(
         folder = path.expanduser().resolve()
         if folder not in loaded:
             progress(f"loading {wanted_name} from {path}")
-            loaded[folder] = read(path, ModelKey(wanted_name), placement)
+            key = ModelKey(wanted_name)
+            loaded[folder] = read(path, key, placement, quantized=path == base)
         return loaded[folder]
 
     def untuned_name(path: Path) -> str:
@@ -85,6 +86,11 @@ def load_family(
     assert base_model is not None
     if quantize is not None:
         assert isinstance(base_model, LoadedModel)
+        if base_model.quantized is not None:
+            raise LoadError(
+                f"{base_model.path}: its weights are quantised already ({base_model.quantized.how}); "
+                "leave out --quantize"
+            )
         progress(f"quantising {name} to {quantize}")
         base_model = loaded[base_model.path] = quantized(base_model, quantize)
     pairs = []

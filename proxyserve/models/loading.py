@@ -12,10 +12,21 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from proxyserve.errors import LoadError
 from proxyserve.models.loaded_model import LoadedModel, Sharding
+from proxyserve.models.prequantized import (
+    check_prequantized,
+    is_spelled_out,
+    loading_options,
+    method_of,
+    plain_sizes,
+    refuse_quantized,
+    stored_config,
+)
+from proxyserve.models.quantization import Quantized, kept_quantized
 from proxyserve.models.support import refuse_unsupported_config, refuse_unsupported_module
 from proxyserve.models.vocabulary import SharedVocabulary
 from proxyserve.text.tokenizer import Tokenizer
@@ -64,12 +75,23 @@ def load_model(
     tokenizer: Tokenizer | None = None,
     *,
     beside_steps: bool = False,
+    quantized: bool = False,
 ) -> LoadedModel:
     """Load a Hugging Face folder (safetensors only, no code from the folder is run). `tokenizer` is the folder's, where
-    it has been loaded already. `beside_steps`: other threads run models meanwhile (see `loading_dtype`). Raises
-    LoadError."""
+    it has been loaded already. `beside_steps`: other threads run models meanwhile (see `loading_dtype`). `quantized`:
+    its files may be. Raises LoadError."""
     folder = Path(path).expanduser()
     config = load_config(folder)
+    method = method_of(config)
+    whole: Whole | None = None
+    options: dict[str, Any] = {}
+    if method is not None:
+        if not quantized:
+            refuse_quantized(config, str(folder), "an expert's models")
+        check_prequantized(config, placement.device, str(folder))
+        whole = Whole(*plain_sizes(config))
+        config.quantization_config = stored_config(config)
+        options = loading_options(placement.device)
     tokenizer = tokenizer or Tokenizer.load(folder)
     module = whole_model(
         AutoModelForCausalLM,
@@ -80,8 +102,13 @@ def load_model(
         local_files_only=True,
         use_safetensors=True,
         trust_remote_code=False,
+        **options,
     )
-    return make_loaded(folder, key, module, tokenizer, placement)
+    if method is None:
+        return make_loaded(folder, key, module, tokenizer, placement)
+    stored = None if is_spelled_out(method) else Quantized(method)
+    loaded = make_loaded(folder, key, module, tokenizer, placement, whole=whole, quantized=stored)
+    return loaded if stored is None else kept_quantized(loaded)
 
 
 def whole_model(model_class: Any, folder: Path | None, where: str, **options: Any) -> PreTrainedModel:
@@ -91,7 +118,7 @@ def whole_model(model_class: Any, folder: Path | None, where: str, **options: An
     try:
         with MAKING:
             module, report = model_class.from_pretrained(folder, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise LoadError(f"{where}: the weights cannot be loaded: {error}") from error
     weights_missing(where, report["missing_keys"])
     whole: PreTrainedModel = module
@@ -121,6 +148,11 @@ def own_weights(module: PreTrainedModel, placement: Placement) -> None:
     exempt = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
     exempt += tuple(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
     for name, parameter in module.named_parameters():
+        if type(parameter) is not nn.Parameter or not parameter.is_floating_point():  # quantised
+            owner, _, own = name.rpartition(".")
+            copied = parameter.detach().clone().to(placement.device)
+            setattr(module.get_submodule(owner), own, nn.Parameter(copied, requires_grad=False))
+            continue
         kept = any(part in exempt for part in name.split("."))
         parameter.data = parameter.data.to(
             placement.device, parameter.dtype if kept else placement.dtype, copy=True
@@ -145,6 +177,7 @@ def make_loaded(
     placement: Placement,
     *,
     whole: Whole | None = None,
+    quantized: Quantized | None = None,
 ) -> LoadedModel:
     """A module with weights as a model that can be served; it is put where `placement` says. `whole` is what it is a
     part of, if it is one. Raises LoadError."""
@@ -163,6 +196,7 @@ def make_loaded(
         vocabulary=SharedVocabulary.of(tokenizer.token_to_id, whole.width),
         parameters=whole.parameters,
         bytes=sum(parameter.numel() * parameter.element_size() for parameter in module.parameters()),
+        quantized=quantized,
         sharding=whole.sharding,
     )
 

@@ -36,11 +36,12 @@ _INT4_GROUP = 128
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """How a model's linear layers are stored. `error` is the root mean square change of its logits on a few tokens, as
-    a part of their standard deviation."""
+    """How a model's linear layers are stored: in bits, or by the method that its files name. `error` is the root mean
+    square change of its logits on a few tokens, as a part of their standard deviation; None where the files were
+    quantised, since what they were before is not known."""
 
-    bits: Bits
-    error: float
+    how: str
+    error: float | None = None
 
 
 def check_quantization(bits: Bits, device: torch.device, dtype: torch.dtype) -> None:
@@ -70,6 +71,14 @@ def quantized(model: LoadedModel, bits: Bits) -> LoadedModel:
     return replace(model, bytes=_stored_bytes(module), quantized=Quantized(bits, error.item()))
 
 
+def kept_quantized(model: LoadedModel) -> LoadedModel:
+    """A model whose files are quantised, and that keeps its weights as they are stored. Not for one that runs or is
+    shared already."""
+    if model.device.type == "cpu":
+        _use_int8_layers(model.module)
+    return replace(model, bytes=_stored_bytes(model.module))
+
+
 class Int8Linear(nn.Module):
     """Takes the place of an `nn.Linear` whose weights torchao has quantised, with a scale per row. Inputs are rounded
     to bfloat16."""
@@ -97,19 +106,30 @@ class Int8Linear(nn.Module):
 def _use_int8_layers(module: nn.Module) -> None:
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and hasattr(child.weight, "qdata"):
+            if type(child) is nn.Linear and _is_scaled_by_row(child):
                 setattr(parent, name, Int8Linear(child))
 
 
+def _is_scaled_by_row(linear: nn.Linear) -> bool:
+    """Whether its weights are torchao's int8 with one scale per row, and its inputs are not to be rounded to int8."""
+    weight: Any = linear.weight
+    if getattr(weight, "qdata", None) is None or weight.qdata.dtype != torch.int8:
+        return False
+    return weight.scale.numel() == linear.out_features and getattr(weight, "act_quant_kwargs", None) is None
+
+
 def _stored_bytes(module: nn.Module) -> int:
-    """Of all weights as they lie in memory, tied ones once."""
-    layers = [layer for layer in module.modules() if isinstance(layer, Int8Linear)]
-    packed = sum(layer.numbers.nbytes + layer.scales.nbytes for layer in layers)
-    return packed + sum(_bytes(parameter) for parameter in module.parameters())
+    """Of all weights as they lie in memory, tied ones once: parameters, and what kernels keep in buffers."""
+    saved = module.state_dict().keys()
+    buffers = [buffer for name, buffer in module.named_buffers() if name in saved]
+    for layer in module.modules():
+        if isinstance(layer, Int8Linear):
+            buffers += [layer.numbers, layer.scales]
+    return sum(_bytes(tensor) for tensor in (*module.parameters(), *buffers))
 
 
 def _bytes(tensor: Any) -> int:
-    if not hasattr(tensor, "__tensor_flatten__"):
+    if type(tensor) in (Tensor, nn.Parameter):
         return int(tensor.nbytes)
     names, _ = tensor.__tensor_flatten__()
     return sum(_bytes(getattr(tensor, name)) for name in names)

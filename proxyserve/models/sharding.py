@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import transformers
-from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -32,8 +30,9 @@ from proxyserve.models.loading import (
     load_config,
     make_loaded,
     parameter_count,
-    weights_missing,
+    whole_model,
 )
+from proxyserve.models.prequantized import refuse_quantized
 from proxyserve.text.tokenizer import Tokenizer
 from proxyserve.types import ModelKey
 
@@ -56,6 +55,7 @@ _KEYS = ("k_proj", "qkv_proj", "query_key_value", "kv_b_proj")
 
 def check_shardable(config: PreTrainedConfig, size: int, where: str) -> None:
     """Raise LoadError unless a model of this configuration can be divided into `size` parts. Reads no weights."""
+    refuse_quantized(config, where, "a base that --tensor-parallel divides")
     with torch.device("meta"):
         plan = _plan_of(AutoModelForCausalLM.from_config(config))
     kind = config.model_type
@@ -93,21 +93,17 @@ def load_shard(path: str | Path, key: ModelKey, placement: Placement, rank: int,
     config = load_config(folder)
     check_shardable(config, size, str(folder))
     tokenizer = Tokenizer.load(folder)
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        module, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=placement.dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            distributed_config=DistributedConfig(tp_size=size),
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise LoadError(f"{folder}: part {rank + 1} of {size} cannot be loaded: {error}") from error
-    weights_missing(folder, report["missing_keys"])
+    module = whole_model(
+        AutoModelForCausalLM,
+        folder,
+        f"{folder}: part {rank + 1} of {size}",
+        config=config,
+        dtype=placement.dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        distributed_config=DistributedConfig(tp_size=size),
+    )
     width, parameters = int(module.get_output_embeddings().out_features), parameter_count(module)
     whole = Whole(width, parameters, _as_plain_tensors(module, rank, size))
     return make_loaded(folder, key, module, tokenizer, placement, whole=whole)

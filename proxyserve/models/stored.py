@@ -19,6 +19,8 @@ def half_dtype(folder: Path) -> torch.dtype | None:
         for file in folder.glob("*.safetensors"):
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (the handle is no mapping)
+                    if "scale" in name.rpartition(".")[2]:  # of a quantised matrix
+                        continue
                     tensor = tensors.get_slice(name)
                     if len(tensor.get_shape()) > 1 and tensor.get_dtype() in _FLOATS:
                         found.add(tensor.get_dtype())

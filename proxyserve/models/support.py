@@ -23,12 +23,6 @@ def refuse_unsupported_config(config: PreTrainedConfig, where: str) -> None:
         raise LoadError(f"{where}: '{kind}' is an encoder-decoder; only decoder-only models can be served")
     if getattr(config, "auto_map", None) and not type(config).__module__.startswith("transformers."):
         raise LoadError(f"{where}: '{kind}' needs code from its folder, which is never run")
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    if method is not None:
-        raise LoadError(
-            f"{where}: its weights are quantised already ({method}), and such files are not served; use the model in "
-            "bfloat16, float16 or float32, with --quantize for a smaller base"
-        )
     other_layers = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
     if other_layers:
         raise LoadError(

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", metavar="DIR", nargs="?", type=Path, help="where to write them")
     parser.add_argument("--job", default="proxyserve", help="name of the scrape job in Prometheus")
     parser.add_argument(
-        "--docs", default="docs", help="address of the documentation that alerts point to (its folder)"
+        "--docs", default="docs", help="documentation that alerts point to: address of the site, or a folder"
     )
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file differs")
     parser.add_argument("--runbook", action="store_true", help="print what to do at each alert, in Markdown")

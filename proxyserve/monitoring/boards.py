@@ -557,11 +557,18 @@ def _process() -> Board:
                         width=12,
                     ),
                     Panel(
+                        "Parts of the base",
+                        _one(Q.gauge(f.BASE_PARTS, "max", ("instance",)), "{{instance}}"),
+                        Unit.NUMBER,
+                        f.BASE_PARTS.text,
+                        width=6,
+                    ),
+                    Panel(
                         "Running for",
                         _one(f"time() - {Q.gauge(f.PROCESS_START, 'max', ('instance',))}", "{{instance}}"),
                         Unit.SECONDS,
                         "Since the process started. Falls to 0 when it is started again.",
-                        width=12,
+                        width=6,
                     ),
                     Panel(
                         "Resident memory",

@@ -9,7 +9,8 @@ from proxyserve.monitoring.alerts import Alert, all_alerts, recordings
 
 
 def rule_groups(selector: str, docs: str) -> list[dict[str, Any]]:
-    """The groups of a rule file. `docs` is where the documentation is: alerts point there."""
+    """The groups of a rule file. `docs` is where the documentation is, to which alerts point: the address of the site
+    that `make docs` builds, or a folder with the pages."""
     recorded = [{"record": entry.name, "expr": entry.expression} for entry in recordings(selector)]
     alerts = [_rule(alert, docs) for alert in all_alerts(selector)]
     return [
@@ -19,6 +20,7 @@ def rule_groups(selector: str, docs: str) -> list[dict[str, Any]]:
 
 
 def _rule(alert: Alert, docs: str) -> dict[str, Any]:
+    page = "monitoring/" if "://" in docs else "monitoring.md"
     return {
         "alert": alert.name,
         "expr": alert.expression,
@@ -27,7 +29,7 @@ def _rule(alert: Alert, docs: str) -> dict[str, Any]:
         "annotations": {
             "summary": alert.summary,
             "description": alert.meaning,
-            "runbook_url": f"{docs.rstrip('/')}/monitoring.md#{alert.name.lower()}",
+            "runbook_url": f"{docs.rstrip('/')}/{page}#{alert.name.lower()}",
         },
     }
 

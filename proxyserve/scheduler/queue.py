@@ -61,7 +61,9 @@ class FairQueue:
         return sum(len(line) for each in self._classes.values() for line in each.waiting.values())
 
     def __bool__(self) -> bool:
-        return any(each.waiting for each in self._classes.values())
+        """Any thread may ask."""
+        # Going through the dict itself would raise an error if the engine's thread changed it meanwhile.
+        return any(each.waiting for each in tuple(self._classes.values()))
 
     def __iter__(self) -> Iterator[ScheduledRequest]:
         for each in self._classes.values():

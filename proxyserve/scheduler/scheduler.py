@@ -164,6 +164,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
+        """Any thread may ask."""
         return bool(self.running or self.waiting)
 
     def add(self, request: ScheduledRequest) -> None:

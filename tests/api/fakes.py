@@ -28,6 +28,7 @@ class FakeEngine:
     script: Script | None = None
     refusal: Exception | None = None
     state: str = "ready"
+    lost: bool = False
     open_streams: int = 0
     submitted: list[Submission] = field(default_factory=list)
 

@@ -230,7 +230,16 @@ def test_health_and_version(live: Live) -> None:
     assert live.http.get("/health").json() == {"status": "ok"}
     assert live.http.get("/ready").json() == {"status": "ready", "reason": None}
     assert live.http.get("/version").json() == {"version": proxyserve.__version__}
-    assert "swagger" in live.http.get("/docs").text
+
+
+def test_the_page_of_routes_needs_no_other_host(live: Live) -> None:
+    page = live.http.get("/docs")
+    assert page.headers["content-type"].startswith("text/html")
+    for path in live.http.get("/openapi.json").json()["paths"]:
+        assert f" {path}</h3>" in page.text
+    assert "://" not in page.text and "<script" not in page.text
+    targets = re.findall(r'href="#([^"]*)"', page.text)
+    assert targets and set(targets) <= set(re.findall(r' id="([^"]*)"', page.text))
 
 
 def test_openapi_is_complete(live: Live) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import pty
+import re
 import select
 import struct
 import subprocess
@@ -18,14 +19,16 @@ from pathlib import Path
 from typing import Self
 
 _PATIENCE = 30.0
+_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 class Terminal:
-    """`seen` is everything that came, escape sequences and all; `wait_for` looks at what it has not looked at yet."""
+    """`seen` is everything that came, without the escape sequences that `raw` has; `wait_for` looks at what it has not
+    looked at yet."""
 
     def __init__(self, process: subprocess.Popen[bytes], end: int) -> None:
         self.process = process
-        self.seen = ""
+        self.raw = self.seen = ""
         self._bytes = b""
         self._looked = 0
         self._end = end
@@ -91,6 +94,7 @@ class Terminal:
         with contextlib.suppress(OSError):  # the other end is closed
             if piece := os.read(self._end, 65536):
                 self._bytes += piece
-                self.seen = self._bytes.decode(errors="ignore").replace("\r\n", "\n")
+                self.raw = self._bytes.decode(errors="ignore").replace("\r\n", "\n")
+                self.seen = _ESCAPE.sub("", self.raw)
                 return True
         return False

@@ -21,6 +21,7 @@ from proxyserve.cli.main import app
 from proxyserve.cli.settings import ServeSettings
 from proxyserve.fusion.calibration import Calibration, CalibrationPoint, write_calibrations
 from proxyserve.models.family import ExpertSource
+from tests.cli.in_process import run_command
 from tests.tiny import TinyFamily
 
 
@@ -227,18 +228,9 @@ def test_chat_template_and_parsers(started: list[Started], tmp_path: Path) -> No
     assert CliRunner().invoke(app, [*arguments, str(template)]).exit_code == 2, "no template"
 
 
-def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "proxyserve", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 def test_refusals_are_one_line(tmp_path: Path) -> None:
-    missing = run_command("serve", str(tmp_path / "nowhere"))
+    command = [sys.executable, "-m", "proxyserve", "serve", str(tmp_path / "nowhere")]
+    missing = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert missing.returncode == 1 and "no such folder" in missing.stderr
     assert "Traceback" not in missing.stderr
     open_to_all = run_command("serve", str(tmp_path), "--host", "0.0.0.0")

@@ -7,15 +7,17 @@ import sys
 
 import pytest
 
+from tests.cli.in_process import Ended, run_command
 
-def run_formula(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "proxyserve", "formula", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+def run_formula(*arguments: str) -> Ended:
+    return run_command("formula", *arguments)
 
 
 def test_coefficients_and_program() -> None:
     text = "base + 0.8*(qa.tuned - small) + 0.3*guard"
-    plain = run_formula(text)
+    command = [sys.executable, "-m", "proxyserve", "formula", text]
+    plain = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert plain.returncode == 0, plain.stderr
     assert plain.stdout.strip() == "+1 base +0.8 qa.tuned -0.8 small +0.3 guard.tuned -0.3 guard.untuned"
     program = run_formula(text, "--explain")

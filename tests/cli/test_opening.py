@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from proxyserve.experts.store import StateError, StateStore
 from proxyserve.models.loading import whole_model
 from proxyserve.models.upstream import RemoteSource
 from proxyserve.text.tokenizer import Tokenizer
+from tests.cli.in_process import run_command
 from tests.cli.test_startup import shown
 from tests.engine.driver import Collected, run, submission
 from tests.engine.test_settling import stored_as
@@ -321,13 +319,7 @@ def test_nothing_runs_over_a_remote_base(root: Path, remote: RemoteSource) -> No
 
 def test_errors_of_the_command_line_are_one_line(root: Path, tmp_path: Path) -> None:
     def serve(*arguments: str) -> tuple[int, str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "proxyserve", "serve", str(root / "atlas"), "--port", "1", *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "COLUMNS": "500"},
-        )
+        done = run_command("serve", str(root / "atlas"), "--port", "1", *arguments)
         return done.returncode, done.stderr.strip().splitlines()[-1]
 
     (root / "bad" / "adapter").mkdir(parents=True)

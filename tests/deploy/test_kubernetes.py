@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 import yaml
 
 from proxyserve.api.auth import PUBLIC_PATHS
 from proxyserve.api.families import Kind, all_families
 from proxyserve.api.server import _FAREWELL_SECONDS
-from proxyserve.cli.main import app
+from proxyserve.cli.main import COMMANDS
 from proxyserve.cli.options import parse_size
 from proxyserve.config import ServerConfig
 from tests.deploy.kubernetes_schema import class_of, complaints
@@ -155,8 +154,7 @@ def test_the_server_reads_its_configuration(folder: str, tmp_path: Path) -> None
     file = tmp_path / "config.yaml"
     # The one folder that must be there when options are read.
     file.write_text(text.replace("expert-root: [/models]", f"expert-root: [{tmp_path}]"))
-    serve = typer.main.get_command(app).get_command(None, "serve")  # type: ignore[attr-defined]
-    options = serve.make_context("serve", ["--config", str(file)]).params
+    options = COMMANDS["serve"].load("serve").make_context("serve", ["--config", str(file)]).params
     assert options["base"] == "/models/base"
     assert list(options["expert"]) == ["qa=/models/qa,/models/small"]
     assert options["expert_root"] == [tmp_path]

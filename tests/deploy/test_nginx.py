@@ -160,8 +160,12 @@ def test_what_is_for_operators_is_not_there(nginx: Nginx, behind: Live, path: st
         assert response.status_code == 404
         assert response.json()["error"]["code"] == "route_not_found"
         assert "x-request-id" not in response.headers, "the server was asked"
-        assert client.get(path.replace("/", "//", 1)).status_code == 404, "written differently"
-        assert client.get(path.replace("m", "%6d", 1).replace("l", "%6c", 1)).status_code == 404
+        for written in (path.replace("/", "//", 1), path.replace("m", "%6d", 1), f"/v1/..{path}"):
+            with connect(nginx, "http/1.1") as connection:
+                connection.sendall(f"GET {written} HTTP/1.0\r\nHost: {NAME}\r\n\r\n".encode())
+                answer = b"".join(iter(lambda: connection.recv(4096), b""))
+            assert answer.startswith(b"HTTP/1.1 404"), written
+            assert b"x-request-id" not in answer.lower(), f"the server was asked for {written}"
     assert behind.http.get("/metrics").status_code == 200, "the server itself has it"
 
 

@@ -49,19 +49,20 @@ class Stack:
     log: Path
     health: Path
     secrets: Path
+    http: httpx.Client
 
     def ask(self, path: str, key: str = "", **body: Any) -> httpx.Response:
         headers = {"authorization": f"Bearer {key or self.key('client-key')}"}
         if body:
-            return httpx.post(f"{self.url}{path}", json=body, headers=headers, timeout=60)
-        return httpx.get(f"{self.url}{path}", headers=headers, timeout=60)
+            return self.http.post(f"{self.url}{path}", json=body, headers=headers)
+        return self.http.get(f"{self.url}{path}", headers=headers)
 
     def key(self, file: str) -> str:
         return (self.secrets / file).read_text()
 
     def query(self, expression: str) -> list[dict[str, Any]]:
         """What Prometheus has for it now."""
-        response = httpx.get(f"{self.prometheus}/api/v1/query", params={"query": expression}, timeout=60)
+        response = self.http.get(f"{self.prometheus}/api/v1/query", params={"query": expression})
         answer = response.json()
         assert answer["status"] == "success", f"{expression}: {answer}"
         result: list[dict[str, Any]] = answer["data"]["result"]
@@ -105,13 +106,14 @@ def stack(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         log.open("wb") as output,
         (folder / "prometheus.log").open("wb") as scrapers_log,
         subprocess.Popen(serve, env=settings, stdout=output, stderr=subprocess.STDOUT) as server,
+        httpx.Client(timeout=60, trust_env=False) as http,
         subprocess.Popen(prometheus, stdout=scrapers_log, stderr=subprocess.STDOUT) as scraping,
     ):
         try:
             url = f"http://127.0.0.1:{port}"
             wait_until_ready(url, server, log)
             health = repository / "deploy" / "container" / "healthcheck.py"
-            yield Stack(url, f"http://127.0.0.1:{scraper}", server, log, health, secrets)
+            yield Stack(url, f"http://127.0.0.1:{scraper}", server, log, health, secrets, http)
         finally:
             server.kill()
             scraping.kill()
@@ -153,11 +155,10 @@ def busy(stack: Stack) -> Stack:
         ]
         assert refused[-1].status_code == 429
         assert stack.ask("/v1/models", "sk-wrong").status_code == 401
-        swapped = httpx.put(
+        swapped = stack.http.put(
             f"{stack.url}/admin/v1/experts/bio?wait=true",
             json={"tuned": {"path": "experts/bio"}, "untuned": "small"},
             headers={"authorization": f"Bearer {stack.key('admin-key')}"},
-            timeout=60,
         )
         assert swapped.status_code == 200, swapped.text
         time.sleep(1.5)  # a scrape in between: a rate needs two
@@ -193,7 +194,7 @@ def resolve(expression: str) -> str:
 
 def test_rules_are_worked_out_and_no_alert_is_on(busy: Stack) -> None:
     def groups() -> list[dict[str, Any]]:
-        answer = httpx.get(f"{busy.prometheus}/api/v1/rules", timeout=60).json()
+        answer = busy.http.get(f"{busy.prometheus}/api/v1/rules").json()
         found: list[dict[str, Any]] = answer["data"]["groups"]
         return found
 
@@ -205,7 +206,7 @@ def test_rules_are_worked_out_and_no_alert_is_on(busy: Stack) -> None:
 
 def test_prometheus_knows_the_types_that_the_list_gives(busy: Stack) -> None:
     """What the server says at a scrape is what boards were made from."""
-    known = httpx.get(f"{busy.prometheus}/api/v1/metadata", timeout=60).json()["data"]
+    known = busy.http.get(f"{busy.prometheus}/api/v1/metadata").json()["data"]
     for family in all_families():
         # It names a counter's metadata without the suffix or with it, depending on its version.
         found = known.get(family.name) or known.get(family.name.removesuffix("_total"))
@@ -216,7 +217,7 @@ def test_prometheus_knows_the_types_that_the_list_gives(busy: Stack) -> None:
 def test_draining_is_seen_by_all_who_watch(busy: Stack) -> None:
     """The last one: the server is gone afterwards. A stream that nobody reads to its end keeps it draining."""
     assert (busy.check(), busy.check("--live")) == (0, 0)
-    body = {"model": "atlas+qa", "prompt": "Page: Kustin\n", "max_tokens": 100, "ignore_eos": True, "n": 16}
+    body = {"model": "atlas+qa", "prompt": "Page: Kustin\n", "max_tokens": 60, "ignore_eos": True, "n": 16}
     done = threading.Event()
 
     def ask() -> None:
@@ -227,7 +228,7 @@ def test_draining_is_seen_by_all_who_watch(busy: Stack) -> None:
     asking.start()
     wait_until(lambda: busy.ask("/load", busy.key("monitor-key")).json()["running"] > 0)
     busy.server.send_signal(signal.SIGTERM)
-    wait_until(lambda: httpx.get(f"{busy.url}/ready", timeout=60).status_code == 503 or done.is_set())
+    wait_until(lambda: busy.http.get(f"{busy.url}/ready").status_code == 503 or done.is_set())
     if not done.is_set():
         assert busy.check("--live") == 0
     asking.join(STOP_SECONDS)

@@ -101,4 +101,4 @@ def test_a_newcomer_gets_from_a_clone_to_an_expert_of_their_own(clone: Clone) ->
         for expert in httpx.get(f"{clone.url}/admin/v1/experts").json()["data"]
         if expert["name"] == "card"
     ]
-    assert card["state"] == "serving", card
+    assert card["state"] == "published", card

@@ -11,10 +11,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
+from proxyserve.api.reference import as_markdown, sections
 from tests.docs.blocks import REPOSITORY
+from tests.docs.conftest import Server
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +85,14 @@ def test_no_page_asks_another_host(site: Path) -> None:
         assert not elsewhere, f"{path}: {elsewhere}"
     for path in site.rglob("*.css"):
         assert not re.search(r"url\(\s*[\"']?(https?:)?//", path.read_text(encoding="utf-8")), path
+
+
+def test_routes_are_those_of_a_server(server: Server) -> None:
+    document = httpx.get(f"{server.url}/openapi.json").raise_for_status().json()
+    page = (REPOSITORY / "docs" / "routes.md").read_text(encoding="utf-8")
+    assert page == as_markdown(list(sections(document))), (
+        "run `proxyserve demo`, and: python -m proxyserve.api.reference http://127.0.0.1:8000 > docs/routes.md"
+    )
 
 
 def test_readme_links_to_what_is_there() -> None:

@@ -98,6 +98,11 @@ def test_two_processes_answer_as_one(architecture: str, ranks: Ranks, tmp_path: 
     held = sum(parameter.nbytes for parameter in base.model.module.parameters())
     assert base.model.bytes == held
     assert 0.5 <= base.model.bytes / whole.model.bytes < 0.51
+    # A step reads an expert beside half of the base.
+    [request] = engine.prepare(submission("cost", PROMPT, {"qa": 1.0}), engine.offers.lease())
+    [alone_request] = alone.prepare(submission("cost", PROMPT, {"qa": 1.0}), alone.offers.lease())
+    costs, others = ([lane.cost for lane in some.scheduled.lanes] for some in (request, alone_request))
+    assert costs == pytest.approx([1.0, 2 * others[1], 2 * others[2]])
     assert engine.counters.cached_tokens > 0
 
 

@@ -6,14 +6,16 @@ import asyncio
 import ctypes
 import gc
 import logging
+import os
 from collections import Counter
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
+import torch
 
 from proxyserve.api.presets import parse_fusion
 from proxyserve.errors import ExpertParked, LoadError, SwapConflict, UnknownModel
@@ -25,10 +27,10 @@ from tests.experts.faults import Faults
 from tests.experts.kinds import Kind, arm_kind, base_kind, dynamic_kind, proxy_kind
 from tests.experts.swapping import Answering, Server, open_world
 
-STREAMS = 32
-#: Swaps and rollbacks that must have succeeded, beside those that failed.
-SWAPS = 200
-WARM_UP = 40
+STREAMS = 16
+#: Swaps and rollbacks that must have succeeded, beside those that failed. For a longer run set the variable.
+SWAPS = int(os.environ.get("PROXYSERVE_SWAPS", "50"))
+WARM_UP = SWAPS // 5
 
 PROMPTS = ((5, 17, 200, 33, 9, 120), (7,), (300, 12, 77, 77, 140, 9, 1, 350, 211), (88, 301, 2, 45, 6))
 #: The experts that are always there; "guest" comes and goes.
@@ -134,9 +136,8 @@ class Changer:
         self._done = done
         self._random = Random(seed)
 
-    async def run(self, swaps: int) -> None:
-        """Until all changers together have had so many swaps and rollbacks."""
-        while swapped(self._done) < swaps:
+    async def run(self, enough: Callable[[], bool]) -> None:
+        while not enough():
             await self._change()
             if self._name != "guest":  # whatever went wrong, it serves
                 assert self._server.manager.expert(self._name).state == "published"
@@ -188,10 +189,10 @@ def swapped(done: Mapping[str, int]) -> int:
     return done.get("put: done", 0) + done.get("rollback: done", 0)
 
 
-async def change_presets(server: Server, done: Counter[str], swaps: int) -> None:
+async def change_presets(server: Server, done: Counter[str], enough: Callable[[], bool]) -> None:
     """A preset that comes, is replaced, and goes."""
     random = Random(99)
-    while swapped(done) < swaps:
+    while not enough():
         await asyncio.sleep(0.05)
         try:
             if random.random() < 0.6:
@@ -225,16 +226,29 @@ def resident_bytes() -> int:
     return pages * 4096
 
 
+def weight_bytes() -> int:
+    """Of all weights that anything in the process still holds."""
+    gc.collect()
+    held = [item.untyped_storage() for item in gc.get_objects() if isinstance(item, torch.nn.Parameter)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
+
+
 async def churn(server: Server, faults: Faults, load: Load, swaps: int, seed: int) -> Counter[str]:
-    """Streams and changes side by side, until so many swaps and rollbacks have been made and all streams have ended."""
+    """Streams and changes side by side, until so many swaps and rollbacks have been made and, warm-ups apart, every
+    fault has happened. Returns when all streams have ended."""
     done: Counter[str] = Counter()
+
+    def enough() -> bool:
+        everything = set(faults.happened) == set(Faults.POINTS) and done["delete: deleted"] > 1
+        return swapped(done) >= swaps and (everything or swaps < SWAPS)
+
     streams = [asyncio.create_task(load.run(seed * STREAMS + number)) for number in range(STREAMS)]
     changers = [
-        Changer(server, faults, name, done, seed * 10 + number).run(swaps)
+        Changer(server, faults, name, done, seed * 10 + number).run(enough)
         for number, name in enumerate((*HOSTS, "guest"))
     ]
     try:
-        await asyncio.gather(*changers, change_presets(server, done, swaps))
+        await asyncio.gather(*changers, change_presets(server, done, enough))
     finally:
         load.stop()
         await asyncio.gather(*streams)
@@ -272,20 +286,21 @@ async def test_swaps_under_load_and_failure(server: Server, monkeypatch: pytest.
     await churn(server, faults, load, WARM_UP, seed=1)
     await to_the_start(server)
     assert server.idle() and server.holdings() == start
-    warm = resident_bytes()
+    warm, begun = resident_bytes(), weight_bytes()
 
     faults.happened.clear()
     load = Load(server, answers=load.answers)
     done = await churn(server, faults, load, SWAPS, seed=2)
     await to_the_start(server)
     assert server.idle() and server.holdings() == start
-    end = resident_bytes()
+    end, tensors = resident_bytes(), weight_bytes()
 
-    assert swapped(done) >= SWAPS and done["rollback: done"] > 20 and done["delete: deleted"] > 3, done
-    assert set(faults.happened) == set(Faults.POINTS), faults.happened
-    assert load.cancelled > 10 and load.answers.total() > 300
+    assert done["rollback: done"] > SWAPS / 10, done
+    assert load.cancelled > 5 and load.answers.total() > SWAPS
     assert abs(end - warm) < 0.02 * warm, (warm, end)
-    assert len({contents for _, _, contents, _ in load.answers}) > 30
+    # Errors that are remembered hold a few. One model's worth per swap would be ten times as much.
+    assert tensors < 3 * begun, (begun, tensors)
+    assert len({contents for _, _, contents, _ in load.answers}) > 20
     check_answers(server, load.answers)
 
 
@@ -310,7 +325,7 @@ async def test_swaps_with_too_little_room(
         streams = [asyncio.create_task(load.run(seed)) for seed in range(2)]
         random, done = Random(7), Counter[str]()
         try:
-            while swapped(done) < 40:
+            while swapped(done) < 25:
                 name = random.choice(GUESTS)
                 try:
                     if random.random() < 0.4:
@@ -329,7 +344,7 @@ async def test_swaps_with_too_little_room(
         await server.quiet()
         assert server.idle()
         assert server.plain.residents.bytes <= server.manager._room.policy.limit
-        assert server.manager.counters.wakes > 10 and server.manager.counters.evictions > 20
+        assert server.manager.counters.wakes > 5 and server.manager.counters.evictions > 10
         assert server.manager.counters.failures == {}
         assert len({contents for _, _, contents, _ in load.answers}) > 10
         check_answers(server, load.answers)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -91,16 +89,3 @@ def test_what_cannot_be_done_is_refused_before_loading(monkeypatch: pytest.Monke
     # Before anything is opened, too: there is nothing here.
     with pytest.raises(LoadError, match="--quantize int4 needs a GPU"):
         load_family(Path("/nowhere/base"), placement=Placement(CPU, torch.bfloat16), quantize="int4")
-
-
-@pytest.mark.parametrize("method", ["gptq", "torchao", "fp8", "bitsandbytes"])
-def test_a_folder_that_is_quantised_already_is_refused(
-    tiny_family: TinyFamily, tmp_path: Path, method: str
-) -> None:
-    folder = tmp_path / "base"
-    shutil.copytree(tiny_family.base, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": method, "bits": 4}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(LoadError, match=rf"quantised already \({method}\)"):
-        load_model(folder, ModelKey("base"), Placement(CPU, torch.float32))

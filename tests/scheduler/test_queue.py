@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 
@@ -287,3 +289,32 @@ def test_newcomers_begin_at_the_level_of_those_who_may_start() -> None:
     queue.charge(running, 500.0)
     server.send("newcomer")
     assert queue.service(0, "newcomer") == queue.service(0, "free") > 400 > queue.service(0, "capped")
+
+
+def test_another_thread_may_ask_for_work() -> None:
+    """As the loader's does in the middle of what it is at, while the engine's adds requests and takes them away."""
+    server, over = Server(), threading.Event()
+    failed: list[RuntimeError] = []
+
+    def ask() -> None:
+        try:
+            while not over.is_set():
+                _ = server.scheduler.has_work
+        except RuntimeError as error:
+            failed.append(error)
+
+    asking = threading.Thread(target=ask)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        asking.start()
+        for number in range(8000):
+            request = server.send(priority=number % 7)
+            server.end(request)
+            if failed:
+                break
+    finally:
+        over.set()
+        asking.join()
+        sys.setswitchinterval(interval)
+    assert not failed

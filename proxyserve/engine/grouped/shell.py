@@ -38,7 +38,7 @@ _GATHERED = 256
 
 
 #: A member's own layers, each with what runs it.
-Seat = list[tuple["PerMember", nn.Module]]
+Seat = list[tuple["MemberLayers", nn.Module]]
 
 
 class NotAlike(Exception):
@@ -69,7 +69,7 @@ class Shell:
         self._device = like.device
         #: Whether the model's logits are what its head puts out, with nothing done to them afterwards.
         self.bare = False
-        self._leaves: dict[str, PerMember] = {}
+        self._leaves: dict[str, MemberLayers] = {}
         self._signature = _signature(like)
         self._buffers = dict(like.named_buffers())
         self._taken: list[bool] = []
@@ -91,7 +91,7 @@ class Shell:
             return twin
         if not own:
             return module
-        leaf: PerMember
+        leaf: MemberLayers
         if module is head:
             leaf = HeadPerMember(self)
         elif type(module) is nn.Linear and type(module.weight) is nn.Parameter:  # not quantised
@@ -166,8 +166,8 @@ class Shell:
             turn.logits = []
 
 
-class PerMember(nn.Module):
-    """Takes the place of a layer that computes token by token: runs each member's own on its tokens."""
+class MemberLayers(nn.Module):
+    """Takes the place of a layer that computes token by token, and has each member's own."""
 
     def __init__(self, shell: Shell) -> None:
         super().__init__()
@@ -180,17 +180,21 @@ class PerMember(nn.Module):
         """Set the member's layer; None lets go of it."""
         self._own[place:] = [module, *self._own[place + 1 :]]
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Each [1, tokens, ...] -> [1, tokens, ...]"""
-        return self._apart(1, *inputs)
-
     def _apart(self, axis: int, *inputs: Tensor) -> Tensor:
         turn = self._turn
         parts = zip(turn.members, *(each.split(turn.counts, axis) for each in inputs), strict=True)
         return torch.cat([self._own[place](*its) for place, *its in parts], axis)
 
 
-class LinearPerMember(PerMember):
+class PerMember(MemberLayers):
+    """Runs each member's own layer on its tokens."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Each [1, tokens, ...] -> [1, tokens, ...]"""
+        return self._apart(1, *inputs)
+
+
+class LinearPerMember(MemberLayers):
     """Plain linear layers, whose products can be written where they belong."""
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -209,7 +213,7 @@ class LinearPerMember(PerMember):
         return outputs[None]
 
 
-class NormPerMember(PerMember):
+class NormPerMember(MemberLayers):
     """Norms of a class of transformers' own, with one weight per feature. Written in Python as they are, one call is
     worth more than a copy of the weights for each token."""
 
@@ -242,7 +246,7 @@ class NormPerMember(PerMember):
         return output
 
 
-class HeadPerMember(PerMember):
+class HeadPerMember(MemberLayers):
     """Takes the place of the head. Its rows are those that need logits."""
 
     def __init__(self, shell: Shell) -> None:

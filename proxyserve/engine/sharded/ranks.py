@@ -91,15 +91,21 @@ class Ranks:
         """Have every rank load its part of a base; returns that of this one. Raises LoadError."""
         check_shardable(load_config(folder.expanduser()), self.size, str(folder))
         self.send("load", str(folder), key.name, self._placement)
-        model = load_shard(folder, key, self._placement, 0, self.size)
-        for link in self._links:
-            try:
-                failure = link.connection.recv()
-            except (EOFError, OSError):
-                failure = self._how_it_ended(link)
+        try:
+            model = load_shard(folder, key, self._placement, 0, self.size)
+        finally:
+            answers = [self._answer(link) for link in self._links]
+        for failure in answers:
             if failure is not None:
                 raise LoadError(failure)
         return model
+
+    def _answer(self, link: _Link) -> str | None:
+        try:
+            answer: str | None = link.connection.recv()
+        except (EOFError, OSError):
+            return self._how_it_ended(link)
+        return answer
 
     def send(self, name: str, *arguments: object) -> None:
         """Have all followers call a method of theirs. Raises RankLost."""

@@ -18,6 +18,7 @@ from proxyserve.models.formats.diff import Change, fitted
 from proxyserve.models.formats.merge import merged
 from proxyserve.models.formats.tensors import FolderTensors
 from proxyserve.models.loading import Placement, loading_dtype, own_weights, whole_model
+from proxyserve.models.prequantized import refuse_quantized
 from proxyserve.models.support import refuse_unsupported_config, refuse_unsupported_module
 
 #: `model.layers.3.mlp...` (Llama and most others), `transformer.h.3...` (GPT-2), `model.decoder.layers.3...` (OPT).
@@ -80,6 +81,7 @@ def load_changed(
     architecture = Architecture.of(untuned)
     config = architecture.config
     refuse_unsupported_config(config, str(untuned))
+    refuse_quantized(config, str(untuned), "a model that is changed")
     if any(name in state for name in architecture.ties):
         config.tie_word_embeddings = False
     module = whole_model(

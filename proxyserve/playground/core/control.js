@@ -57,7 +57,8 @@ async function make(name, what, begin) {
     return true;
   } catch (error) {
     if (!(error instanceof ApiError)) throw error;
-    report(name, { error: error.message, done: true });
+    const unnamed = error.param && !error.message.includes(`'${error.param}'`);
+    report(name, { error: unnamed ? `${error.param}: ${error.message}` : error.message, done: true });
     return false;
   } finally {
     await load();

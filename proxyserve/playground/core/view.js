@@ -107,4 +107,6 @@ effect(() => {
   later = setTimeout(() => history.replaceState(null, "", address), 250);
 });
 
-addEventListener("hashchange", readHash);
+addEventListener("hashchange", () => {
+  if (following) readHash();
+});

@@ -69,12 +69,18 @@ function Generations({ expert }) {
             <td class="num">${each.requests}</td>
             <td class="num">${bytes(each.bytes)}</td>
             <td>${new Date(each.created * 1000).toLocaleTimeString()}</td>
-            <td class="from">${Object.entries(each.sources).map(([role, source]) => html`<div>${role}: <code>${nameOf(source)}</code></div>`)}</td>
+            <td class="from">${Object.entries(each.sources).map(([role, source]) => html`<div>${role}: <code title=${nameOf(source)}>${short(nameOf(source))}</code></div>`)}</td>
           </tr>`,
         )}
       </tbody>
     </table>
   </div>`;
+}
+
+/** The end of a long path, which is what tells it from others. */
+function short(path) {
+  const parts = path.split("/");
+  return path.startsWith("/") && parts.length > 4 ? `…/${parts.slice(-2).join("/")}` : path;
 }
 
 function nameOf(source) {

@@ -15,9 +15,9 @@ export function Sampling() {
     <h2 id=${`${id}-title`}>Drawing</h2>
     <div class="weight">
       <label for=${`${id}-temperature`}>temperature</label>
-      <input id=${`${id}-temperature`} type="range" min="0" max="2" step="0.05" value=${temperature}
+      <input id=${`${id}-temperature`} type="range" min="0" max="2" step="0.05" value=${temperature} aria-valuetext=${temperature === 0 ? "0, greedy" : String(temperature)}
         onInput=${(event) => patch({ temperature: Number(event.target.value) })} />
-      <output for=${`${id}-temperature`}>${temperature === 0 ? "0, greedy" : temperature}</output>
+      <span class="value" aria-hidden="true">${temperature === 0 ? "0, greedy" : temperature}</span>
     </div>
     <div class="pair">
       <div class="field">

@@ -79,7 +79,7 @@ function paint(span, token, at) {
   const classes = ["t", CLASSES[stepOf(pushOf(said))]];
   if (said?.flip) classes.push("flip");
   if (!text) classes.push("end");
-  if (/^\s*\n\s*$/.test(text)) classes.push("line");
+  if (/^\s*\n\s*$/.test(text)) classes.push("newline");
   span.className = classes.join(" ");
   return span;
 }
