@@ -25,6 +25,9 @@ REASONS = {
     "machine": "changes the machine that it runs on",
 }
 
+#: Pages made of files that another test runs.
+ELSEWHERE = {"docs/clients.md": "tests/clients/test_examples.py"}
+
 _FENCE = re.compile(r"^(?P<indent> *)(?P<marks>`{3,})(?P<language>[\w+-]*)(?P<rest>.*)$")
 _NOT_RUN = re.compile(r"^ *<!-- not run: (?P<reason>.*) -->$")
 _SHELLS = ("sh", "bash", "shell", "console")

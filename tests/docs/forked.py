@@ -17,7 +17,16 @@ import select
 import signal
 import socket
 import sys
+from importlib import import_module
 from pathlib import Path
+
+#: What commands import once they know what they are to do.
+_HEAVY = (
+    "transformers.models.llama.modeling_llama",
+    "proxyserve.cli.formula",
+    "proxyserve.cli.opening",
+    "proxyserve.evaluation.likelihood",
+)
 
 #: What is installed as `proxyserve`. It passes on SIGTERM and SIGINT, and ends with the command's own status.
 SCRIPT = """#!{python} -IS
@@ -44,7 +53,8 @@ def install(folder: Path, address: Path) -> None:
 
 def serve(address: str) -> None:
     """Fork for each connection. There is one thread only: a fork may find the locks of others held for ever."""
-    import proxyserve.cli.main  # noqa: F401
+    for module in _HEAVY:
+        import_module(module)
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as listener:

@@ -1,4 +1,5 @@
-"""A newcomer's path: clone, `make serve`, ask, tune an expert, publish it, see what it gains. From an empty folder."""
+"""A newcomer's path from an empty folder: clone, `make serve`, drag a slider in the page, ask from Python, tune an
+expert, publish it, see what it gains."""
 
 from __future__ import annotations
 
@@ -19,6 +20,10 @@ from tests.clients.conftest import free_port
 from tests.docs.blocks import REPOSITORY, blocks_of
 from tests.docs.runner import PageRunner
 from tests.docs.test_pages import OF_NEWCOMERS
+from tests.playground.conftest import ARGUMENTS, Tab
+from tests.tools import need
+
+playwright = pytest.importorskip("playwright.sync_api")
 
 PATIENCE = 180.0
 
@@ -86,8 +91,27 @@ def is_ready(url: str) -> bool:
         return False
 
 
+def drag_a_slider(url: str) -> None:
+    """In the page that the server shows: an answer of base and expert streams; with less weight it is the base's."""
+    with (
+        playwright.sync_playwright() as started,
+        started.chromium.launch(executable_path=need("chromium"), args=ARGUMENTS) as browser,
+        browser.new_page() as page,
+    ):
+        page.set_default_timeout(PATIENCE * 1000)
+        playwright.expect.set_options(timeout=PATIENCE * 1000)
+        page.goto(url)
+        tab = Tab(page)
+        tab.send()
+        tab.settled()
+        assert tab.text(0).startswith("birthplace: Nudreth")
+        tab.weigh("record", 0.2)
+        playwright.expect(tab.answer(0).locator(".tokens")).not_to_contain_text("birthplace")
+
+
 @pytest.mark.slow
 def test_a_newcomer_gets_from_a_clone_to_an_expert_of_their_own(clone: Clone) -> None:
+    drag_a_slider(clone.url)
     walk = PageRunner(clone.folder, clone.url, clone.folder / ".venv" / "bin")
     try:
         for name in OF_NEWCOMERS:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.blocks import REPOSITORY, all_blocks, blocks_in, blocks_of, pages, reason_problem
+from tests.docs.blocks import ELSEWHERE, REPOSITORY, all_blocks, blocks_in, blocks_of, pages, reason_problem
 from tests.docs.compare import differs
 from tests.docs.conftest import Commands, Server
 from tests.docs.runner import PageError, PageRunner
@@ -17,7 +17,7 @@ OF_NEWCOMERS = ("docs/start.md", "docs/tune_an_expert.md")
 RUN = [
     path
     for path in pages()
-    if path.relative_to(REPOSITORY).as_posix() not in OF_NEWCOMERS
+    if path.relative_to(REPOSITORY).as_posix() not in (*OF_NEWCOMERS, *ELSEWHERE)
     and any(block.not_run is None for block in blocks_of(path))
 ]
 
@@ -33,6 +33,11 @@ def test_page(path: Path, server: Server, commands: Commands) -> None:
                 runner.run(block)
     finally:
         runner.close()
+
+
+def test_pages_that_are_run_elsewhere_are() -> None:
+    for page, test in ELSEWHERE.items():
+        assert page in (REPOSITORY / test).read_text(encoding="utf-8")
 
 
 def test_what_is_not_run_says_why(capsys: pytest.CaptureFixture[str]) -> None:
