@@ -15,6 +15,7 @@ from rich.text import Text
 from proxyserve.api.logs import configure_logging
 from proxyserve.cli import options
 from proxyserve.cli.settings import ServerOptions, ServeSettings, make_settings, taking
+from proxyserve.errors import LoadError
 
 if TYPE_CHECKING:
     from proxyserve.models.family import ExpertSource
@@ -70,6 +71,8 @@ def serve(
     served_name: str | None = None,
 ) -> None:
     """Load, show the start-up table, listen until a signal. Raises LoadError and StartupError."""
+    if isinstance(base, Path) and not base.expanduser().is_dir():  # before seconds of imports
+        raise LoadError(f"{base}: no such folder")
     from proxyserve.api.key_ring import Keys
     from proxyserve.api.server import check_binding, check_tls, run_server
     from proxyserve.api.telemetry import check_tracing
