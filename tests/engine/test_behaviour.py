@@ -287,7 +287,7 @@ def test_triton_kernels_give_the_same_answers(tiny_models: ModelSet) -> None:
     def answers(kernels: KernelChoice) -> dict[str, Collected]:
         config = EngineConfig(max_batch=4, max_batch_tokens=64, kv_memory=2**23, kernels=kernels)
         asked = [
-            submission(f"r{number}", PROMPT[number:], weights[number], max_tokens=4, **wish)
+            submission(f"r{number}", PROMPT[number:], weights[number], max_tokens=2, **wish)
             for number, wish in enumerate(wishes)
         ]
         asked[2] = replace(asked[2], constraints=(among(*range(0, 300, 2)),))
