@@ -37,13 +37,14 @@ help: ## list the targets
 
 install: $(STAMP) ## make .venv with the proxyserve command in it
 
-# torch goes first and alone: packages that depend on it would otherwise choose its version and build.
+# torch goes first and alone: packages that depend on it would otherwise choose its version and build. What is imported
+# is compiled then; compiling all of it here takes a minute and more.
 $(STAMP): pyproject.toml clients/python/pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "proxyserve needs Python 3.11 or newer: make install PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIN) $(TORCH_PIP_ARGS) torch
-	$(BIN)/python -m pip install --quiet $(PIN) --editable '.[$(EXTRAS)]' --editable clients/python
+	$(BIN)/python -m pip install --quiet --no-compile $(PIN) $(TORCH_PIP_ARGS) torch
+	$(BIN)/python -m pip install --quiet --no-compile $(PIN) --editable '.[$(EXTRAS)]' --editable clients/python
 	@touch $@
 
 serve: install ## serve the demo family at 127.0.0.1:8000
@@ -63,10 +64,10 @@ format: install ## let ruff repair what it can
 	$(BIN)/ruff format .
 
 typecheck: install ## mypy over the server, the kernels, the Python client and the benchmarks
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 
 pytest: install
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 load: install ## two minutes of 200 clients that stream, leave and abort at random, and what it did to the server
 	PROXYSERVE_LOAD_SECONDS=$(LOAD_SECONDS) $(TEST_ENV) $(BIN)/python -m pytest -s tests/api/test_load.py $(PYTEST_ARGS)

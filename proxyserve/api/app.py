@@ -27,7 +27,7 @@ from proxyserve.api.errors import install_error_handlers
 from proxyserve.api.key_ring import Keys
 from proxyserve.api.limits import BodyLimitMiddleware
 from proxyserve.api.metrics import Metrics
-from proxyserve.api.playground import playground_files, playground_router
+from proxyserve.api.playground import install_playground, playground_files
 from proxyserve.api.ports import PortMiddleware
 from proxyserve.api.rate_headers import RATE_HEADERS, RateHeadersMiddleware
 from proxyserve.api.request_id import RequestIdMiddleware
@@ -89,9 +89,10 @@ def create_app(
         app.include_router(module.router)
     if experts is not None:
         app.include_router(admin.router)
-    page = playground_files() if config.playground else {}
-    if page:
-        app.include_router(playground_router(page))
+    public = PUBLIC_PATHS
+    if config.playground:
+        install_playground(app)
+        public |= playground_files().keys()
     install_error_handlers(app)
     install_openapi(app, chunks=(ChatChunk, ResponseStreamEvent), keys=keys.required)
     # The last one added is the outermost.
@@ -104,7 +105,7 @@ def create_app(
         metrics=state.metrics,
     )
     app.add_middleware(RateHeadersMiddleware, rates=engine.rates)
-    app.add_middleware(AuthMiddleware, keys=keys, metrics=state.metrics, public=PUBLIC_PATHS | page.keys())
+    app.add_middleware(AuthMiddleware, keys=keys, metrics=state.metrics, public=public)
     if config.cors_origins:
         # Outside of the keys: a browser asks without one whether a page may send it.
         app.add_middleware(

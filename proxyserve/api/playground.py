@@ -9,15 +9,18 @@ from __future__ import annotations
 import gzip
 import hashlib
 import mimetypes
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from types import MappingProxyType
 from typing import Any, Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, Field, TypeAdapter
-from starlette.routing import Route
+from starlette.routing import Match, Route
+from starlette.types import Scope
 
 from proxyserve import __version__
 from proxyserve.api.schemas.rule_models import AnyFusion
@@ -82,7 +85,8 @@ class StaticFile:
         return Response(self.packed if packed else self.content, 200, headers, self.media_type)
 
 
-def playground_files() -> dict[str, StaticFile]:
+@cache
+def playground_files() -> Mapping[str, StaticFile]:
     """What is served, by path. There is nothing else under these paths, whatever a request names."""
     found: dict[str, StaticFile] = {}
 
@@ -95,23 +99,27 @@ def playground_files() -> dict[str, StaticFile]:
                 found[where] = StaticFile.of(entry.name, entry.read_bytes())
 
     walk(files("proxyserve").joinpath("playground"), FOLDER)
-    return found
+    return MappingProxyType(found)
 
 
-def playground_router(served: dict[str, StaticFile]) -> APIRouter:
-    """Routes of `served`, and of the page's settings."""
-    router = APIRouter()
-    for path, file in served.items():
-        router.routes.append(Route(path, _endpoint(file), methods=["GET"], include_in_schema=False))
-    router.add_api_route(SETTINGS, read_settings, include_in_schema=False)
-    return router
+class FileRoute(Route):
+    """Sends one file. Says in the scope which route it is, as FastAPI's routes do: the log goes by it."""
+
+    def __init__(self, path: str, file: StaticFile) -> None:
+        async def send(request: Request) -> Response:
+            return file.respond(request)
+
+        super().__init__(path, send, methods=["GET"], include_in_schema=False)
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        match, found = super().matches(scope)
+        return match, {**found, "route": self} if match is not Match.NONE else found
 
 
-def _endpoint(file: StaticFile):  # type: ignore[no-untyped-def]  # Starlette's own type is no better
-    async def send(request: Request) -> Response:
-        return file.respond(request)
-
-    return send
+def install_playground(app: FastAPI) -> None:
+    """Add routes of all files, and of the page's settings."""
+    app.router.routes.extend(FileRoute(path, file) for path, file in playground_files().items())
+    app.add_api_route(SETTINGS, read_settings, include_in_schema=False)
 
 
 class OfferedExpert(BaseModel):

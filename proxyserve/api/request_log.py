@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from proxyserve.api.playground import FOLDER
 from proxyserve.api.record import RequestRecord, Work
 
 logger = logging.getLogger("proxyserve.requests")
 
-#: Routes that machines ask all the time; that all is well is worth a line to debug only.
+#: Routes that machines ask all the time; that all is well is worth a line to debug only. So it is for the playground's
+#: files, of which one look at the page takes dozens.
 _PROBES = frozenset({"/health", "/ready", "/version", "/metrics"})
 
 #: Names that clients invent are cut here.
@@ -60,7 +62,8 @@ def _level(record: RequestRecord) -> int:
     status = record.status
     if status is None or status == 500 or record.error == "internal":
         return logging.ERROR
-    if record.route in _PROBES and (status < 400 or record.route == "/ready"):
+    routine = record.route in _PROBES or (record.route or "").startswith(FOLDER)
+    if routine and (status < 400 or record.route == "/ready"):
         return logging.DEBUG
     failed_midway = status < 400 and record.error is not None
     return logging.WARNING if status > 500 or failed_midway else logging.INFO

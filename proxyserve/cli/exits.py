@@ -7,7 +7,6 @@ from typing import Any
 
 from proxyserve.errors import InvalidRequest, ProxyserveError
 
-OK = 0
 #: The command could not do what was asked: a broken file, models that do not match, a check that failed.
 FAILED = 1
 #: The command line itself is wrong; nothing was done.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,20 @@ def test_all_that_files_name_is_there() -> None:
             found += 1
             assert httpx.URL(f"http://test{path}").join(name.decode()).path in files, (path, name)
     assert found > 80
+
+
+async def test_one_look_at_the_page_is_one_line_of_log(
+    tiny_models: ModelSet, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "proxyserve.requests")
+    async with client_of(app_of(tiny_models)) as client:
+        for path in ("/", "/playground/main.js", "/playground/icon.svg", "/playground/settings"):
+            assert (await client.get(path)).status_code == 200
+        await client.get("/playground/nothing.js")
+    assert [record.fields.get("route", record.fields.get("path")) for record in caplog.records] == [  # type: ignore[attr-defined]
+        "/",
+        "/playground/nothing.js",
+    ]
 
 
 async def test_it_can_be_switched_off(tiny_models: ModelSet) -> None:

@@ -18,6 +18,7 @@ from proxyserve.cli import main as command_line
 from proxyserve.cli.main import COMMANDS, app, usage_error
 from proxyserve.cli.reference import reference
 from tests.api.live import Live
+from tests.cli.in_process import run_command
 
 
 def commands() -> Iterator[tuple[list[str], Any]]:
@@ -61,23 +62,13 @@ def test_the_reference_is_current(repository: Path) -> None:
     )
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """The command as its entry point runs it: exit code, stdout and stderr."""
-    # The handlers of the test process are pytest's.
-    monkeypatch.setattr(command_line, "configure_logging", lambda config: None)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["proxyserve", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            command_line.main()
-        shown = capsys.readouterr()
-        return int(ended.value.code or 0), shown.out, shown.err
-
-    return run
+def run(*arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr."""
+    ended = run_command(*arguments)
+    return ended.returncode, ended.stdout, ended.stderr
 
 
-def test_exit_codes_and_errors(run: Any, demo: Live, tmp_path: Path) -> None:
+def test_exit_codes_and_errors(demo: Live) -> None:
     """The same codes for people and for `--json`, which writes one document to stdout and nothing to stderr."""
     away, there = ["--url", "http://127.0.0.1:9"], ["--url", demo.url]
     for arguments, code, kind, words in (
@@ -99,7 +90,7 @@ def test_exit_codes_and_errors(run: Any, demo: Live, tmp_path: Path) -> None:
         assert words in error["message"]
 
 
-def test_json_results(run: Any, demo: Live) -> None:
+def test_json_results(demo: Live) -> None:
     """One document on stdout, and what only accompanies it elsewhere."""
     there = ["--url", demo.url]
     house = {"rule": "dynamic", "experts": {"qa": 1}}
@@ -117,13 +108,13 @@ def test_json_results(run: Any, demo: Live) -> None:
         assert code == 0 and expected(json.loads(out)), arguments
 
 
-def test_version_and_no_arguments(run: Any) -> None:
+def test_version_and_no_arguments() -> None:
     assert run("--version")[:2] == (0, f"{command_line.__version__}\n")
     code, out, err = run()
     assert code == 2 and "chat" in out + err
 
 
-def test_interrupted(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -135,7 +126,7 @@ def test_the_one_error_that_typer_names_is_of_the_kind_of_all() -> None:
     assert issubclass(typer.BadParameter, usage_error()) and usage_error() is not typer.BadParameter
 
 
-def test_keys_are_never_repeated(run: Any, tmp_path: Path) -> None:
+def test_keys_are_never_repeated(tmp_path: Path) -> None:
     key, file = new_key(), tmp_path / "key"
     file.write_text(f"{key} and more\n")
     code, out, err = run("experts", "list", "--admin-key-file", str(file))

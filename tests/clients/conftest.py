@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from proxyserve_client import ProxyServe
@@ -43,6 +44,12 @@ def live_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             assert server.wait(STOP_SECONDS) == 0, log.read_text()
         finally:
             server.kill()
+
+
+@pytest.fixture(scope="session")
+def openapi(live_url: str) -> bytes:
+    """The server's OpenAPI document, which it takes a moment to make."""
+    return httpx.get(f"{live_url}/openapi.json", timeout=60).content
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import openai
 import pytest
 
@@ -188,9 +187,9 @@ def test_a_load_is_followed(client: ProxyServe) -> None:
         next(client.experts.follow("followed"))
 
 
-def test_options_are_those_of_the_server(live_url: str) -> None:
+def test_options_are_those_of_the_server(openapi: bytes) -> None:
     """What a request may have, the client has; what the server refuses, it does not offer."""
-    schemas = httpx.get(f"{live_url}/openapi.json").json()["components"]["schemas"]
+    schemas = json.loads(openapi)["components"]["schemas"]
     own = {"timeout", "deadline", "request_id"}  # how it is sent; `deadline` is the server's `timeout`
     methods = {"model", "fusion", "messages", "prompt", "stream", "stream_options", "timeout"}
     methods |= {"continuations", "label_token_ids", "texts", "normalize"}

@@ -8,7 +8,6 @@ import re
 import tarfile
 from pathlib import Path
 
-import httpx
 import pytest
 
 from tests.clients.node_packages import CLIENT, NodePackages, examples, run
@@ -18,10 +17,10 @@ PRINTED = ("harp", "qa", "[ ' harp' ]", "careful")
 
 
 def test_types_are_those_that_the_server_documents(
-    live_url: str, node_packages: NodePackages, tmp_path: Path
+    openapi: bytes, node_packages: NodePackages, tmp_path: Path
 ) -> None:
     document = tmp_path / "openapi.json"
-    document.write_bytes(httpx.get(f"{live_url}/openapi.json").content)
+    document.write_bytes(openapi)
     written = tmp_path / "openapi.ts"
     run(
         ["npm", "run", "--silent", "types", "--", str(document), "--output", str(written)],

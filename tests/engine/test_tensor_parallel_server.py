@@ -14,8 +14,8 @@ import httpx
 import pytest
 
 from proxyserve.api.errors import StartupError
-from proxyserve.cli.opening import ExpertSettings, open_server
-from proxyserve.cli.serve import ServeSettings
+from proxyserve.cli.opening import open_server
+from proxyserve.cli.settings import ExpertSettings, ServeSettings
 from proxyserve.config import EngineConfig, ServerConfig
 from proxyserve.demo.family import family_paths
 from proxyserve.engine.sharded.runner import ShardedRunner

@@ -132,7 +132,9 @@ class Followed:
         if self._number is None:
             on_their_way = (entry for entry in expert.generations if entry.phase in _ON_ITS_WAY)
             self._number = next(on_their_way, expert.newest).generation
-        (found,) = (entry for entry in expert.generations if entry.generation == self._number)
+        found = next((entry for entry in expert.generations if entry.generation == self._number), None)
+        if found is None:
+            raise GenerationFailed(self._name, self._number, "the server does not list it any more")
         if found.error is not None or found.phase == "failed":
             raise GenerationFailed(self._name, self._number, found.error or "no reason is known")
         self.settled = found.phase not in _ON_ITS_WAY

@@ -79,14 +79,18 @@ export type CompletionChunk = Omit<CompletionAnswer, "choices" | "usage"> & {
   usage?: Usage | null;
 };
 
-type Scored = OptionalModel & Omit<Schemas["ScoreRequest"], "model">;
 type TextOrIds = string | number[];
+/** The fields of a way to score, and none of those that belong to another way. */
+type Way<Fields> = Fields & {
+  [Name in Exclude<"prompt" | "continuations" | "label_token_ids" | "normalize" | "texts" | "logprobs", keyof Fields>]?: never;
+};
 /** Continuations of a prompt, single tokens after it, or whole texts; nothing is generated. */
-export type ScoreRequest = Omit<Scored, "prompt" | "continuations" | "label_token_ids" | "normalize" | "texts" | "logprobs"> &
+export type ScoreRequest = OptionalModel &
+  Omit<Schemas["ScoreRequest"], "model" | "prompt" | "continuations" | "label_token_ids" | "normalize" | "texts" | "logprobs"> &
   (
-    | { prompt: TextOrIds; continuations: TextOrIds[]; logprobs?: number }
-    | { prompt: TextOrIds; label_token_ids: number[]; normalize?: boolean }
-    | { texts: TextOrIds[]; logprobs?: number }
+    | Way<{ prompt: TextOrIds; continuations: TextOrIds[]; logprobs?: number }>
+    | Way<{ prompt: TextOrIds; label_token_ids: number[]; normalize?: boolean }>
+    | Way<{ texts: TextOrIds[]; logprobs?: number }>
   );
 export type TokenizeRequest = { model?: string; return_token_strs?: boolean } & (
   | { prompt: string; add_special_tokens?: boolean }

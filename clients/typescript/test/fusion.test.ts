@@ -1,7 +1,16 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { contributions, fusion, modelName, type ExplainedToken, type Fusion } from "@proxyserve/client";
+import {
+  contributions,
+  fusion,
+  modelName,
+  type ChatRequest,
+  type ExpertSpec,
+  type ExplainedToken,
+  type Fusion,
+  type ScoreRequest,
+} from "@proxyserve/client";
 
 const BUILT: [Fusion, unknown][] = [
   [fusion.proxy({ qa: 0.8 }, { explain: 3 }), { rule: "proxy", experts: { qa: 0.8 }, explain: 3 }],
@@ -39,6 +48,26 @@ test("what another rule takes is found by the compiler", () => {
   fusion.guidance({ scale: 2 });
   // @ts-expect-error one of three
   fusion.dynamic("qa", { match: "sideways" });
+});
+
+test("what no request can have is found by the compiler", () => {
+  const messages = [{ role: "user" as const, content: "Hello" }];
+  const requests: ChatRequest[] = [
+    { messages, top_k: 5, fusion: { explain: 1 } },
+    // @ts-expect-error a misspelt field
+    { messages, temprature: 0 },
+    // @ts-expect-error `streamChat` streams
+    { messages, stream: true },
+    // @ts-expect-error a field of the server has its type
+    { messages, top_k: "5" },
+    // @ts-expect-error there is no such rule
+    { messages, fusion: { rule: "dynamite" } },
+  ];
+  // @ts-expect-error texts are scored without a prompt
+  const scored: ScoreRequest = { texts: ["a"], normalize: true };
+  // @ts-expect-error a path is a text
+  const spec: ExpertSpec = { tuned: { path: 3 } };
+  assert.equal(requests.length + Object.keys(scored).length + Object.keys(spec).length, 8);
 });
 
 test("numbers that JSON has no word for are refused", () => {

@@ -25,7 +25,6 @@ export function Header() {
     </nav>
     <span class="grow"></span>
     <span class="about">${offered && `${offered.base} · ${offered.version}`}</span>
-    <a class="quiet api" href="docs">API</a>
     ${phase.value === "ready" &&
     html`<button
       type="button"
