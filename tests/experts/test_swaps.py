@@ -229,7 +229,7 @@ def resident_bytes() -> int:
 def weight_bytes() -> int:
     """Of all weights that anything in the process still holds."""
     gc.collect()
-    held = [item.untyped_storage() for item in gc.get_objects() if isinstance(item, torch.nn.Parameter)]
+    held = [item.untyped_storage() for item in gc.get_objects() if type(item) is torch.nn.Parameter]
     return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
 
 
