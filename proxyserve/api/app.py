@@ -70,6 +70,7 @@ def create_app(
         description=_DESCRIPTION,
         # FastAPI's own pages fetch their scripts from another host; `install_openapi` has one that needs none.
         docs_url=None,
+        openapi_url=None,
         redoc_url=None,
         redirect_slashes=False,
     )

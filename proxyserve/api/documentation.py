@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
-from starlette.responses import HTMLResponse
+from starlette.responses import HTMLResponse, JSONResponse
 
 from proxyserve.api.auth import PUBLIC_PATHS
 from proxyserve.api.reference import as_html, sections
@@ -80,6 +80,11 @@ def install_openapi(app: FastAPI, *, chunks: Sequence[type[BaseModel]], keys: bo
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way
+
+    # On threads of their own: the first one takes a second or so, in which no stream should stand still.
+    @app.get("/openapi.json", include_in_schema=False)
+    def document() -> JSONResponse:
+        return JSONResponse(openapi())
 
     @app.get("/docs", include_in_schema=False)
     def docs() -> HTMLResponse:
