@@ -16,7 +16,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from proxyserve.cli import options, serve
+from proxyserve.cli import demo, options, serve
 from proxyserve.cli.main import app
 from proxyserve.cli.settings import ServeSettings
 from proxyserve.fusion.calibration import Calibration, CalibrationPoint, write_calibrations
@@ -65,7 +65,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Started]:
     ) -> None:
         calls.append((base, experts, settings, served_name))
 
-    monkeypatch.setattr(serve, "serve", record)
+    for module in (serve, demo):
+        monkeypatch.setattr(module, "serve", record)
     return calls
 
 
@@ -152,11 +153,8 @@ def test_presets_calibrations_and_roles(started: list[Started], tmp_path: Path) 
 
 
 @pytest.mark.parametrize("command", [["serve", "/base"], ["demo"]])
-def test_drafts(
-    started: list[Started], tmp_path: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_drafts(started: list[Started], tmp_path: Path, command: list[str]) -> None:
     """From each source, and as each of them writes it; YAML's bare `off` is a false."""
-    monkeypatch.setattr("proxyserve.cli.demo.serve", serve.serve)
     files = {"a.yaml": "speculate: off\n", "b.toml": "speculate = 2\n", "c.yaml": "max-drafts: 3\n"}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
@@ -189,10 +187,7 @@ def test_drafts(
 
 
 @pytest.mark.parametrize("command", [["serve", "/base"], ["demo"]])
-def test_pairs(
-    started: list[Started], tmp_path: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("proxyserve.cli.demo.serve", serve.serve)
+def test_pairs(started: list[Started], tmp_path: Path, command: list[str]) -> None:
     file = tmp_path / "a.yaml"
     file.write_text("pairs: apart\n")
     for arguments, environment, expected in (
