@@ -1,7 +1,7 @@
 """kill -9 at any instant: the next start serves what was published last.
 
-The servers are whole ones, processes of their own behind HTTP, killed by SIGKILL. So that fifty of them take less than
-a minute, they are forked from a process that has imported everything (`respawn.py`): a kill while the interpreter still
+The servers are whole ones, processes of their own behind HTTP, killed by SIGKILL. So that many of them take
+little time, they are forked from a process that has imported everything (`respawn.py`): a kill while the interpreter still
 imports, when no file of ours is open yet, is what is left out. The last start is a fresh interpreter's.
 """
 
@@ -29,7 +29,9 @@ import pytest
 
 from tests.experts.contents import World
 
-KILLS = 50
+#: At random moments. With fifty, every kind of moment comes up for certain; `test_killed_at_the_commit` has those that
+#: matter one by one.
+KILLS = int(os.environ.get("PROXYSERVE_KILLS", "16"))
 #: A start takes a quarter of a second here.
 READY_SECONDS = 30.0
 NAMES = ("qa", "record", "bio")
@@ -345,9 +347,11 @@ def test_every_restart_serves_what_was_published_last(server: Process, client: C
             client.live(random.randrange(8), kill)
         server.reap()
     done = client.done
-    assert 3 <= done["killed before it was ready"] <= KILLS / 3
-    assert done["dropped"] >= 3 and done["said to be unfinished"] >= 1, done
-    assert all(done[kind] > 0 for kind in ("put", "rollback", "delete", "put preset", "delete preset")), done
+    assert 1 <= done["killed before it was ready"] <= KILLS / 3 + 1
+    assert done["dropped"] >= 1 and done["put"] >= 1, done
+    if KILLS >= 50:
+        assert done["said to be unfinished"] >= 1, done
+        assert all(done[kind] > 0 for kind in ("rollback", "delete", "put preset", "delete preset")), done
 
     command = [sys.executable, "-m", "proxyserve", *server.arguments]
     with server.log_file.open("w") as log, subprocess.Popen(command, stderr=log) as fresh:
