@@ -130,7 +130,10 @@ ODD: dict[str, tuple[bytes, set[int]]] = {
     "version 9": (b"GET /health HTTP/9.9\r\nHost: localhost\r\n\r\n", {400, 505}),
     "method": (b"BREW /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", {400, 405}),
     "trace": (b"TRACE /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", {400, 405}),
-    "connect": (b"CONNECT example.org:443 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", {400, 404, 405}),
+    "connect": (
+        b"CONNECT example.org:443 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+        {400, 404, 405},
+    ),
     "absolute target": (
         b"GET http://example.org/health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
         {200, 404},
