@@ -35,6 +35,7 @@ from proxyserve.api.schemas.chat import ChatChunk
 from proxyserve.api.schemas.response_events import ResponseStreamEvent
 from proxyserve.api.state import ServerState
 from proxyserve.api.telemetry import Tracing
+from proxyserve.api.web_pages import WebPagesMiddleware
 from proxyserve.config import ServerConfig
 from proxyserve.grammar.compiler import GrammarCompiler
 
@@ -107,6 +108,8 @@ def create_app(
     )
     app.add_middleware(RateHeadersMiddleware, rates=engine.rates)
     app.add_middleware(AuthMiddleware, keys=keys, metrics=state.metrics, public=public)
+    if not keys.required:
+        app.add_middleware(WebPagesMiddleware, metrics=state.metrics, origins=config.cors_origins)
     if config.cors_origins:
         # Outside of the keys: a browser asks without one whether a page may send it.
         app.add_middleware(

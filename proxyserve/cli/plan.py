@@ -15,6 +15,7 @@ from proxyserve.engine.arena import Layout, expected_layout
 from proxyserve.engine.cpu_linear import expected_doubled_bytes
 from proxyserve.engine.memory import Tenants, kv_budget, memory_limit, plan_arenas, scoring_bytes, spelled
 from proxyserve.engine.settling import settle_dtype
+from proxyserve.engine.sharded.ranks import check_ranks
 from proxyserve.errors import LoadError
 from proxyserve.models.family import ExpertSource, load_family
 from proxyserve.models.loaded_model import LoadedModel
@@ -27,6 +28,7 @@ from proxyserve.models.prequantized import (
     refuse_quantized,
 )
 from proxyserve.models.quantization import check_quantization
+from proxyserve.models.sharding import check_shardable
 from proxyserve.models.support import refuse_unsupported_module
 from proxyserve.models.upstream import RemoteSource
 from proxyserve.models.vocabulary import SharedVocabulary
@@ -98,6 +100,15 @@ def make_plan(
     local = base if isinstance(base, Path) else None
     placed = settle_dtype(config.device, config.dtype, local, folders)
     placement = placed.value
+    if config.tensor_parallel > 1:
+        if local is None:
+            raise LoadError("--tensor-parallel is for a base in this process, not for one on another server")
+        check_ranks(config.tensor_parallel, placement, config.device)
+        check_shardable(load_config(local.expanduser()), config.tensor_parallel, str(local))
+        messages.append(
+            f"of the base the plan has about what each of {config.tensor_parallel} processes holds; its KV has room "
+            f"for about {config.tensor_parallel} times as many tokens (--tensor-parallel)"
+        )
     models = load_family(
         base, whole, base_name=served_name, placement=placement, progress=progress, read=read_shapes
     )
@@ -109,6 +120,8 @@ def make_plan(
     limit = memory_limit(placement.device, settings.experts.memory, aside)
     unread = [model for model in models.models.values() if isinstance(model, UnreadModel)]
     weights = {model.key: _bytes(model) for model in unread}
+    if models.base.key in weights:
+        weights[models.base.key] = -(-weights[models.base.key] // config.tensor_parallel)
     left = limit - sum(weights.values())
     if left <= 0:
         [need, most] = spelled([sum(weights.values()), limit])

@@ -227,3 +227,41 @@ def test_port_in_use_is_said_clearly() -> None:
             listen("127.0.0.1", first.getsockname()[1])
     with pytest.raises(StartupError, match="no address"):
         listen("not an address", 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "headers", "status"),
+    [
+        ("GET", {"host": "127.0.0.1:8000"}, 200),
+        ("GET", {"host": "localhost:8000"}, 200),
+        ("GET", {"host": "[::1]:8000"}, 200),
+        ("GET", {"host": "app.example"}, 200),  # a proxy in front, of an origin that may call
+        ("GET", {"host": "evil.example"}, 403),  # its name led to 127.0.0.1 all of a sudden
+        ("GET", {"host": "127.0.0.1.evil.example"}, 403),
+        ("GET", {"host": "["}, 403),
+        ("GET", {"origin": "https://evil.example"}, 200),  # cannot be read there
+        ("POST", {}, 200),
+        ("POST", {"origin": "http://localhost:3000"}, 200),
+        ("POST", {"origin": "https://app.example"}, 200),
+        ("POST", {"origin": "https://app.example.evil"}, 403),
+        ("POST", {"origin": "null"}, 403),
+    ],
+)
+async def test_pages_of_other_sites_without_keys(
+    engine: Any, method: str, headers: dict[str, str], status: int
+) -> None:
+    """Whoever connects is the administrator there, and a browser connects for any page."""
+    app = create_app(engine, ServerConfig(cors_origins=("https://app.example",)))
+    path, body = ("/v1/models", None) if method == "GET" else ("/tokenize", {"prompt": "a"})
+    async with client_of(app) as client:
+        answer = await client.request(method, path, json=body, headers=headers)
+    assert answer.status_code == status
+    if status == 403:
+        assert "--cors-origin" in answer.json()["error"]["message"]
+
+
+async def test_pages_of_other_sites_with_keys(app: FastAPI) -> None:
+    """They have none."""
+    async with client_of(app, f"Bearer {PLAIN}") as client:
+        answer = await client.get("/v1/models", headers={"host": "inference.example.com"})
+    assert answer.status_code == 200

@@ -29,7 +29,7 @@ from tests.api.live import Live, assert_idle, serve, wait_until
 
 BODY = json.dumps({"model": "atlas", "prompt": "a", "max_tokens": 1}).encode()
 JSON = b"Content-Type: application/json\r\n"
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + JSON
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n" + JSON
 KEPT = HEAD.replace(b"Connection: close\r\n", b"") + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
 WHOLE = HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
 
@@ -127,28 +127,31 @@ ODD: dict[str, tuple[bytes, set[int]]] = {
     "zeros": (b"\x00" * 10_000, {400}),
     "newlines": (b"\r\n" * 10_000, {400, 408}),
     "version 1.0": (b"GET /health HTTP/1.0\r\n\r\n", {200}),
-    "version 9": (b"GET /health HTTP/9.9\r\nHost: x\r\n\r\n", {400, 505}),
-    "method": (b"BREW /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", {400, 405}),
-    "trace": (b"TRACE /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", {400, 405}),
-    "connect": (b"CONNECT example.org:443 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", {400, 404, 405}),
+    "version 9": (b"GET /health HTTP/9.9\r\nHost: localhost\r\n\r\n", {400, 505}),
+    "method": (b"BREW /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", {400, 405}),
+    "trace": (b"TRACE /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", {400, 405}),
+    "connect": (
+        b"CONNECT example.org:443 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+        {400, 404, 405},
+    ),
     "absolute target": (
-        b"GET http://example.org/health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+        b"GET http://example.org/health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
         {200, 404},
     ),
     "long path": (
-        b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+        b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
         {400, 404, 414, 431},
     ),
     "long query": (
-        b"GET /health?" + b"a=%41&" * 50_000 + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+        b"GET /health?" + b"a=%41&" * 50_000 + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
         {200, 400, 414, 431},
     ),
     "broken escapes": (
-        b"GET /v1/models/%zz%ff%00%0d%0a HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+        b"GET /v1/models/%zz%ff%00%0d%0a HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
         {400, 404},
     ),
     "many headers": (
-        b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + b"X-A: b\r\n" * 5_000 + b"\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n" + b"X-A: b\r\n" * 5_000 + b"\r\n",
         {400, 431},
     ),
     "two lengths": (HEAD + b"Content-Length: 5\r\nContent-Length: 7\r\n\r\n" + BODY, {400}),
@@ -173,7 +176,7 @@ ODD: dict[str, tuple[bytes, set[int]]] = {
         {100, 200},
     ),
     "upgrade": (
-        b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, close\r\nUpgrade: websocket\r\n"
+        b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, close\r\nUpgrade: websocket\r\n"
         b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
         {200, 400, 403, 404, 426},
     ),

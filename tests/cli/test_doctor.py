@@ -157,3 +157,14 @@ def test_ports_files_and_addresses(tmp_path: Path) -> None:
 def test_a_warning_is_no_problem() -> None:
     assert is_fine([Finding("a", "b", "c", "warning", "do it")])
     assert not is_fine([Finding("a", "b", "c", "problem", "do it")])
+
+
+def test_a_base_that_is_divided() -> None:
+    """What serve would refuse is refused, and of the base one part is counted."""
+    base = str(family_paths().base)
+    whole = named(doctor(base, "--port", "0")["models"], "atlas")
+    found = doctor(base, "--port", "0", "--tensor-parallel", "2")["models"]
+    assert named(found, "atlas")["data"]["weights"] == -(-whole["data"]["weights"] // 2)
+    assert "--tensor-parallel" in named(found, "plan")["found"]
+    plan = named(doctor(base, "--port", "0", "--tensor-parallel", "7", code=1)["models"], "plan")
+    assert "--tensor-parallel 7 does not divide" in plan["advice"]

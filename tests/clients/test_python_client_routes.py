@@ -113,7 +113,8 @@ def test_forms_and_tools(client: ProxyServe) -> None:
     (call,) = whole.tool_calls
     assert call.name == "play" and json.loads(call.arguments)["instrument"] in ("harp", "flute")
     stream = client.stream_chat(QUESTION, **forced)
-    list(stream)
+    deltas = [call for piece in stream for call in piece.raw.choices[0].delta.tool_calls or ()]
+    assert "".join(delta.function.arguments or "" for delta in deltas) == call.arguments
     (streamed,) = stream.reply.choices[0].tool_calls
     assert (streamed.name, streamed.arguments) == (call.name, call.arguments) and streamed.id
     turns = [

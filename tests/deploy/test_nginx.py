@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from proxyserve.config import Limits
+from proxyserve.config import Limits, ServerConfig
 from proxyserve.engine.submission import Submission
 from proxyserve.errors import QueueFull
 from proxyserve.models.model_set import ModelSet
@@ -55,7 +55,8 @@ def engine(tiny_models: ModelSet) -> FakeEngine:
 
 @pytest.fixture(scope="module")
 def behind(engine: FakeEngine) -> Iterator[Live]:
-    with serve(engine) as live:
+    # Without keys it answers to no name but this machine's own and those of origins.
+    with serve(engine, ServerConfig(cors_origins=(f"https://{NAME}",))) as live:
         yield live
 
 

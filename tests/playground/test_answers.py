@@ -141,7 +141,35 @@ def test_everything_is_reached_by_keyboard(tab: Opening) -> None:
 
 
 def test_escape_stops_a_stream(tab: Opening) -> None:
-    """Hot and long, so that there is something to stop."""
+    page = long_answer(tab)
+    page.page.keyboard.press("Escape")
+    page.settled("stopped")
+    count = page.tokens(1).count()
+    page.page.wait_for_timeout(300)
+    assert page.tokens(1).count() == count < 400
+
+
+def test_an_answer_in_the_place_of_one_that_runs(tab: Opening) -> None:
+    """The end of the first is not taken for that of the second."""
+    page = long_answer(tab)
+    seen = page.answer(1).evaluate_handle(
+        """pane => {
+          const seen = [];
+          const look = () => seen.push(pane.dataset.status);
+          new MutationObserver(look).observe(pane, { attributeFilter: ["data-status"] });
+          return seen;
+        }"""
+    )
+    page.send()
+    page.tokens(1).nth(3).wait_for()
+    expect(page.page.get_by_role("button", name="Stop")).to_be_enabled()
+    page.page.keyboard.press("Escape")
+    page.settled("stopped")
+    assert seen.json_value() == ["stopped"]  # once, by the key
+
+
+def long_answer(tab: Opening) -> Tab:
+    """Hot and long, so that there is something to stop; it has begun."""
     page = tab()
     page.page.get_by_role("radio", name="Completion").check()
     page.page.get_by_label("max tokens").fill("400")
@@ -152,11 +180,7 @@ def test_escape_stops_a_stream(tab: Opening) -> None:
     page.page.get_by_label("seed").press("Tab")
     page.send()
     page.tokens(1).nth(3).wait_for()
-    page.page.keyboard.press("Escape")
-    page.settled("stopped")
-    count = page.tokens(1).count()
-    page.page.wait_for_timeout(300)
-    assert page.tokens(1).count() == count < 400
+    return page
 
 
 def test_text_of_models_and_users_is_text(tab: Opening) -> None:

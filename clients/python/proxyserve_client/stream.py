@@ -38,7 +38,12 @@ class Piece:
 
     def __bool__(self) -> bool:
         """Whether there is anything in it."""
-        return bool(self.text or self.reasoning or self.explain or self.finish_reason)
+        return bool(self.text or self.reasoning or self.explain or self.finish_reason or self._calls)
+
+    @property
+    def _calls(self) -> bool:
+        own = (choice for choice in self.raw.choices if choice.index == self.index)
+        return any(getattr(getattr(choice, "delta", None), "tool_calls", None) for choice in own)
 
 
 class _GatheredChoice:

@@ -24,10 +24,14 @@ export interface StreamedToken extends ExplainedToken {
   contributions: Contribution[];
 }
 
-/** Text that choice `index` grew by, with an entry per token in `explain` where the request asked for it. */
+/**
+ * Text that choice `index` grew by, or `reasoning` in front of it, with an entry per token in `explain` where the request
+ * asked for it. `chunk` has log-probs and calls of tools; a piece may be of these alone.
+ */
 export interface Piece<Chunk> {
   index: number;
   text: string;
+  reasoning: string;
   finish_reason: string | null;
   explain: ExplainedToken[];
   chunk: Chunk;
@@ -70,12 +74,14 @@ export class FusedStream<Chunk extends ChatChunk | CompletionChunk> implements A
       if (chunk.usage) this.usage = chunk.usage;
       if (chunk.fusion) this.fusion = chunk.fusion;
       for (const choice of chunk.choices) {
+        const delta = "delta" in choice ? choice.delta : undefined;
         const text = "delta" in choice ? (choice.delta.content ?? "") : choice.text;
+        const reasoning = delta?.reasoning ?? "";
         const { index, finish_reason, explain } = choice;
         this.texts[index] = (this.texts[index] ?? "") + text;
         this.finishReasons[index] = finish_reason;
-        if (text || finish_reason || explain?.length) {
-          yield { index, text, finish_reason, explain: explain ?? [], chunk };
+        if (text || reasoning || finish_reason || explain?.length || delta?.tool_calls?.length) {
+          yield { index, text, reasoning, finish_reason, explain: explain ?? [], chunk };
         }
       }
     }

@@ -57,6 +57,25 @@ test("completions, whole and streamed", async () => {
   assert.equal(stream.text, text);
 });
 
+test("calls of tools stream in pieces of their own", async () => {
+  const parameters = {
+    type: "object",
+    properties: { instrument: { enum: ["harp", "flute"] } },
+    required: ["instrument"],
+    additionalProperties: false,
+  };
+  const tools = [{ type: "function" as const, function: { name: "play", parameters } }];
+  const asked = { ...question, model: "atlas+qa", max_tokens: 99, tools, parallel_tool_calls: false };
+  const stream = await client.streamChat({ ...asked, tool_choice: "required" });
+  let given = "";
+  for await (const { text, reasoning, chunk } of stream) {
+    assert.equal(text + reasoning, "");
+    for (const call of chunk.choices[0]?.delta.tool_calls ?? []) given += call.function?.arguments ?? "";
+  }
+  assert.equal(stream.finishReasons[0], "tool_calls");
+  assert.ok(["harp", "flute"].includes((JSON.parse(given) as { instrument: string }).instrument));
+});
+
 test("the plain base has no report", async () => {
   const answer = await client.complete({ prompt: "Page: Kustin\n", max_tokens: 4, temperature: 0 });
   assert.equal(answer.model, "atlas");

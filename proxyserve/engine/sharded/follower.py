@@ -96,10 +96,11 @@ class Follower:
 def join(rank: int, size: int, device: str, store: str) -> None:
     """Make this process one of the `size` that run a base together; all must do so. `store` is a file that only they
     can read."""
+    # All ranks are on this machine: nobody else need be able to reach the ports at which they meet, and the name of a
+    # machine need not lead anywhere.
+    os.environ.setdefault("NCCL_SOCKET_IFNAME" if device == "cuda" else "GLOO_SOCKET_IFNAME", "lo")
     if device == "cuda":
         torch.cuda.set_device(rank)
-    else:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the name of a machine need not lead anywhere
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo",
         store=dist.FileStore(store, size),  # type: ignore[attr-defined]

@@ -22,6 +22,8 @@ export class Answer {
   prompt = null;
   /** Counts how often everything was replaced or judged anew. */
   epoch = 0;
+  /** Counts requests. The end of one that another has taken the place of changes nothing any more. */
+  run = 0;
   #frame = 0;
 
   get text() {
@@ -36,7 +38,8 @@ export class Answer {
     return this.status.value === "running" || this.status.value === "scoring";
   }
 
-  begin(asked) {
+  /** A new answer; returns its run. */
+  begin(asked, status = "running") {
     this.tokens = [];
     this.prompt = null;
     this.epoch += 1;
@@ -44,8 +47,15 @@ export class Answer {
     this.error.value = "";
     this.notes.value = [];
     this.stats.value = null;
-    this.status.value = "running";
     this.#touch();
+    return this.take(status);
+  }
+
+  /** A request about what is here already; returns its run. */
+  take(status) {
+    this.status.value = status;
+    this.run += 1;
+    return this.run;
   }
 
   append(tokens) {

@@ -11,16 +11,16 @@ const NO_EXPLANATIONS =
 
 /** Streams the answer to `asked` into `answer`. `template`: an expert whose chat template a base without one borrows. */
 export async function stream(answer, asked, { abort, template }) {
-  answer.begin(asked);
+  const run = answer.begin(asked);
   const watch = new Stopwatch();
   try {
     const { response, k } = await open(answer, asked, abort, template);
-    await read(answer, response, watch, k > 0);
+    await read(answer, response, watch, k > 0, abort);
     answer.status.value = "done";
   } catch (error) {
-    end(answer, error);
+    if (answer.run === run) end(answer, error);
   } finally {
-    if (answer.stats.value === null && answer.tokens.length) {
+    if (answer.run === run && answer.stats.value === null && answer.tokens.length) {
       answer.stats.value = { ...watch.read(answer.tokens.length), usage: null, fusion: null };
     }
   }
@@ -73,10 +73,11 @@ async function rendered(messages, template, abort) {
   return (await call("POST", "tokenize", body, { signal: abort })).tokens;
 }
 
-async function read(answer, response, watch, explains) {
+async function read(answer, response, watch, explains, abort) {
   const aligner = new Aligner();
   let count = 0;
   for await (const event of events(response)) {
+    abort.throwIfAborted(); // what had come before, and was not read yet
     const [choice] = event.choices;
     answer.prompt ??= event.prompt_token_ids ?? choice?.prompt_token_ids ?? null;
     if (choice) {
@@ -105,7 +106,7 @@ export async function rescore(answer, asked, { abort }) {
   const prompt = answer.prompt;
   if (!prompt || ids.some((id) => id === undefined)) return;
   const prior = answer.status.value === "scoring" ? "done" : answer.status.value;
-  answer.status.value = "scoring";
+  const run = answer.take("scoring");
   try {
     const { model, fusion } = asked.body;
     const body = { model, prompt: [...prompt, ...ids], ...(fusion ? { fusion } : {}) };
@@ -116,6 +117,7 @@ export async function rescore(answer, asked, { abort }) {
     answer.error.value = "";
     answer.status.value = "done";
   } catch (error) {
+    if (answer.run !== run) return;
     answer.status.value = prior;
     if (error.name !== "AbortError") end(answer, error);
   }
@@ -123,8 +125,7 @@ export async function rescore(answer, asked, { abort }) {
 
 /** Scores a text of the user's own as a whole. */
 export async function scoreText(answer, asked, { abort }) {
-  answer.begin(asked);
-  answer.status.value = "scoring";
+  const run = answer.begin(asked, "scoring");
   try {
     const { model, fusion, prompt } = asked.body;
     const scored = await score({ model, prompt, ...(fusion ? { fusion } : {}) }, abort);
@@ -135,7 +136,7 @@ export async function scoreText(answer, asked, { abort }) {
     answer.stats.value = summary(scored, 0);
     answer.status.value = "done";
   } catch (error) {
-    end(answer, error);
+    if (answer.run === run) end(answer, error);
   }
 }
 
