@@ -31,12 +31,13 @@ _BOLD = "\x1b[1m"
 
 def harmless(text: str) -> str:
     """Without characters that could make a terminal do something: of the control characters only line feeds and
-    tabs stay."""
+    tabs stay, and none that turns the direction of a line around."""
     return "".join(char if char in "\n\t" or not _is_control(char) else "\ufffd" for char in text)
 
 
 def _is_control(char: str) -> bool:
-    return char < " " or "\x7f" <= char <= "\x9f"
+    turning = "\u202a" <= char <= "\u202e" or "\u2066" <= char <= "\u2069"
+    return turning or char < " " or "\x7f" <= char <= "\x9f"
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,7 @@ class Conversation:
             del experts[expert]
         else:
             experts[expert] = weight
-        named = (name if value == 1.0 else f"{name}:{value:g}" for name, value in experts.items())
+        named = (name if value == 1.0 else f"{name}:{value!r}" for name, value in experts.items())
         self.model = "+".join([self.base, *named])
 
     def use_rule(self, rule: str, parameters: dict[str, Any]) -> None:

@@ -99,4 +99,5 @@ def test_only_line_feeds_end_lines_and_controls_are_taken_out() -> None:
     for size in (1, 2, 3, len(text)):
         pieces = [text[at : at + size] for at in range(0, len(text), size)]
         assert [line.decode() for line in lines_of(pieces)] == ["a\u2028b\x85c 😀", "d", "", "e"]
+    assert harmless("\u202eabc\u2066") == "\ufffdabc\ufffd"
     assert harmless("a\tb\nc\x1b]0;title\x07\x9b2J\r👩‍🚀") == "a\tb\nc\ufffd]0;title\ufffd\ufffd2J\ufffd👩‍🚀"

@@ -1,8 +1,8 @@
 """kill -9 at any instant: the next start serves what was published last.
 
-The servers are whole ones, processes of their own behind HTTP, killed by SIGKILL. So that many of them take little time,
-they are forked from a process that has imported everything (`respawn.py`): a kill while the interpreter still imports,
-when no file of ours is open yet, is what is left out. The last start is a fresh interpreter's.
+The servers are whole ones, processes of their own behind HTTP, killed by SIGKILL. So that many of them take little
+time, they are forked from a process that has imported everything (`respawn.py`): a kill while the interpreter still
+imports, when no file of ours is open yet, is what is left out. The last start is a fresh interpreter's.
 """
 
 from __future__ import annotations

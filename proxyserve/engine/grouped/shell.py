@@ -231,15 +231,19 @@ class NormPerMember(MemberLayers):
 
     def forward(self, inputs: Tensor) -> Tensor:
         turn = self._turn
-        if self._axis is None:
-            self._axis = inputs.shape.index(turn.tokens)
+        axis = self._axis
+        if axis is None:
+            axes = [number for number, size in enumerate(inputs.shape[:-1]) if size == turn.tokens]
+            axis = axes[0]
+            if len(axes) == 1:  # neither one token, which any axis does for, nor as many as heads
+                self._axis = axis
         if turn.tokens > _GATHERED:
-            return self._apart(self._axis, inputs)
+            return self._apart(axis, inputs)
         if self._weights is None:
             known = self._own[turn.members[0]]
             self._weights = torch.stack([(own or known).weight.detach() for own in self._own])
         weights = self._weights.index_select(0, turn.owners)
-        if inputs.dim() == 4 and self._axis == 1:
+        if inputs.dim() == 4 and axis == 1:
             weights = weights[:, None]
         self._like.__dict__["weight"] = weights
         output: Tensor = self._like(inputs)

@@ -38,8 +38,10 @@ class Part(nn.Module):
         self._name = name
         self._rows = rows
 
-    def register_forward_hook(self, hook: Callable[..., Any], **_: Any) -> RemovableHandle:
-        """`hook(part, inputs, output)` returns nothing."""
+    def register_forward_hook(  # type: ignore[override]  # what else a module's own takes, adapters do not need
+        self, hook: Callable[[nn.Module, tuple[Any, ...], Tensor], None]
+    ) -> RemovableHandle:
+        """The hook changes the output in place."""
         owner = self._owner()
         if owner is None:
             raise RuntimeError("the layer that this was a part of is gone")

@@ -18,7 +18,7 @@ export function Side({ index }) {
     params[model] ??= starters(model);
     change(index, { model, params });
   };
-  const known = rule || side.model === "base" || presets.includes(side.model.slice(7));
+  const known = rule || side.model === "base" || (side.model.startsWith("preset:") && presets.includes(side.model.slice(7)));
   return html`<section class="side" aria-labelledby=${`${id}-title`}>
     <h2 id=${`${id}-title`}>${name}</h2>
     <label for=${id} class="unseen">Model of ${name}</label>
