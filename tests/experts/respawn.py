@@ -19,12 +19,24 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
 
 from proxyserve.cli.main import main as command
 from proxyserve.experts.store import StateStore
+
+
+#: What `serve` imports once it knows that it is to serve: seconds, which every fork would spend.
+_LATE = (
+    "proxyserve.api.server",
+    "proxyserve.cli.opening",
+    "proxyserve.cli.serve",
+    "proxyserve.cli.startup",
+    "proxyserve_kernels",
+    "transformers.models.llama.modeling_llama",
+)
 
 
 def start(arguments: Sequence[str], log: str, fatal: Sequence[str]) -> int:
@@ -64,6 +76,8 @@ def kill(pid: int) -> int:
 
 def main() -> None:
     torch.set_num_threads(1)
+    for module in _LATE:
+        import_module(module)
     running = set()
     for line in sys.stdin:
         order = json.loads(line)
