@@ -1,8 +1,9 @@
 """The OpenAPI document as a page to read: every route with its answers, every object with its fields.
 
-`/docs` of a server is this page in HTML, with nothing to fetch from elsewhere. docs/routes.md is the same in Markdown:
+`/docs` of a server is this page in HTML, with nothing to fetch from elsewhere. docs/routes.md is the same in Markdown, of
+`proxyserve demo`:
 
-    python -m proxyserve.api.reference http://127.0.0.1:8000 > docs/routes.md      # of a running `proxyserve demo`
+    curl -s http://127.0.0.1:8000/openapi.json | python -m proxyserve.api.reference > docs/routes.md
 """
 
 from __future__ import annotations
@@ -221,7 +222,4 @@ def _inline(text: str) -> str:
 
 
 if __name__ == "__main__":
-    import httpx
-
-    answer = httpx.get(f"{sys.argv[1].rstrip('/')}/openapi.json").raise_for_status()
-    sys.stdout.write(as_markdown(list(sections(answer.json()))))
+    sys.stdout.write(as_markdown(list(sections(json.load(sys.stdin)))))

@@ -152,7 +152,7 @@ async def test_loading_an_expert_ends_at_the_deadline(tiny_models: ModelSet) -> 
         """A control plane that loads for ever, or for as long as it may."""
 
         async def wake(self, name: str, seconds: float) -> None:
-            await asyncio.sleep(min(seconds, 10.0))
+            await asyncio.sleep(min(seconds, 10.0) + 0.1)
             raise NotReady("It took too long.")
 
         def experts(self) -> list[Any]:

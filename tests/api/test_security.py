@@ -215,8 +215,15 @@ def test_remote_code_is_switched_off_wherever_it_could_be_on(repository: Path) -
 
 
 def test_only_the_server_listens(repository: Path) -> None:
+    """A divided base's processes meet on loopback, over sockets that they inherit and by a file that is theirs alone;
+    `doctor` tries whether a port is free."""
     assert importers(repository, "socket", "socketserver", "http.server", "zmq", "torch.distributed") == {
-        "proxyserve/api/server.py"
+        "proxyserve/api/server.py",
+        "proxyserve/cli/checkup.py",
+        "proxyserve/engine/sharded/collectives.py",
+        "proxyserve/engine/sharded/follower.py",
+        "proxyserve/engine/sharded/ranks.py",
+        "proxyserve/models/sharding.py",
     }
 
 

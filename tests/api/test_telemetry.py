@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -256,12 +257,14 @@ def test_no_url() -> None:
         open_tracing("localhost:4317")
 
 
-def test_a_missing_package_is_named_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     for name in [*sys.modules]:
         if name.partition(".")[0] == "opentelemetry":
             monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "proxyserve.api.otel")
-    arguments = ["serve", "/there/is/no/such/folder"]
+    arguments = ["serve", str(tmp_path)]  # no model
     result = CliRunner().invoke(
         command, arguments, env={"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318"}
     )

@@ -91,7 +91,8 @@ def test_routes_are_those_of_a_server(server: Server) -> None:
     document = httpx.get(f"{server.url}/openapi.json").raise_for_status().json()
     page = (REPOSITORY / "docs" / "routes.md").read_text(encoding="utf-8")
     assert page == as_markdown(list(sections(document))), (
-        "run `proxyserve demo`, and: python -m proxyserve.api.reference http://127.0.0.1:8000 > docs/routes.md"
+        "run `proxyserve demo`, and: curl -s http://127.0.0.1:8000/openapi.json | "
+        "python -m proxyserve.api.reference > docs/routes.md"
     )
 
 

@@ -27,7 +27,6 @@ import torch
 from proxyserve.cli.main import main as command
 from proxyserve.experts.store import StateStore
 
-
 #: What `serve` imports once it knows that it is to serve: seconds, which every fork would spend.
 _LATE = (
     "proxyserve.api.server",

@@ -11,23 +11,22 @@ import ctypes
 import logging
 import os
 import signal
+import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 import torch.distributed as dist
 import transformers
 
 from proxyserve.engine.kv_storage import KVStorage
-from proxyserve.engine.packed_row import PackedRow
 from proxyserve.engine.runner import Runner
+from proxyserve.engine.sharded import messages
 from proxyserve.errors import LoadError
 from proxyserve.models.loaded_model import LoadedModel
-from proxyserve.models.loading import Placement
 from proxyserve.models.sharding import load_shard
 from proxyserve.types import ModelKey
 
@@ -46,9 +45,10 @@ class Follower:
         self._model: LoadedModel | None = None
         self._runner: Runner | None = None
 
-    def load(self, folder: str, name: str, placement: Placement) -> str | None:
+    def load(self, folder: str, name: str, where: list[str]) -> str | None:
         """Load this rank's part of a base, in place of any other. Returns why it cannot be."""
         self._model = self._runner = None
+        placement = messages.placement_from_json(where)
         try:
             self._model = load_shard(Path(folder), ModelKey(name), placement, self._rank, self._size)
         except LoadError as error:
@@ -87,8 +87,8 @@ class Follower:
     def rehearse(self, tokens: int) -> None:
         self._ready.rehearse(tokens)
 
-    def compute(self, row: PackedRow) -> None:
-        runner = self._ready
+    def compute(self, value: Mapping[str, Any]) -> None:
+        row, runner = messages.row_from_json(value), self._ready
         assert runner.storage is not None
         runner.compute(row, runner.attention.plan(row.spans, runner.storage))
 
@@ -112,16 +112,16 @@ def join(rank: int, size: int, device: str, store: str) -> None:
 
 
 @torch.inference_mode()
-def follow(connection: Connection, follower: Follower) -> None:
+def follow(stream: BinaryIO, follower: Follower) -> None:
     """Do what comes through the pipe, until it ends."""
     while True:
         try:
-            name, arguments = connection.recv()
+            name, arguments = messages.read(stream)
         except EOFError:
             return
         answer = getattr(follower, name)(*arguments)
         if name == "load":
-            connection.send(answer)
+            messages.write(stream, answer)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -137,11 +137,11 @@ def main(arguments: Sequence[str]) -> None:
     os.environ["LOCAL_RANK"] = rank
     if int(threads):
         torch.set_num_threads(int(threads))
-    connection: Any = Connection(int(descriptor))
+    stream = cast("BinaryIO", socket.socket(fileno=int(descriptor)).makefile("rwb"))
     code = 0
     try:
         join(int(rank), int(size), device, store)
-        follow(connection, Follower(int(rank), int(size)))
+        follow(stream, Follower(int(rank), int(size)))
     except BaseException:
         logger.exception("this process of the base ends, and the server with it")
         code = 1

@@ -13,12 +13,13 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import torch
 import torch.distributed as dist
 
+from proxyserve.engine.sharded import messages
 from proxyserve.engine.sharded.follower import join
 from proxyserve.errors import LoadError, RankLost
 from proxyserve.models.loaded_model import LoadedModel
@@ -37,7 +38,7 @@ _EXIT_SECONDS = 5.0
 class _Link:
     rank: int
     process: subprocess.Popen[bytes]
-    connection: Connection
+    stream: BinaryIO
 
 
 def check_ranks(size: int, placement: Placement, device: str) -> None:
@@ -90,7 +91,7 @@ class Ranks:
     def load(self, folder: Path, key: ModelKey) -> LoadedModel:
         """Have every rank load its part of a base; returns that of this one. Raises LoadError."""
         check_shardable(load_config(folder.expanduser()), self.size, str(folder))
-        self.send("load", str(folder), key.name, self._placement)
+        self.send("load", str(folder), key.name, messages.placement_to_json(self._placement))
         try:
             model = load_shard(folder, key, self._placement, 0, self.size)
         finally:
@@ -102,16 +103,16 @@ class Ranks:
 
     def _answer(self, link: _Link) -> str | None:
         try:
-            answer: str | None = link.connection.recv()
+            answer: str | None = messages.read(link.stream)
         except (EOFError, OSError):
             return self._how_it_ended(link)
         return answer
 
     def send(self, name: str, *arguments: object) -> None:
-        """Have all followers call a method of theirs. Raises RankLost."""
+        """Have all followers call a method of theirs; arguments as JSON has them. Raises RankLost."""
         for link in self._links:
             try:
-                link.connection.send((name, arguments))
+                messages.write(link.stream, [name, arguments])
             except OSError as error:
                 raise RankLost(self._how_it_ended(link)) from error
 
@@ -152,7 +153,8 @@ class Ranks:
         """End the followers. May be called more than once."""
         self._closed.set()
         for link in self._links:
-            link.connection.close()
+            with suppress(OSError):  # what nobody will read
+                link.stream.close()
         for link in self._links:
             try:
                 link.process.wait(_EXIT_SECONDS)
@@ -174,4 +176,5 @@ def _start(rank: int, size: int, device: str, store: str, threads: int | None) -
             stdin=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
         )
-    return _Link(rank, process, Connection(ours.detach()))
+    with ours:  # the stream keeps it open
+        return _Link(rank, process, cast("BinaryIO", ours.makefile("rwb")))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 from torch import Tensor
 
-from proxyserve.engine.attention import Plan, Span
+from proxyserve.engine.attention import Plan
 from proxyserve.engine.kv_storage import KVStorage
 from proxyserve.engine.packed_row import PackedRow
 from proxyserve.engine.runner import Runner
+from proxyserve.engine.sharded.messages import row_to_json
 from proxyserve.engine.sharded.ranks import Ranks
 from proxyserve.errors import LoadError
 from proxyserve.models.loaded_model import LoadedModel
@@ -56,16 +56,5 @@ class ShardedRunner(Runner):
             super().rehearse(tokens)
 
     def compute(self, row: PackedRow, plan: Plan) -> Tensor:
-        with self._together("compute", _sendable(row, plan.storage.block_size)):
+        with self._together("compute", row_to_json(row, plan.storage.block_size)):
             return super().compute(row, plan)
-
-
-def _sendable(row: PackedRow, block_size: int) -> PackedRow:
-    """Without blocks that are not read: lanes hold those of their whole answer."""
-    return replace(
-        row,
-        spans=[
-            Span(tuple(span.blocks[: -(-(span.start + span.count) // block_size)]), span.start, span.count)
-            for span in row.spans
-        ],
-    )
