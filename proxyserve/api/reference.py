@@ -1,7 +1,7 @@
 """The OpenAPI document as a page to read: every route with its answers, every object with its fields.
 
-`/docs` of a server is this page in HTML, with nothing to fetch from elsewhere. docs/routes.md is the same in Markdown, of
-`proxyserve demo`:
+`/docs` of a server is this page in HTML, with nothing to fetch from elsewhere. docs/routes.md is the same in Markdown,
+of `proxyserve demo`:
 
     curl -s http://127.0.0.1:8000/openapi.json | python -m proxyserve.api.reference > docs/routes.md
 """
