@@ -42,7 +42,7 @@ class WebPagesMiddleware:
     def _refusal(self, scope: Scope) -> Forbidden | None:
         headers = Headers(scope=scope)
         host, origin = headers.get("host"), headers.get("origin")
-        own = scope["server"][0]
+        own, _ = scope.get("server") or ("", None)  # the ASGI server need not say it
         if host is not None and not self._is_here(_name(f"//{host}"), own):
             return Forbidden(
                 f"This server has no keys, so it answers to this machine's own names alone, not to '{host}'. Call it "

@@ -104,6 +104,7 @@ def test_ctrl_c_stops_the_answer_and_frees_its_lanes(demo: Live, environment: di
         chat.wait_for("\n harp\n")
         chat.wait_for("> ")
         chat.type("half a line")
+        chat.wait_for("half a line")  # it has been read: a signal just before would be seen with the next key
         chat.interrupt()
         chat.wait_for("Ctrl-C again leaves")
         chat.wait_for("> ")

@@ -287,6 +287,10 @@ def answer_all(family: Family, names: list[str]) -> dict[str, Collected]:
     )
 
 
+#: Of float32 models (up to 3e-5 of a logit) that a rule weighs by two, or solves a weight from.
+ROUNDING = 2e-4
+
+
 def test_every_rule_is_its_papers_formula(family: Family) -> None:
     results = answer_all(family, list(RULES))
     first: list[Tensor] = []
@@ -302,15 +306,12 @@ def test_every_rule_is_its_papers_formula(family: Family) -> None:
             if token != int(ranked.indices[0]):
                 assert float(ranked.values[0] - law[token]) < 1e-4, (name, "another greedy token")
             for listed, value in ((token, logprob.logprob), *logprob.top):
-                assert value == pytest.approx(float(law[listed]), abs=1e-4, rel=1e-5), (
-                    name,
-                    len(output),
-                )
+                assert value == pytest.approx(float(law[listed]), abs=ROUNDING), (name, len(output))
             assert explanation.kl == pytest.approx(papers.kl(law, laws["base"]), abs=1e-4, rel=1e-3), name
             assert explanation.flip == (int(laws["base"].argmax()) != token), name
             if name in PUSHES:
                 expected = PUSHES[name](laws, token)
-                assert explanation.push == pytest.approx({A: expected}, abs=1e-4), name
+                assert explanation.push == pytest.approx({A: expected}, abs=ROUNDING), name
             if not output:
                 first.append(law.clamp(min=-40.0))
             output.append(token)
