@@ -282,7 +282,7 @@ def server(tiny_family: TinyFamily, free_port: int, tmp_path: Path) -> Iterator[
 
 
 def test_serve(server: subprocess.Popen[str], free_port: int) -> None:
-    """Folders and a file in, answers out, exit 0 on SIGTERM, and a table that says what is served."""
+    """Folders and a file in, answers out, exit 0 on SIGINT, and a table that says what is served."""
     with httpx.Client(base_url=f"http://127.0.0.1:{free_port}", timeout=30) as client:
         for _ in range(300):
             assert server.poll() is None, server.communicate()
@@ -298,7 +298,7 @@ def test_serve(server: subprocess.Popen[str], free_port: int) -> None:
             "/v1/completions", json={"model": "atlas+qa:0.5", "prompt": "Hello", "max_tokens": 4}
         )
         assert answer.status_code == 200 and answer.json()["fusion"]["generations"] == {"qa": 1}
-    server.send_signal(signal.SIGTERM)
+    server.send_signal(signal.SIGINT)
     _, errors = server.communicate(timeout=30)
     assert server.returncode == 0
     for shown in ("atlas", "qa.tuned", "small", "384 tokens shared", "no keys: whoever connects", "no TLS"):

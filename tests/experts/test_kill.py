@@ -31,7 +31,7 @@ from tests.experts.contents import World
 
 #: At random moments. With fifty, every kind of moment comes up for certain; `test_killed_at_the_commit` has those that
 #: matter one by one.
-KILLS = int(os.environ.get("PROXYSERVE_KILLS", "16"))
+KILLS = int(os.environ.get("PROXYSERVE_KILLS", "10"))
 #: A start takes a quarter of a second here.
 READY_SECONDS = 30.0
 NAMES = ("qa", "record", "bio")

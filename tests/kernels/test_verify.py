@@ -233,7 +233,7 @@ def test_a_greedy_target_takes_its_best_token_only(backend: Backend) -> None:
 
 def test_a_greedy_draft_is_a_certain_law(torch_backend: Backend) -> None:
     """q is 1 at the draft: it stands with its probability under the target, and is not drawn again when it falls."""
-    n = 20_000
+    n = 12_000
     p = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
     batch, controls = repeated(p, n), noise(n)
     laws = repeated(torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64), n, "one")
@@ -323,7 +323,7 @@ def laws_for(kind: str) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("kind", ["equal", "near", "far", "disjoint"])
 def test_the_first_token_follows_the_target(torch_backend: Backend, kind: str) -> None:
-    n = 20_000
+    n = 12_000
     p, q = laws_for(kind)
     drafts = first_place(draft_from(q, n), repeated(q, n, "one"), sampled(n))
     got = torch_backend.verify(repeated(p, n), noise(n), drafts)
@@ -341,7 +341,7 @@ def test_the_first_token_follows_the_target(torch_backend: Backend, kind: str) -
 
 def test_a_wrong_law_of_the_drafts_is_noticed(torch_backend: Backend) -> None:
     """The test above can fail: drafts that were not drawn from the q that is claimed spoil the text's law."""
-    n = 20_000
+    n = 12_000
     p, q = laws_for("near")
     claimed = torch.softmax(q.log() * 0.7, dim=0)
     drafts = first_place(draft_from(q, n), repeated(claimed, n, "one"), sampled(n))
@@ -352,7 +352,7 @@ def test_a_wrong_law_of_the_drafts_is_noticed(torch_backend: Backend) -> None:
 
 def test_processed_laws_are_compared(torch_backend: Backend) -> None:
     """Temperature and filters on both sides are part of p and q."""
-    n = 20_000
+    n = 12_000
     p, q = laws_for("near")
     target, laws = repeated(p, n), repeated(q, n, "one")
     controls = replace(noise(n), temperature=torch.full((2 * n,), 0.7), top_k=torch.full((2 * n,), 12))
