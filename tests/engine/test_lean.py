@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
@@ -124,7 +123,7 @@ def test_a_part_of_what_is_gone_cannot_be_hooked_on_to(folders: dict[str, Path])
 
 
 class Operations(TorchDispatchMode):
-    """Counts what torch is asked to compute; views are not."""
+    """Counts what torch is asked for, views included."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,9 +131,7 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        fresh = isinstance(result, Tensor) and not result._is_view()
-        if fresh:
-            self.counts[func.__name__] += 1
+        self.counts[func.__name__] += 1
         return result
 
 
@@ -153,7 +150,7 @@ def test_a_layer_is_fewer_operations(folders: dict[str, Path]) -> None:
         if not one.exists():
             save_model(one, "llama", make_tokenizer(), seed=1, layers=1)
         per_layer[lean] = two - operations(1, lean=lean, folder=one)
-    assert per_layer[True] <= 0.7 * per_layer[False], per_layer
+    assert per_layer[True] <= 0.55 * per_layer[False], per_layer
 
 
 @pytest.mark.parametrize("architecture", ["gemma", "gemma2", "gemma3", "gpt2"])
